@@ -1,0 +1,1 @@
+"""Triton kernels: one file per op (forward, backward, launch configuration). Importing touches no device."""
