@@ -1,0 +1,54 @@
+"""Input checks shared by the ops: each names the argument, what was got, and what is expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_lengths", "check_same", "check_shape", "frame_mask"]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_shape(op: str, name: str, x: Tensor, shape: tuple[int | None, ...], letters: str) -> None:
+    """``x`` has the shape; ``None`` leaves a dimension free; ``letters`` names them, as in ``"[B, T, C]"``."""
+    if x.dim() != len(shape) or any(want is not None and got != want for got, want in zip(x.shape, shape)):
+        want_text = "[" + ", ".join("*" if s is None else str(s) for s in shape) + "]"
+        raise ValueError(f"{op}: {name} has shape {list(x.shape)}; expected {letters} = {want_text}")
+
+
+def check_same(op: str, **tensors: Tensor | None) -> None:
+    """All given tensors are floating point and agree in dtype and device with the first."""
+    given = {name: t for name, t in tensors.items() if t is not None}
+    first, ref = next(iter(given.items()))
+    if ref.dtype not in FLOATS:
+        raise ValueError(f"{op}: {first} has dtype {ref.dtype}; expected one of float16, bfloat16, float32, float64")
+    for name, t in given.items():
+        if t.dtype != ref.dtype:
+            raise ValueError(f"{op}: {name} has dtype {t.dtype} but {first} has {ref.dtype}; cast them to one dtype")
+        if t.device != ref.device:
+            raise ValueError(f"{op}: {name} is on {t.device} but {first} is on {ref.device}; move them to one device")
+
+
+def check_lengths(op: str, lengths: Tensor | None, batch: int, frames: int, device: torch.device) -> None:
+    """``lengths`` is int32 or int64 ``[B]`` on ``device``.
+
+    The values (0 <= lengths <= T) are checked only for CPU tensors outside of compilation: elsewhere it would need a
+    synchronisation or a graph break.
+    """
+    if lengths is None:
+        return
+    if lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{op}: lengths has dtype {lengths.dtype}; expected int64 or int32 frame counts")
+    check_shape(op, "lengths", lengths, (batch,), "[B]")
+    if lengths.device != device:
+        raise ValueError(f"{op}: lengths is on {lengths.device} but the input is on {device}; move it there")
+    if device.type == "cpu" and batch and not torch.compiler.is_compiling():
+        low, high = int(lengths.min()), int(lengths.max())
+        if low < 0 or high > frames:
+            raise ValueError(f"{op}: lengths span {low} ... {high}; expected values from 0 to T = {frames}")
+
+
+def frame_mask(lengths: Tensor, frames: int) -> Tensor:
+    """``[B, T]`` bool, True at real frames."""
+    return torch.arange(frames, device=lengths.device) < lengths[:, None]

@@ -1,0 +1,172 @@
+"""The middle of the Conformer's convolution module: GLU, padding zeroed, depthwise convolution, norm, activation.
+
+Gulati et al. 2020, figure 2.  Channels last throughout: ``[B, T, 2C] -> [B, T, C]``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._checks import check_lengths, check_same, check_shape, frame_mask
+
+__all__ = ["ACTIVATIONS", "glu_depthwise_conv", "glu_depthwise_conv_reference"]
+
+OP = "glu_depthwise_conv"
+NORMS = ("none", "layer", "batch", "group")
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+
+
+def _batch_norm(y, weight, bias, mean, var, real, training, momentum, eps):
+    """Over real frames only; in training the running statistics follow as in ``nn.BatchNorm1d`` (unbiased variance)."""
+    if training:
+        x = y.float() if y.dtype in (torch.float16, torch.bfloat16) else y
+        if real is None:
+            count = torch.full((), x.shape[0] * x.shape[1], dtype=x.dtype, device=x.device)
+            batch_mean = x.mean((0, 1))
+            centred = x - batch_mean
+        else:
+            count = real.sum().to(x.dtype)
+            batch_mean = x.masked_fill(~real, 0.0).sum((0, 1)) / count.clamp(min=1)
+            centred = (x - batch_mean).masked_fill(~real, 0.0)
+        batch_var = centred.square().sum((0, 1)) / count.clamp(min=1)
+        with torch.no_grad():
+            unbiased = batch_var * (count / (count - 1).clamp(min=1))
+            # a batch without any real frame teaches nothing
+            step = momentum * (count > 0).to(mean.dtype)
+            mean.add_((batch_mean.to(mean.dtype) - mean) * step)
+            var.add_((unbiased.to(var.dtype) - var) * step)
+        mean, var = batch_mean, batch_var
+    scale = weight * torch.rsqrt(var + eps).to(weight.dtype)
+    return y * scale.to(y.dtype) + (bias - mean.to(bias.dtype) * scale).to(y.dtype)
+
+
+def _group_norm(y, weight, bias, groups, real, eps):
+    """Per utterance and group of channels, over the real frames."""
+    b, t, c = y.shape
+    x = (y.float() if y.dtype in (torch.float16, torch.bfloat16) else y).reshape(b, t, groups, c // groups)
+    if real is None:
+        keep = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=y.device)
+        count = torch.full((1, 1, 1, 1), t * (c // groups), dtype=x.dtype, device=y.device)
+    else:
+        keep = real[..., None]  # [B, T, 1, 1]
+        count = keep.sum(1, keepdim=True).to(x.dtype).clamp(min=1) * (c // groups)
+    mean = x.masked_fill(~keep, 0.0).sum((1, 3), keepdim=True) / count
+    var = (x - mean).masked_fill(~keep, 0.0).square().sum((1, 3), keepdim=True) / count
+    x = ((x - mean) * torch.rsqrt(var + eps)).reshape(b, t, c).to(y.dtype)
+    return x * weight + bias
+
+
+def glu_depthwise_conv_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    norm: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    num_groups: int = 1,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "silu",
+) -> Tensor:
+    """The op in plain PyTorch: the oracle of every kernel, and the fallback."""
+    _b, t, _ = x.shape
+    c, k = weight.shape
+    real = None if lengths is None else frame_mask(lengths, t)[..., None]  # [B, T, 1]
+    y = F.glu(x, -1)
+    if real is not None:
+        y = y.masked_fill(~real, 0.0)
+    y = F.conv1d(y.transpose(1, 2), weight[:, None], bias, padding=k // 2, groups=c).transpose(1, 2)
+    if norm == "layer":
+        y = F.layer_norm(y, (c,), norm_weight, norm_bias, eps)
+    elif norm == "batch":
+        y = _batch_norm(y, norm_weight, norm_bias, running_mean, running_var, real, training, momentum, eps)
+    elif norm == "group":
+        y = _group_norm(y, norm_weight, norm_bias, num_groups, real, eps)
+    return ACTIVATIONS[activation](y)
+
+
+def glu_depthwise_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    norm: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    num_groups: int = 1,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "silu",
+) -> Tensor:
+    """``activation(norm(depthwise(mask(glu(x)))))`` over ``[B, T, 2C]``.
+
+    Args:
+        x: ``[B, T, 2C]``; the first C channels are values, the others gates.
+        weight: ``[C, K]`` depthwise kernel, K odd and at most 63 ("same" padding, correlation as in ``F.conv1d``).
+        bias: ``[C]`` added after the convolution.
+        lengths: ``[B]`` int64 real frames; later frames are zeroed after the GLU, and batch and group
+            statistics skip them.  ``None``: every frame counts, padding included.
+        norm: ``"none"``, ``"layer"`` (over channels), ``"batch"`` or ``"group"`` (``num_groups``, per utterance).
+        norm_weight, norm_bias: ``[C]`` affine parameters, needed unless ``norm="none"``.
+        running_mean, running_var: ``[C]`` for ``norm="batch"``; read in evaluation, updated in place in training.
+        training: use the statistics of this batch (``norm="batch"`` only).
+        activation: ``"silu"``, ``"gelu"`` or ``"relu"``.
+
+    Returns:
+        ``[B, T, C]`` in the dtype of ``x``.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit.
+    """
+    check_shape(OP, "weight", weight, (None, None), "[C, K]")
+    c, k = weight.shape
+    if k % 2 == 0 or not 1 <= k <= 63:
+        raise ValueError(f"{OP}: weight has K = {k}; expected an odd kernel size from 1 to 63")
+    check_shape(OP, "x", x, (None, None, 2 * c), "[B, T, 2C]")
+    if norm not in NORMS:
+        raise ValueError(f"{OP}: norm is {norm!r}; expected one of {', '.join(NORMS)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{OP}: activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    if bias is not None:
+        check_shape(OP, "bias", bias, (c,), "[C]")
+    check_same(OP, x=x, weight=weight, bias=bias)
+    if norm != "none":
+        for name, p in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+            if p is None:
+                raise ValueError(f"{OP}: norm={norm!r} needs {name} [C]; got None")
+            check_shape(OP, name, p, (c,), "[C]")
+    if norm == "batch":
+        for name, p in (("running_mean", running_mean), ("running_var", running_var)):
+            if p is None:
+                raise ValueError(f"{OP}: norm='batch' needs {name} [C]; got None")
+            check_shape(OP, name, p, (c,), "[C]")
+    if norm == "group" and (num_groups < 1 or c % num_groups):
+        raise ValueError(f"{OP}: num_groups is {num_groups}; expected a divisor of C = {c}")
+    check_lengths(OP, lengths, x.shape[0], x.shape[1], x.device)
+    return glu_depthwise_conv_reference(
+        x,
+        weight,
+        bias,
+        lengths=lengths,
+        norm=norm,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        num_groups=num_groups,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        activation=activation,
+    )
