@@ -1,0 +1,179 @@
+"""What the Triton kernels share: launching, dtypes, launch heuristics, counter-based dropout, the ahead-of-time protocol.
+
+Every kernel module exposes `aot_configs(arch) -> Iterable[AotConfig]`: the configurations it ships for that
+architecture. `lcconformer.kernels.report` compiles them without a GPU and prints registers, spills and shared memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+# set before triton is imported, or not at all: decorating a kernel reads it
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+
+# shared memory one block may use (bytes), by compute capability
+SHARED_MEMORY: dict[int, int] = {
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    120: 99 * 1024,
+}
+
+TRITON_DTYPE: dict[torch.dtype, str] = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How one kernel is launched; `blocks` are its BLOCK_* constexprs."""
+
+    num_warps: int
+    num_stages: int
+    blocks: Mapping[str, int] = field(default_factory=dict)
+
+    def kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for `kernel[grid](...)`; the fusion of a*b+c is pinned since Triton's default moves."""
+        return {
+            **self.blocks,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
+
+
+@dataclass(frozen=True)
+class AotConfig:
+    """One kernel as shipped, ready to be compiled for an architecture without a GPU.
+
+    signature names the run-time arguments ("*bf16", "*fp32", "i32", "i64", "fp32"); every other parameter of the kernel is
+    in `constexprs`. Pointers count as 16-byte aligned; `divisible` names the integers that are multiples of 16 (as
+    strides are at run time), `spill_budget` is the bytes of stack a thread may use.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    dtype: str
+    launch: LaunchConfig
+    divisible: frozenset[str] = frozenset()
+    tensor_cores: bool = False
+    spill_budget: int | None = None
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@functools.lru_cache(maxsize=None)
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def arch_of(x: torch.Tensor) -> int:
+    """Compute capability of the tensor's device (90 for an H200); the interpreter acts as 90."""
+    if x.device.type != "cuda":
+        return 90
+    return _capability(x.device.index)
+
+
+def nearest_arch(arch: int) -> int:
+    """The listed architecture whose limits a device of capability `arch` has (87 -> 86, 103 -> 100, 121 -> 120)."""
+    return max((a for a in SHARED_MEMORY if a <= arch), default=min(SHARED_MEMORY))
+
+
+def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launches go to the current device: make it the tensor's."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], config: LaunchConfig, x: torch.Tensor, *args: Any, **kwargs: Any
+) -> None:
+    """Run `kernel` over `grid` on the device of `x`; empty grids launch nothing."""
+    if 0 in grid:
+        return
+    with device_guard(x):
+        kernel[grid](*args, **kwargs, **config.kwargs())
+
+
+def unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """The tensor itself if its last dimension has stride 1, else a contiguous copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+# --- dropout ---------------------------------------------------------------------------------------------------------
+# The decision for element (row, col) is 16 bits of Philox-4x32-7 with key `seed` and counter
+# (col // 8, row, major, stream): half-word col % 8 of the four words, low half first. Seven rounds pass BigCrush
+# (Salmon et al., 2011); 16 bits keep the cost at one Philox per eight elements, and the kept values are scaled by
+# the exact probability. `stream` is the loop of a shared layer, `major` is batch * heads + head, or 0.
+
+DROPOUT_LEVELS = 1 << 16
+
+
+def dropout_threshold(p: float) -> int:
+    """Elements whose 16 bits are below this are dropped."""
+    return min(round(p * DROPOUT_LEVELS), DROPOUT_LEVELS - 1)
+
+
+def dropout_scale(p: float) -> float:
+    """1 / (probability of being kept), of the threshold actually used."""
+    return DROPOUT_LEVELS / (DROPOUT_LEVELS - dropout_threshold(p))
+
+
+@triton.jit
+def dropout_keep(seed, stream, major, rows, col_start, threshold, BLOCK_N: tl.constexpr):
+    """Which of the [M, BLOCK_N] elements at rows [M] and columns col_start... are kept; col_start % 8 == 0.
+
+    seed int64; stream, major, rows, col_start, threshold int32.
+    """
+    cols8 = col_start // 8 + tl.arange(0, BLOCK_N // 8)
+    zero = rows[:, None] * 0 + cols8[None, :] * 0  # [M, BLOCK_N / 8]
+    r0, r1, r2, r3 = tl.philox(seed, zero + cols8[None, :], zero + rows[:, None], zero + major, zero + stream, 7)
+    t = threshold.to(tl.uint32)
+    lo = tl.join(tl.join((r0 & 0xFFFF) >= t, (r2 & 0xFFFF) >= t), tl.join((r1 & 0xFFFF) >= t, (r3 & 0xFFFF) >= t))
+    hi = tl.join(tl.join((r0 >> 16) >= t, (r2 >> 16) >= t), tl.join((r1 >> 16) >= t, (r3 >> 16) >= t))
+    # [M, BLOCK_N / 8, word / 2, word % 2, half] -> [M, BLOCK_N]
+    return tl.reshape(tl.join(lo, hi), (rows.shape[0], BLOCK_N))
+
+
+# --- ahead of time ---------------------------------------------------------------------------------------------------
+
+
+def constexpr_signature(
+    kernel: Any, pointers: Mapping[str, str], scalars: Mapping[str, str], constexprs: Mapping[str, Any]
+) -> dict[str, str]:
+    """The signature of `kernel` from its parameter names, checked: each is a pointer, a scalar or a constexpr.
+
+    A pointer mapped to None is absent (a constexpr None), as at run time.
+    """
+    known = {**pointers, **scalars}
+    missing = [n for n in kernel.arg_names if n not in known and n not in constexprs]
+    if missing:
+        raise ValueError(f"{kernel.__name__}: no type given for {missing}")
+    return {n: known[n] for n in kernel.arg_names if n in known and n not in constexprs}
+
+
+def divisible_by_16(config: AotConfig) -> Iterable[str]:
+    """Names of the arguments Triton would specialise on at run time."""
+    return [n for n, t in config.signature.items() if t.startswith("*") or n in config.divisible]
