@@ -1,0 +1,24 @@
+"""Speech for pretraining and probes: corpora, phone labels, log-mel features, batches."""
+
+from .batching import Batch, BatchLoader, plan_batches
+from .corpora import BadAudioError, Corpus, Utterance, demo_corpus, load_corpus
+from .features import LogMel, cmvn, frame_count
+from .phones import IGNORE, PHONES, fold, frame_labels
+
+__all__ = [
+    "IGNORE",
+    "PHONES",
+    "BadAudioError",
+    "Batch",
+    "BatchLoader",
+    "Corpus",
+    "LogMel",
+    "Utterance",
+    "cmvn",
+    "demo_corpus",
+    "fold",
+    "frame_count",
+    "frame_labels",
+    "load_corpus",
+    "plan_batches",
+]

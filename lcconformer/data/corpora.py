@@ -1,0 +1,429 @@
+"""Speech corpora: a list of utterances whose audio is read when asked for.
+
+Three layouts are recognised:
+
+1. a LibriSpeech tree: any folder above ``SPEAKER/CHAPTER/*.trans.txt`` with the ``.flac`` files beside (one subset or
+   several);
+2. a zip with one compressed mono 16 kHz file an utterance (``.mp3 .opus .ogg .flac .wav``) and ``meta.jsonl``, a JSON
+   object a line: ``utt`` (the file's name without its ending), ``spk``, ``split``, ``text``, ``n`` (samples) and
+   ``phones`` (``PHONE:frames ...`` in 10 ms frames from the start; empty where unknown);
+3. a folder with the same content as such a zip.
+
+Why not lhotse's manifests: they describe files on a disk, so a zip would have to be extracted (or rewritten as Shar),
+and its samplers do not give batches that are the same for every number of processes. What is left is a dozen fields,
+below.
+
+A file that cannot be used (corrupt, empty, too short, too long, silent, not 16 kHz, not mono) is never fatal: it is
+left out, with a warning that names it and counts it, and stands in ``Corpus.skipped``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import threading
+import warnings
+import zipfile
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+
+from .features import SAMPLE_RATE
+from .phones import parse_alignment
+
+FORMATS = (
+    "a LibriSpeech folder tree (SPEAKER/CHAPTER/*.trans.txt with .flac files), "
+    "a .zip with meta.jsonl and one audio file an utterance, or a folder with the same content"
+)
+_SUFFIXES = frozenset({".mp3", ".opus", ".ogg", ".flac", ".wav"})
+_SILENCE = 4  # 16-bit steps between the lowest and the highest sample: -84 dB of full scale
+_WARNINGS = 20
+
+
+class BadAudioError(ValueError):
+    """An audio file that cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One utterance. ``phones``: (label, 10 ms frames) pairs from the start, or None; ``source``: its file within the
+    corpus."""
+
+    id: str
+    speaker: str
+    split: str
+    text: str
+    num_samples: int
+    phones: tuple[tuple[str, int], ...] | None
+    source: str
+
+    @property
+    def seconds(self) -> float:
+        return self.num_samples / SAMPLE_RATE
+
+
+class _Skipped(dict[str, str]):
+    """File -> why it was left out; warns once a file, by name for the first ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
+
+    def add(self, file: str, reason: str) -> None:
+        with self._lock:
+            if file in self:
+                return
+            self[file] = reason
+            count = len(self)
+        if count <= _WARNINGS:
+            more = "; further ones are only counted, see Corpus.skipped" if count == _WARNINGS else ""
+            warnings.warn(f"skipped audio file {count}: {file}: {reason}{more}", UserWarning, stacklevel=3)
+
+
+class _Archive:
+    """Reads members of a zip; reopens after a fork, whose processes would share one file position."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._open()
+
+    def _open(self) -> None:
+        self._zip, self._pid = zipfile.ZipFile(self.path), os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["path"])  # type: ignore[misc]
+
+    def names(self) -> Iterable[str]:
+        return self._zip.namelist()
+
+    def read(self, name: str) -> bytes:
+        if self._pid != os.getpid():
+            self._open()
+        return self._zip.read(name)
+
+
+class _Folder:
+    """Reads files of a folder by the names found in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def names(self) -> Iterable[str]:
+        return (entry.name for entry in os.scandir(self.path) if entry.is_file())
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+
+class Corpus(Sequence[Utterance]):
+    """A sequence of utterances in a fixed order, with their audio. Made by :func:`load_corpus`.
+
+    ``name`` is the corpus's path; ``skipped`` maps each file left out so far to the reason.
+    """
+
+    def __init__(
+        self, name: str, utterances: Sequence[Utterance], files: _Archive | _Folder, skipped: _Skipped
+    ) -> None:
+        self.name = name
+        self.skipped = skipped
+        self._utterances = tuple(utterances)
+        self._files = files
+        self._pcm: dict[str, np.ndarray] = {}
+
+    @overload
+    def __getitem__(self, index: int) -> Utterance: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Utterance, ...]: ...
+    def __getitem__(self, index: int | slice) -> Utterance | tuple[Utterance, ...]:
+        return self._utterances[index]
+
+    def __len__(self) -> int:
+        return len(self._utterances)
+
+    def __iter__(self) -> Iterator[Utterance]:
+        return iter(self._utterances)
+
+    def __repr__(self) -> str:
+        return f"Corpus({self.name!r}: {len(self)} utterances, {len(self.speakers)} speakers, {self.hours:.2f} h)"
+
+    @property
+    def hours(self) -> float:
+        return sum(u.num_samples for u in self) / SAMPLE_RATE / 3600
+
+    @property
+    def speakers(self) -> tuple[str, ...]:
+        return tuple(sorted({u.speaker for u in self}))
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(sorted({u.split for u in self}))
+
+    def select(
+        self,
+        *,
+        speakers: Collection[str] | None = None,
+        exclude_speakers: Collection[str] = (),
+        splits: Collection[str] | None = None,
+    ) -> Corpus:
+        """The utterances of these speakers and splits (None: all of them), in the same order, sharing audio already in
+        memory.
+
+        Raises:
+            ValueError: a name that the corpus does not have, or nothing is left.
+        """
+        for what, wanted, known in (
+            ("speaker", {*(speakers or ()), *exclude_speakers}, self.speakers),
+            ("split", set(splits or ()), self.splits),
+        ):
+            unknown = sorted(wanted - set(known))
+            if unknown:
+                raise ValueError(f"{self.name} has no {what} {', '.join(unknown)}; it has: {', '.join(known)}")
+        kept = [
+            u
+            for u in self
+            if (speakers is None or u.speaker in speakers)
+            and u.speaker not in exclude_speakers
+            and (splits is None or u.split in splits)
+        ]
+        if not kept:
+            raise ValueError(f"no utterance of {self.name} is left by this selection of speakers and splits")
+        return self._replace(kept)
+
+    def audio(self, utterance: Utterance) -> torch.Tensor:
+        """Samples of an utterance: float32 ``[num_samples]`` at 16 kHz, full scale +-1, on the 16-bit grid.
+
+        Raises:
+            BadAudioError: the file cannot be used.
+        """
+        pcm = self._pcm.get(utterance.id)
+        if pcm is None:
+            pcm = self._decode(utterance)
+        return torch.from_numpy(pcm.astype(np.float32) / 32768.0)
+
+    def preload(self, workers: int = 2) -> Corpus:
+        """The same corpus with all audio decoded into memory as 16-bit integers (115 MB an hour), without unusable
+        files.
+
+        Raises:
+            ValueError: no file is usable.
+        """
+        with ThreadPoolExecutor(workers) as pool:
+            pcm = dict(zip((u.id for u in self), pool.map(self._decode_or_skip, self)))
+        corpus = self._replace([u for u in self if pcm[u.id] is not None])
+        corpus._pcm = {key: value for key, value in pcm.items() if value is not None}
+        _refuse_empty(corpus)
+        return corpus
+
+    def _replace(self, utterances: Sequence[Utterance]) -> Corpus:
+        corpus = Corpus(self.name, utterances, self._files, self.skipped)
+        corpus._pcm = self._pcm
+        return corpus
+
+    def _decode_or_skip(self, utterance: Utterance) -> np.ndarray | None:
+        try:
+            return self._pcm[utterance.id] if utterance.id in self._pcm else self._decode(utterance)
+        except BadAudioError as error:
+            self.skipped.add(utterance.source, str(error))
+            return None
+
+    def _decode(self, utterance: Utterance) -> np.ndarray:
+        """int16 ``[num_samples]``; rounding once here makes audio from memory and from the file the same."""
+        soundfile = _soundfile()
+        try:
+            with soundfile.SoundFile(io.BytesIO(self._files.read(utterance.source))) as file:
+                _check_header(file)
+                # one more than promised, so that a longer file shows without being decoded to its end
+                samples = file.read(utterance.num_samples + 1, dtype="float32")
+        except BadAudioError:
+            raise
+        except (
+            RuntimeError,
+            OSError,
+            EOFError,
+            KeyError,
+            zipfile.BadZipFile,
+            zlib.error,
+            NotImplementedError,
+        ) as error:
+            raise BadAudioError(f"cannot be decoded ({error})") from error
+        if len(samples) != utterance.num_samples:
+            more = "more than " if len(samples) > utterance.num_samples else ""
+            raise BadAudioError(
+                f"holds {more}{min(len(samples), utterance.num_samples)} samples, {utterance.num_samples} expected"
+            )
+        if not np.isfinite(samples).all():
+            raise BadAudioError("has samples that are not finite")
+        pcm = np.clip(np.rint(samples * 32768.0), -32768, 32767).astype(np.int16)
+        if int(pcm.max()) - int(pcm.min()) <= _SILENCE:
+            raise BadAudioError("is silent")
+        return pcm
+
+
+def load_corpus(path: str | os.PathLike[str], *, min_seconds: float = 0.2, max_seconds: float = 60.0) -> Corpus:
+    """Open a corpus in one of the module's three layouts; utterances come sorted by id. Reads no audio beyond file
+    headers.
+
+    Utterances outside ``min_seconds ... max_seconds`` are skipped with a warning.
+
+    Raises:
+        FileNotFoundError: nothing at ``path``.
+        ValueError: it is in no known layout, or holds no usable utterance.
+        ImportError: soundfile is not installed.
+    """
+    if not 0.005 <= min_seconds < max_seconds:
+        raise ValueError(f"need 0.005 <= min_seconds < max_seconds, got {min_seconds} and {max_seconds}")
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no corpus at {path}: expected {FORMATS}")
+    _soundfile()
+    skipped = _Skipped()
+    files: _Archive | _Folder
+    if path.is_dir():
+        files = _Folder(path)
+        found = _from_meta(files, skipped) if (path / "meta.jsonl").is_file() else _from_librispeech(path, skipped)
+    elif zipfile.is_zipfile(path):
+        files = _Archive(path)
+        found = _from_meta(files, skipped) if "meta.jsonl" in files.names() else None
+    else:
+        found = None
+    if found is None:
+        raise ValueError(f"{path} is no corpus: expected {FORMATS}")
+
+    utterances: dict[str, Utterance] = {}
+    for utterance in sorted(found, key=lambda u: (u.id, u.source)):
+        if utterance.id in utterances:
+            skipped.add(utterance.source, f"utterance {utterance.id} is there twice")
+        elif utterance.num_samples <= 0:
+            skipped.add(utterance.source, "is empty")
+        elif not min_seconds <= utterance.seconds <= max_seconds:
+            why = (
+                f"lasts {utterance.seconds:.2f} s, outside min_seconds={min_seconds:g} ... max_seconds={max_seconds:g}"
+            )
+            skipped.add(utterance.source, why)
+        else:
+            utterances[utterance.id] = utterance
+    corpus = Corpus(str(path), list(utterances.values()), files, skipped)
+    _refuse_empty(corpus)
+    return corpus
+
+
+def demo_corpus() -> Corpus:
+    """The 25 minutes of English telephone prompts (one speaker) that come with the package, with phone alignments.
+
+    Its splits are ``train`` and ``test``. See ``lcconformer/data/demo/NOTICE`` for its authors and its licence (CC
+    BY-SA 3.0).
+    """
+    return load_corpus(str(resources.files("lcconformer.data.demo") / "asterisk_en.zip"))
+
+
+def _from_meta(files: _Archive | _Folder, skipped: _Skipped) -> list[Utterance]:
+    # only names listed by the container are ever opened, so an id such as "../x" finds no file
+    audio = {
+        Path(name).stem: name for name in files.names() if Path(name).suffix.lower() in _SUFFIXES and "/" not in name
+    }
+    found = []
+    for number, line in enumerate(files.read("meta.jsonl").decode("utf-8", "replace").splitlines(), 1):
+        where = f"meta.jsonl line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            utt, speaker, split, text, phones = (
+                str(row.get(k) or "") for k in ("utt", "spk", "split", "text", "phones")
+            )
+            samples = row.get("n")
+        except (ValueError, AttributeError, RecursionError):
+            skipped.add(where, "is no JSON object")
+            continue
+        if utt not in audio:
+            skipped.add(where, f"no audio file for utterance {utt!r}")
+            continue
+        if samples is None:
+            samples = _read_length(io.BytesIO(files.read(audio[utt])), audio[utt], skipped)
+        if samples is None:
+            continue
+        if not isinstance(samples, int) or isinstance(samples, bool):
+            skipped.add(audio[utt], f"its number of samples is {samples!r} in {where}")
+            continue
+        found.append(Utterance(utt, speaker, split, text, samples, _alignment(phones, audio[utt]), audio[utt]))
+    return found
+
+
+def _from_librispeech(path: Path, skipped: _Skipped) -> list[Utterance] | None:
+    transcripts = sorted(path.rglob("*.trans.txt"))
+    if not transcripts:
+        return None
+    root = path.resolve()
+    texts: dict[Path, str] = {}
+    for transcript in transcripts:
+        for line in transcript.read_text("utf-8", "replace").splitlines():
+            utt, _, text = line.strip().partition(" ")
+            file = transcript.parent / f"{utt}.flac"
+            if not utt or Path(utt).name != utt or not file.is_file():
+                skipped.add(f"{transcript.relative_to(path)}: {utt}", "no audio file for this transcript")
+            else:
+                texts[file] = text
+
+    def read(file: Path) -> Utterance | None:
+        source = str(file.relative_to(path))
+        samples = _read_length(file, source, skipped)
+        if samples is None:
+            return None
+        folders = (root / source).parents  # CHAPTER, SPEAKER, subset
+        return Utterance(file.stem, folders[1].name, folders[2].name, texts[file], samples, None, source)
+
+    with ThreadPoolExecutor(8) as pool:
+        return [utterance for utterance in pool.map(read, texts) if utterance is not None]
+
+
+def _read_length(file: Path | io.BytesIO, source: str, skipped: _Skipped) -> int | None:
+    soundfile = _soundfile()
+    try:
+        with soundfile.SoundFile(file) as header:
+            _check_header(header)
+            return header.frames
+    except BadAudioError as error:
+        skipped.add(source, str(error))
+    except (RuntimeError, OSError) as error:
+        skipped.add(source, f"cannot be decoded ({error})")
+    return None
+
+
+def _check_header(file: Any) -> None:
+    if file.channels != 1:
+        raise BadAudioError(f"has {file.channels} channels: mix it down to one")
+    if file.samplerate != SAMPLE_RATE:
+        raise BadAudioError(f"is sampled at {file.samplerate} Hz: resample it to {SAMPLE_RATE} Hz")
+
+
+def _alignment(phones: str, source: str) -> tuple[tuple[str, int], ...] | None:
+    try:
+        return parse_alignment(phones) or None
+    except ValueError as error:
+        warnings.warn(f"ignored the phone alignment of {source}: {error}", UserWarning, stacklevel=2)
+        return None
+
+
+def _refuse_empty(corpus: Corpus) -> None:
+    if not len(corpus):
+        reasons = "; ".join(f"{file}: {reason}" for file, reason in list(corpus.skipped.items())[:3])
+        raise ValueError(f"{corpus.name} holds no usable utterance ({len(corpus.skipped)} skipped; {reasons})")
+
+
+def _soundfile() -> Any:
+    try:
+        import soundfile
+    except ImportError as error:
+        raise ImportError('reading speech needs soundfile: pip install "lcconformer[speech]"') from error
+    return soundfile

@@ -1,0 +1,147 @@
+"""Log-mel filterbank features, computed in batches on whatever device the audio is on.
+
+The numbers are Kaldi's (``compute-fbank-feats --snip-edges=false --dither=0`` on 16-bit samples): 25 ms povey window
+every 10 ms, DC removed, pre-emphasis 0.97, 512-point power spectrum, triangular filters on the mel scale, natural log
+with the floor 2^-23. Frame ``t`` is centred on sample ``160 t + 80``, i.e. on the middle of the 10 ms label ``t``:
+that is why the edges are not snipped. At both ends the signal is mirrored, each utterance at its own end, so that
+padding never enters a frame.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+SAMPLE_RATE = 16_000
+FRAME_SHIFT = 160
+"""Samples from one frame to the next: 10 ms."""
+
+_WINDOW = 400
+_FFT = 512
+_FLOOR = torch.finfo(torch.float32).eps
+_VARIANCE_FLOOR = 1e-5
+
+Count = TypeVar("Count", int, torch.Tensor)
+
+
+def frame_count(samples: Count) -> Count:
+    """Number of frames of ``samples`` samples (int or int64 tensor): the nearest number of 10 ms shifts, halves up."""
+    return (samples + FRAME_SHIFT // 2) // FRAME_SHIFT
+
+
+def cmvn(features: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+    """Zero mean and unit variance per utterance and bin, over real frames only; padding becomes zero.
+
+    Args:
+        features: ``[B, T, C]``, any content in the padding.
+        frames: ``[B]`` int64, numbers of real frames.
+
+    A bin that does not vary (silence, a single frame) becomes zero.
+    """
+    real = (torch.arange(features.shape[1], device=features.device) < frames[:, None])[..., None]  # [B, T, 1]
+    count = frames.clamp(min=1)[:, None, None]
+    mean = features.where(real, 0).sum(1, keepdim=True) / count  # [B, 1, C]
+    centred = (features - mean).where(real, 0)
+    variance = centred.square().sum(1, keepdim=True) / count
+    return centred * torch.rsqrt(variance + _VARIANCE_FLOOR)
+
+
+def _mel_filters(num_bins: int, low_freq: float, high_freq: float) -> torch.Tensor:
+    """Kaldi's triangles, linear in mel = 1127 ln(1 + f / 700): ``[257, num_bins]``; the Nyquist row is zero."""
+    bins = torch.arange(_FFT // 2 + 1, dtype=torch.float64) * (SAMPLE_RATE / _FFT)
+    mel = (1127.0 * torch.log1p(bins / 700.0))[:, None]
+    low, high = (1127.0 * math.log1p(f / 700.0) for f in (low_freq, high_freq))
+    edges = torch.linspace(low, high, num_bins + 2, dtype=torch.float64)
+    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
+    filters = torch.minimum((mel - left) / (centre - left), (right - mel) / (right - centre)).clamp(min=0)
+    filters[-1] = 0
+    return filters.float()
+
+
+class LogMel(nn.Module):
+    """Kaldi-compatible log-mel features with optional mean and variance normalisation per utterance.
+
+    Args:
+        num_bins: number of mel filters C.
+        low_freq, high_freq: edges of the filterbank in Hz. Where corpora of different bandwidth are mixed, take the
+            upper edge of the narrowest: speech that went through a low-rate MP3 stops near 5.8 kHz, and
+            ``high_freq=5600`` keeps the normalisation from blowing up its empty bands.
+        normalize: apply :func:`cmvn`.
+
+    Raises:
+        ValueError: the filterbank is impossible (edges out of order or range, a filter narrower than the spectrum's
+            resolution).
+    """
+
+    window: torch.Tensor
+    filters: torch.Tensor
+
+    def __init__(
+        self, num_bins: int = 80, low_freq: float = 20.0, high_freq: float = 8000.0, normalize: bool = True
+    ) -> None:
+        super().__init__()
+        if not 0 <= low_freq < high_freq <= SAMPLE_RATE / 2:
+            raise ValueError(f"need 0 <= low_freq < high_freq <= {SAMPLE_RATE // 2}, got {low_freq} and {high_freq}")
+        if num_bins < 1:
+            raise ValueError(f"num_bins must be at least 1, got {num_bins}")
+        filters = _mel_filters(num_bins, low_freq, high_freq)
+        empty = int((filters.sum(0) == 0).sum())
+        if empty:
+            raise ValueError(
+                f"{empty} of {num_bins} mel filters between {low_freq} and {high_freq} Hz are narrower than "
+                f"the spectrum's {SAMPLE_RATE / _FFT:.1f} Hz: lower num_bins or widen the range"
+            )
+        self.num_bins, self.low_freq, self.high_freq, self.normalize = num_bins, low_freq, high_freq, normalize
+        window = torch.hann_window(_WINDOW, periodic=False, dtype=torch.float64).pow(0.85).float()
+        self.register_buffer("window", window, persistent=False)
+        self.register_buffer("filters", filters, persistent=False)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_bins}, {self.low_freq}-{self.high_freq} Hz, normalize={self.normalize}"
+
+    def forward(self, audio: torch.Tensor, lengths: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features of a padded batch; computed in float32, also under autocast.
+
+        Args:
+            audio: ``[B, S]`` float, 16 kHz, full scale +-1.
+            lengths: ``[B]`` int64, real samples of each utterance; None: all of them.
+
+        Returns:
+            features ``[B, frame_count(S), C]`` float32, zero in the padding, and their numbers of frames ``[B]`` int64.
+
+        Raises:
+            ValueError: wrong shapes, fewer than 80 samples (no frame), or this module was cast from float32.
+        """
+        if audio.ndim != 2 or audio.shape[1] < FRAME_SHIFT // 2:
+            raise ValueError(f"audio must be [B, S] with S >= {FRAME_SHIFT // 2}, got {list(audio.shape)}")
+        if lengths is None:
+            lengths = torch.full((audio.shape[0],), audio.shape[1], dtype=torch.int64, device=audio.device)
+        if lengths.shape != audio.shape[:1]:
+            raise ValueError(
+                f"lengths must be [{audio.shape[0]}] for audio {list(audio.shape)}, got {list(lengths.shape)}"
+            )
+        if self.filters.dtype != torch.float32:
+            raise ValueError(f"LogMel must stay in float32, got {self.filters.dtype}: cast only the encoder")
+        total, frames = frame_count(audio.shape[1]), frame_count(lengths)
+        with torch.autocast(audio.device.type, enabled=False):
+            x = self._mirror(audio.float() * 32768.0, lengths, total).unfold(1, _WINDOW, FRAME_SHIFT)  # [B, T, 400]
+            x = x - x.mean(-1, keepdim=True)
+            x = x - 0.97 * torch.cat((x[..., :1], x[..., :-1]), -1)
+            power = torch.fft.rfft(x * self.window, _FFT).abs().square()  # [B, T, 257]
+            features = (power @ self.filters).clamp(min=_FLOOR).log()
+            if self.normalize:
+                return cmvn(features, frames), frames
+            real = torch.arange(total, device=audio.device) < frames[:, None]
+            return features.where(real[..., None], 0), frames
+
+    @staticmethod
+    def _mirror(audio: torch.Tensor, lengths: torch.Tensor, total: int) -> torch.Tensor:
+        """Each utterance continued by its mirror image on both sides, cut to what ``total`` frames need."""
+        before = (_WINDOW - FRAME_SHIFT) // 2
+        index = torch.arange(-before, (total - 1) * FRAME_SHIFT + _WINDOW - before, device=audio.device)
+        length = lengths.clamp(min=1)[:, None]
+        index = index % (2 * length)  # the mirrored signal repeats every 2 x length, also for the very short
+        return audio.gather(1, torch.minimum(index, 2 * length - 1 - index))
