@@ -1,3 +1,19 @@
 """lcconformer: a Conformer encoder for speech whose layers share one set of weights."""
 
+from .config import ConformerConfig
+from .conformer import Conformer
+from .depth import DepthSampler, ExitRule
+from .encoder import ConformerEncoder
+from .layer import ConformerLayer
+from .ops._backend import backend
+
 __version__ = "0.1.0"
+__all__ = [
+    "Conformer",
+    "ConformerConfig",
+    "ConformerEncoder",
+    "ConformerLayer",
+    "DepthSampler",
+    "ExitRule",
+    "backend",
+]

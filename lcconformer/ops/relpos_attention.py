@@ -26,9 +26,9 @@ def relative_shift(x: Tensor) -> Tensor:
     t = x.shape[-2]
     x = x.contiguous()
     lead = x.shape[:-2]
-    flat = x.reshape(*lead, t * (2 * t - 1))
+    flat = x.reshape(*lead, t * (2 * t - 1))[..., t - 1 :]
     # rows of pitch 2T-2 starting at T-1: no pad, no gather, and the backward is the same view
-    return flat.as_strided((*lead, t, t), (*flat.stride()[:-1], 2 * t - 2, 1), flat.storage_offset() + t - 1)
+    return flat.as_strided((*lead, t, t), (*flat.stride()[:-1], 2 * t - 2, 1))
 
 
 def relpos_attention_reference(

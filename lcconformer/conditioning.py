@@ -1,0 +1,67 @@
+"""What tells the depths of a shared layer apart; every form starts as the identity.
+
+``layer_norm``: own LayerNorms per depth (as increments; Sharing-MoE Conformer, arXiv 2209.08326).  ``step``: an embedding of
+the depth added to the input of the loop (Universal Transformer, arXiv 1807.03819).  ``film``: the input scaled and shifted.
+``lora``: a low-rank increment per matrix and depth (Relaxed Recursive Transformers, arXiv 2410.20672).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .config import ConformerConfig
+
+__all__ = ["DepthConditioning"]
+
+
+class DepthConditioning(nn.Module):
+    """Per-depth parameters, each stacked over depth ``[N, ...]`` in one tensor.
+
+    Stacking gives every parameter a gradient at any sampled depth (zero where a depth did not run), so that data-parallel
+    training never waits for one that was not used.
+
+    Args:
+        config: ``conditioning``, ``lora_rank``, ``num_layers``, ``d_model`` are used.
+        layer: a layer of the encoder, for the names and shapes of its norms and matrices.
+    """
+
+    def __init__(self, config: ConformerConfig, layer: nn.Module) -> None:
+        super().__init__()
+        n, d, rank = config.num_layers, config.d_model, config.lora_rank
+        self.step = nn.Parameter(torch.zeros(n, d)) if "step" in config.conditioning else None
+        self.film = nn.Parameter(torch.zeros(n, 2, d)) if "film" in config.conditioning else None
+        self._norms: list[str] = []
+        self._matrices: list[str] = []
+        self.norm_deltas, self.lora_a, self.lora_b = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.LayerNorm) and "layer_norm" in config.conditioning:
+                for leaf, parameter in module.named_parameters():
+                    self._norms.append(f"{name}.{leaf}")
+                    self.norm_deltas.append(nn.Parameter(torch.zeros(n, *parameter.shape)))
+            # the position projection runs once per forward, whatever the depth
+            if isinstance(module, nn.Linear) and "lora" in config.conditioning and name != "attention.pos":
+                self._matrices.append(f"{name}.weight")
+                a = torch.empty(n, rank, module.in_features)
+                self.lora_a.append(nn.Parameter(a.uniform_(-1, 1).div_(math.sqrt(module.in_features))))
+                self.lora_b.append(nn.Parameter(torch.zeros(n, module.out_features, rank)))
+
+    def enter(self, x: Tensor, depth: int) -> Tensor:
+        """The input ``[B, T, d_model]`` of loop ``depth`` (from 0)."""
+        if self.step is not None:
+            x = x + self.step[depth]
+        if self.film is not None:
+            scale, shift = self.film[depth]
+            x = x * (1.0 + scale) + shift
+        return x
+
+    def overrides(self, layer: nn.Module, depth: int) -> dict[str, Tensor]:
+        """Parameters of ``layer`` as loop ``depth`` sees them, by name; only those that are conditioned."""
+        out: dict[str, Tensor] = {}
+        for name, delta in zip(self._norms, self.norm_deltas):
+            out[name] = layer.get_parameter(name) + delta[depth]
+        for name, a, b in zip(self._matrices, self.lora_a, self.lora_b):
+            out[name] = layer.get_parameter(name) + b[depth] @ a[depth]
+        return out

@@ -1,0 +1,99 @@
+"""torchaudio's Conformer: its signature, its semantics, its state dict."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .config import ConformerConfig
+from .encoder import ConformerEncoder
+from .interop.keys import from_peer, to_peer
+from .interop.torchaudio import LAYER_KEYS
+
+__all__ = ["Conformer"]
+
+
+class Conformer(nn.Module):
+    """Drop-in for ``torchaudio.models.Conformer``: the same arguments, results and state dict, in both directions.
+
+    Args:
+        input_dim: width of the input and of the residual stream.
+        num_heads: attention heads.
+        ffn_dim: hidden width of the feed-forward modules.
+        num_layers: number of layers (loops).
+        depthwise_conv_kernel_size: odd kernel size of the depthwise convolution.
+        dropout: dropout probability.
+        use_group_norm: GroupNorm with one group instead of BatchNorm in the convolution module.
+        convolution_first: convolution before attention.
+        share_layers: one set of weights for all layers; the state dict then holds ``conformer_layers.0`` alone.
+        padding: ``"peer"`` reproduces torchaudio, whose convolution and norm see the padding; ``"masked"`` gives each
+            utterance of a batch what it would get alone.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        num_heads: int,
+        ffn_dim: int,
+        num_layers: int,
+        depthwise_conv_kernel_size: int,
+        dropout: float = 0.0,
+        use_group_norm: bool = False,
+        convolution_first: bool = False,
+        *,
+        share_layers: bool = False,
+        padding: str = "peer",
+    ) -> None:
+        super().__init__()
+        self.encoder = ConformerEncoder(
+            ConformerConfig(
+                d_model=input_dim,
+                num_heads=num_heads,
+                ffn_dim=ffn_dim,
+                num_layers=num_layers,
+                conv_kernel_size=depthwise_conv_kernel_size,
+                dropout=dropout,
+                position="none",
+                conv_norm="group" if use_group_norm else "batch",
+                convolution_first=convolution_first,
+                sharing="all" if share_layers else "none",
+                padding=padding,
+            )
+        )
+        self.register_state_dict_post_hook(_rename_to_torchaudio)
+        self.register_load_state_dict_pre_hook(_rename_from_torchaudio)
+
+    def forward(self, input: Tensor, lengths: Tensor, *, depth: int | None = None) -> tuple[Tensor, Tensor]:
+        """Encode.
+
+        Args:
+            input: ``[B, T, input_dim]``.
+            lengths: ``[B]`` int64 real frames of each utterance.
+            depth: number of layers to run; None: all.
+
+        Returns:
+            ``(output [B, T, input_dim], lengths [B])``.
+        """
+        output, _ = self.encoder(input, lengths, depth=depth)
+        return output, lengths
+
+
+def _rename_to_torchaudio(module: Conformer, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    for i, layer in enumerate(module.encoder.layers):
+        ours = {name: state.pop(f"{prefix}encoder.layers.{i}.{name}") for name in layer.state_dict()}
+        state.update(to_peer(LAYER_KEYS, ours, f"{prefix}conformer_layers.{i}."))
+
+
+def _rename_from_torchaudio(module: Conformer, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
+    for i in range(len(module.encoder.layers)):
+        theirs = f"{prefix}conformer_layers.{i}."
+        ours = from_peer(LAYER_KEYS, state, theirs)
+        for key in LAYER_KEYS:
+            if key.ours in ours:
+                for name in key.theirs:
+                    del state[theirs + name]
+        state.update({f"{prefix}encoder.layers.{i}.{name}": value for name, value in ours.items()})

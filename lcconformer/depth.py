@@ -1,0 +1,153 @@
+"""How many loops: sampled per training step (arXiv 2105.00812), and chosen at inference by an exit rule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .ops._checks import frame_mask
+
+__all__ = ["DepthSampler", "ExitRule"]
+
+_KINDS = ("uniform", "fixed", "curriculum", "log_normal", "sandwich")
+
+
+def _uniform(seed: int, step: int, draw: int) -> float:
+    """A number in [0, 1) that depends on nothing but its arguments (splitmix64, Steele et al. 2014)."""
+    mask = (1 << 64) - 1
+    z = 0
+    for word in (seed, step, draw):
+        z = (z ^ (word & mask)) + 0x9E3779B97F4A7C15 & mask
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
+        z ^= z >> 31
+    return (z >> 11) / (1 << 53)
+
+
+@dataclass(frozen=True)
+class DepthSampler:
+    """Training depth as a function of (seed, step): the same on every rank and after a resume, with no communication.
+
+    Attributes:
+        kind: ``"uniform"`` over ``low`` ... ``num_layers`` (the paper's); ``"fixed"``: always ``num_layers``;
+            ``"curriculum"``: uniform over ``low`` ... a maximum that grows linearly to ``num_layers`` within ``steps``;
+            ``"log_normal"``: Poisson with log-normal rate of mean ``mean`` (arXiv 2502.05171), clipped to the range;
+            ``"sandwich"``: the deepest, the shallowest and a random depth in one step (arXiv 1903.05134).
+        num_layers: N, the deepest.
+        low: the shallowest.
+        seed: of the draws.
+        steps: length of the curriculum.
+        mean: of ``"log_normal"``; default the middle of the range.
+        sigma: of ``"log_normal"``.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    kind: str = "uniform"
+    num_layers: int = 12
+    low: int = 1
+    seed: int = 0
+    steps: int = 0
+    mean: float | None = None
+    sigma: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise ValueError(f"DepthSampler: kind is {self.kind!r}; expected one of {', '.join(_KINDS)}")
+        if not 1 <= self.low <= self.num_layers:
+            raise ValueError(
+                f"DepthSampler: low is {self.low} with num_layers = {self.num_layers}; expected 1 <= low <= num_layers"
+            )
+        if self.kind == "curriculum" and self.steps < 1:
+            raise ValueError(f"DepthSampler: steps is {self.steps}; a curriculum needs its length in steps, 1 or more")
+        if self.kind == "log_normal" and self.sigma <= 0:
+            raise ValueError(f"DepthSampler: sigma is {self.sigma}; expected a positive number")
+
+    def depths(self, step: int) -> tuple[int, ...]:
+        """Depths to train in ``step`` (from 0), deepest first; one, or up to three for ``"sandwich"``."""
+        n, low = self.num_layers, self.low
+        if self.kind == "fixed":
+            return (n,)
+        if self.kind == "curriculum":
+            n = low + round((n - low) * min(1.0, (step + 1) / self.steps))
+        if self.kind == "log_normal":
+            return (self._log_normal(step),)
+        drawn = low + int(_uniform(self.seed, step, 0) * (n - low + 1))
+        if self.kind == "sandwich":
+            return tuple(sorted({n, drawn, low}, reverse=True))
+        return (drawn,)
+
+    def _log_normal(self, step: int) -> int:
+        mean = (self.low + self.num_layers) / 2 if self.mean is None else self.mean
+        u1, u2 = 1.0 - _uniform(self.seed, step, 1), _uniform(self.seed, step, 2)
+        normal = math.sqrt(-2.0 * math.log(u1)) * math.cos(2.0 * math.pi * u2)
+        rate = math.exp(math.log(mean) - self.sigma**2 / 2 + self.sigma * normal)
+        # Poisson by inversion
+        target, k = _uniform(self.seed, step, 3), 0
+        term = total = math.exp(-rate)
+        while total < target and k < self.num_layers:
+            k += 1
+            term *= rate / k
+            total += term
+        return min(max(k, self.low), self.num_layers)
+
+    def mean_depth(self, steps: int | None = None) -> float:
+        """Expected number of loops of a step: closed form where there is one, else the mean over ``steps`` (default 10000).
+
+        A ``"sandwich"`` step runs the deepest only once: its shallower depths are hidden states of the same run.
+        """
+        if self.kind in ("fixed", "sandwich"):
+            return float(self.num_layers)
+        if self.kind == "uniform":
+            return (self.low + self.num_layers) / 2
+        count = steps or (self.steps if self.kind == "curriculum" else 10_000)
+        return sum(self.depths(s)[0] for s in range(count)) / count
+
+
+@dataclass(frozen=True)
+class ExitRule:
+    """When an utterance has been through enough loops (:meth:`ConformerEncoder.adaptive`).
+
+    Attributes:
+        kind: ``"fixed"``: after ``depth`` loops (Shallow Layer Inference, arXiv 2105.00812); ``"change"``: when the normalised
+            change |h_k - h_(k-1)| / |h_(k-1)| of an utterance falls below ``threshold``; ``"cosine"``: when the mean
+            over its frames of 1 - cos(h_k, h_(k-1)) does.
+        depth: loops of ``"fixed"``; the most loops otherwise (None: all of the encoder's).
+        threshold: of ``"change"`` and ``"cosine"``, positive.
+        min_depth: loops before the first test, 1 or more.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    kind: str = "fixed"
+    depth: int | None = None
+    threshold: float = 0.05
+    min_depth: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("fixed", "change", "cosine"):
+            raise ValueError(f"ExitRule: kind is {self.kind!r}; expected 'fixed', 'change' or 'cosine'")
+        if self.kind == "fixed" and self.depth is None:
+            raise ValueError("ExitRule: kind 'fixed' needs depth, the number of loops")
+        if self.depth is not None and self.depth < 1:
+            raise ValueError(f"ExitRule: depth is {self.depth}; expected 1 or more")
+        if not self.threshold > 0:
+            raise ValueError(f"ExitRule: threshold is {self.threshold}; expected a positive number")
+        if self.min_depth < 1:
+            raise ValueError(f"ExitRule: min_depth is {self.min_depth}; expected 1 or more")
+
+    def distance(self, new: Tensor, old: Tensor, lengths: Tensor | None) -> Tensor:
+        """``[B]``: how far apart two successive hidden states ``[B, T, d_model]`` are, over real frames."""
+        frames = new.shape[1]
+        keep = torch.ones_like(new[..., 0]) if lengths is None else frame_mask(lengths, frames).to(new.dtype)  # [B, T]
+        if self.kind == "cosine":
+            cosine = torch.cosine_similarity(new, old, -1)
+            return ((1.0 - cosine) * keep).sum(1) / keep.sum(1).clamp(min=1)
+        change = (((new - old) * keep[..., None]).square().sum((1, 2))).sqrt()
+        size = (old * keep[..., None]).square().sum((1, 2)).sqrt()
+        return change / size.clamp(min=torch.finfo(new.dtype).tiny)

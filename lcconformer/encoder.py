@@ -1,0 +1,202 @@
+"""The encoder: one shared layer (or a few) looped as deep as asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .conditioning import DepthConditioning
+from .config import ConformerConfig
+from .depth import ExitRule
+from .layer import ConformerLayer, Positions
+from .ops._checks import check_lengths, frame_mask
+from .sharing import sharing_map
+from .subsampling import FrontEnd
+
+__all__ = ["ConformerEncoder", "Summary"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Parameters and arithmetic of an encoder (:meth:`ConformerEncoder.summary`).
+
+    ``unique`` counts stored parameters, ``effective`` what the same depth would hold without sharing; ``flops[k]`` is the
+    forward cost of depth k+1 in floating-point operations (a multiply-add is two) for one utterance of ``frames`` frames.
+    """
+
+    unique: int
+    effective: int
+    per_layer: int
+    frames: int
+    flops: tuple[int, ...]
+
+    @property
+    def ratio(self) -> float:
+        """How many times fewer parameters sharing stores."""
+        return self.effective / self.unique
+
+    def __str__(self) -> str:
+        rows = [
+            f"parameters stored    {self.unique:>13,}",
+            f"without sharing      {self.effective:>13,}   ({self.ratio:.2f}x)",
+            f"one layer            {self.per_layer:>13,}",
+            f"depth   GFLOP for {self.frames} frames",
+        ]
+        rows += [f"{k:>5}   {flops / 1e9:.3f}" for k, flops in enumerate(self.flops, 1)]
+        return "\n".join(rows)
+
+
+class ConformerEncoder(nn.Module):
+    """A Conformer whose depth is a run-time choice and whose layers may share one set of weights (arXiv 2105.00812).
+
+    Args:
+        config: see :class:`~lcconformer.ConformerConfig`.
+
+    Example:
+        >>> encoder = ConformerEncoder(ConformerConfig(input_dim=80, num_layers=12))
+        >>> output, lengths = encoder(torch.randn(2, 400, 80), torch.tensor([400, 320]))
+        >>> shallow, _ = encoder(torch.randn(2, 400, 80), depth=5)
+    """
+
+    def __init__(self, config: ConformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_map = sharing_map(config.sharing, config.num_layers)
+        self.front_end = FrontEnd(config) if config.input_dim is not None else None
+        self.layers = nn.ModuleList(ConformerLayer(config) for _ in range(max(self.layer_map) + 1))
+        self.conditioning = DepthConditioning(config, self.layers[0]) if config.conditioning else None
+        self._per_depth_statistics = config.conv_norm_statistics == "per_depth"
+        if self._per_depth_statistics:
+            self.register_buffer("running_mean", torch.zeros(config.num_layers, config.d_model))
+            self.register_buffer("running_var", torch.ones(config.num_layers, config.d_model))
+
+    def subsampled_lengths(self, lengths: Tensor) -> Tensor:
+        """Frames of the output for ``lengths`` input frames."""
+        return lengths if self.front_end is None else self.front_end.lengths(lengths)
+
+    def forward(
+        self,
+        x: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        depth: int | None = None,
+        return_hidden_states: bool = False,
+    ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Run ``depth`` loops.
+
+        Args:
+            x: ``[B, T, input_dim]``, or ``[B, T, d_model]`` without ``input_dim``.
+            lengths: ``[B]`` int64 real frames (0 ... T); None: all T.
+            depth: number of loops, 1 ... ``num_layers``; None: all.  The loops are the first ``depth`` of a full run.
+            return_hidden_states: also return the input of the first loop and the output of each: ``depth + 1`` tensors.
+
+        Returns:
+            ``(output [B, T', d_model], lengths [B] or None[, hidden_states])``.  The output at depth k equals hidden state
+            k of a full run exactly.  Frames beyond the length carry no meaning.
+
+        Raises:
+            ValueError: shapes, lengths or depth out of range.
+        """
+        x, lengths = self._enter(x, lengths)
+        positions: dict[int, Positions] = {}
+        hidden_states = [x]
+        for k in range(self._check_depth(depth)):
+            x = self._loop(k, x, lengths, positions)
+            if return_hidden_states:
+                hidden_states.append(x)
+        if return_hidden_states:
+            return x, lengths, hidden_states
+        return x, lengths
+
+    @torch.no_grad()
+    def adaptive(self, x: Tensor, lengths: Tensor | None, rule: ExitRule) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Run each utterance until ``rule`` lets it go; those that are done leave the batch.
+
+        Looks at values on the host after every loop: for evaluation, not for graphs or compilation.
+
+        Args:
+            x, lengths: as for :meth:`forward`.
+            rule: when to stop.
+
+        Returns:
+            ``(output [B, T', d_model], lengths [B] or None, exit_depths [B] int64)``.
+        """
+        most = self._check_depth(rule.depth)
+        x, lengths = self._enter(x, lengths)
+        positions: dict[int, Positions] = {}
+        output, all_lengths = torch.empty_like(x), lengths
+        exit_depths = torch.full((x.shape[0],), most, dtype=torch.int64, device=x.device)
+        active = torch.arange(x.shape[0], device=x.device)  # rows of the original batch still running
+        for k in range(1, most + 1):
+            new = self._loop(k - 1, x, lengths, positions)
+            done = torch.zeros(len(active), dtype=torch.bool, device=x.device)
+            if rule.kind != "fixed" and k >= rule.min_depth and k < most:
+                done = rule.distance(new, x, lengths) < rule.threshold
+            if k == most:
+                done = ~done
+            output[active[done]] = new[done]
+            exit_depths[active[done]] = k
+            x, active = new[~done], active[~done]
+            lengths = None if lengths is None else lengths[~done]
+            if not len(active):
+                break
+        return output, all_lengths, exit_depths
+
+    def summary(self, frames: int = 400) -> Summary:
+        """Parameters, unique and effective, and FLOPs per depth for one utterance of ``frames`` frames at the layers.
+
+        Counted: every matrix product, 6 T^2 d for relative attention (4 T^2 d without), 2 K d T for the depthwise
+        convolution, the position projection once per unique layer.  The front end is left out of the FLOPs.
+        """
+        c, t, d = self.config, frames, self.config.d_model
+        unique = sum(p.numel() for p in self.parameters())
+        per_layer = sum(p.numel() for p in self.layers[0].parameters())
+        effective = unique + per_layer * (c.num_layers - len(self.layers))
+        matrices = 2 * t * (4 * d * c.ffn_dim + 7 * d * d)
+        attention = (6 if c.position == "relative" else 4) * t * t * d
+        loop = matrices + attention + 2 * c.conv_kernel_size * d * t
+        positions = 2 * (2 * t - 1) * d * d if c.position == "relative" else 0
+        flops = tuple(k * loop + len(set(self.layer_map[:k])) * positions for k in range(1, c.num_layers + 1))
+        return Summary(unique, effective, per_layer, frames, flops)
+
+    def _check_depth(self, depth: int | None) -> int:
+        n = self.config.num_layers
+        if depth is None:
+            return n
+        if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= n:
+            raise ValueError(f"ConformerEncoder: depth is {depth!r}; expected an integer from 1 to num_layers = {n}")
+        return depth
+
+    def _enter(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        width = self.config.input_dim or self.config.d_model
+        if x.dim() != 3 or x.shape[-1] != width:
+            raise ValueError(f"ConformerEncoder: input has shape {list(x.shape)}; expected [B, T, {width}]")
+        if not x.is_floating_point():
+            raise ValueError(f"ConformerEncoder: input has dtype {x.dtype}; expected a floating dtype")
+        check_lengths("ConformerEncoder", lengths, x.shape[0], x.shape[1], x.device)
+        if self.front_end is not None:
+            x, lengths = self.front_end(x, lengths)
+        if lengths is not None and self.config.padding == "masked":
+            # whatever the padding holds, NaN included, ends here
+            x = x.masked_fill(~frame_mask(lengths, x.shape[1])[..., None], 0.0)
+        return x, lengths
+
+    def _loop(self, k: int, x: Tensor, lengths: Tensor | None, positions: dict[int, Positions]) -> Tensor:
+        """Loop ``k`` (from 0); ``positions`` keeps what each unique layer needs of them for all its loops."""
+        index = self.layer_map[k]
+        layer = self.layers[index]
+        if index not in positions:
+            positions[index] = layer.positions(x)
+        overrides: dict[str, Tensor] = {}
+        if self.conditioning is not None:
+            x = self.conditioning.enter(x, k)
+            overrides = self.conditioning.overrides(layer, k)
+        if self._per_depth_statistics:
+            overrides["conv.depthwise_norm.running_mean"] = self.running_mean[k]
+            overrides["conv.depthwise_norm.running_var"] = self.running_var[k]
+        if overrides:
+            return functional_call(layer, overrides, (x, lengths, positions[index]))
+        return layer(x, lengths, positions[index])

@@ -1,0 +1,63 @@
+"""Front ends: from input features to the width of the encoder, with fewer frames if asked for."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import ConformerConfig
+from .ops._checks import frame_mask
+
+__all__ = ["FrontEnd"]
+
+
+class FrontEnd(nn.Module):
+    """``[B, T, input_dim], [B] -> [B, T', d_model], [B]`` with ``T' = ceil(T / factor)``, for lengths alike.
+
+    ``"stack"`` concatenates ``factor`` neighbouring frames (the last group is filled with zeros); ``"conv"`` is one or two
+    3x3 convolutions of stride 2 over time and frequency with ReLU.  Frames beyond the length are zero before every
+    step, so that an utterance gets the same output in any batch.
+    """
+
+    def __init__(self, config: ConformerConfig) -> None:
+        super().__init__()
+        if config.input_dim is None:
+            raise ValueError("FrontEnd: config.input_dim is None; give the width of the input features")
+        self.kind, self.factor = config.subsampling, config.subsampling_factor
+        self.masked = config.padding == "masked"
+        self.convs = nn.ModuleList()
+        width = config.input_dim
+        if self.kind == "stack":
+            width *= self.factor
+        elif self.kind == "conv":
+            channels_in = 1
+            for _ in range(self.factor.bit_length() - 1):
+                self.convs.append(nn.Conv2d(channels_in, config.d_model, 3, stride=2, padding=1))
+                channels_in, width = config.d_model, (width + 1) // 2
+            width *= config.d_model
+        self.project = nn.Linear(width, config.d_model)
+
+    def lengths(self, lengths: Tensor) -> Tensor:
+        """Frames left of ``lengths`` input frames: ``ceil(lengths / factor)``."""
+        return (lengths + self.factor - 1) // self.factor
+
+    def _mask(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        if lengths is None or not self.masked:
+            return x
+        keep = frame_mask(lengths, x.shape[-2])  # [B, T]
+        return x.masked_fill(~(keep[:, None, :, None] if x.dim() == 4 else keep[..., None]), 0.0)
+
+    def forward(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        x = self._mask(x, lengths)
+        if self.kind == "stack":
+            b, t, c = x.shape
+            out = (t + self.factor - 1) // self.factor
+            x = F.pad(x, (0, 0, 0, out * self.factor - t)).reshape(b, out, self.factor * c)
+            lengths = None if lengths is None else self.lengths(lengths)
+        elif self.kind == "conv":
+            x = x[:, None]  # [B, 1, T, input_dim]
+            for conv in self.convs:
+                lengths = None if lengths is None else (lengths + 1) // 2
+                x = self._mask(F.relu(conv(x)), lengths)  # [B, d_model, T', F']
+            x = x.transpose(1, 2).flatten(2)
+        return self.project(x), lengths
