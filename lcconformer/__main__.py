@@ -1,0 +1,55 @@
+"""The command line: ``python -m lcconformer COMMAND``.
+
+A command is a module with ``add_arguments(parser)`` and ``run(args) -> int | None``; it is imported only when called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+
+COMMANDS = {
+    "info": ("lcconformer.info", "versions, device, and which backend each op would use and why not the others"),
+    "demo": (
+        "lcconformer.ssl.demo",
+        "pretrain a small encoder on real speech in minutes and write a report with plots",
+    ),
+    "pretrain": ("lcconformer.ssl.pretrain", "self-supervised pretraining on your speech"),
+    "probe": ("lcconformer.ssl.probe", "phone-classification probe at every depth of a checkpoint"),
+    "consistency": ("lcconformer.ssl.consistency", "how alike the hidden states of different depths are"),
+    "bench": ("lcconformer.bench.cli", "speed of training and inference against PyTorch and the peers"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lcconformer",
+        description="A Conformer encoder for speech whose layers share one set of weights.",
+        epilog="'python -m lcconformer COMMAND --help' explains a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"lcconformer {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for name, (module, summary) in COMMANDS.items():
+        sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if argv[:1] == [name]:
+            command = importlib.import_module(module)
+            command.add_arguments(sub)
+    args = parser.parse_args(argv)
+    try:
+        return command.run(args) or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, FileNotFoundError, NotImplementedError, ImportError) as error:
+        # the message says what was wrong, what was got and what to do; a traceback would hide it
+        print(f"lcconformer {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
