@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,9 @@ class ConformerEncoder(nn.Module):
         >>> output, lengths = encoder(torch.randn(2, 400, 80), torch.tensor([400, 320]))
         >>> shallow, _ = encoder(torch.randn(2, 400, 80), depth=5)
     """
+
+    running_mean: Tensor  # [N, d_model], with conv_norm_statistics="per_depth"
+    running_var: Tensor
 
     def __init__(self, config: ConformerConfig) -> None:
         super().__init__()
@@ -187,7 +191,7 @@ class ConformerEncoder(nn.Module):
     def _loop(self, k: int, x: Tensor, lengths: Tensor | None, positions: dict[int, Positions]) -> Tensor:
         """Loop ``k`` (from 0); ``positions`` keeps what each unique layer needs of them for all its loops."""
         index = self.layer_map[k]
-        layer = self.layers[index]
+        layer = cast(ConformerLayer, self.layers[index])
         if index not in positions:
             positions[index] = layer.positions(x)
         overrides: dict[str, Tensor] = {}

@@ -128,7 +128,7 @@ class ConvModule(nn.Module):
     def forward(self, h: Tensor, lengths: Tensor | None) -> Tensor:
         config, norm = self.config, self.depthwise_norm
         y = self.pointwise1(h)  # [B, T, 2 d_model]
-        if config.conv_norm == "batch" and self.training:
+        if isinstance(norm, nn.BatchNorm1d) and norm.num_batches_tracked is not None and self.training:
             norm.num_batches_tracked.add_(1)
         bias = self.depthwise.bias
         y = ops.glu_depthwise_conv(

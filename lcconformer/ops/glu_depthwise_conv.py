@@ -5,6 +5,8 @@ Gulati et al. 2020, figure 2.  Channels last throughout: ``[B, T, 2C] -> [B, T, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,7 +17,7 @@ __all__ = ["ACTIVATIONS", "glu_depthwise_conv", "glu_depthwise_conv_reference"]
 
 OP = "glu_depthwise_conv"
 NORMS = ("none", "layer", "batch", "group")
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
 
 def _batch_norm(y, weight, bias, mean, var, real, training, momentum, eps):
