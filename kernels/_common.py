@@ -1,4 +1,4 @@
-"""What the Triton kernels share: launching, dtypes, launch heuristics, counter-based dropout, the ahead-of-time protocol.
+"""What the Triton kernels share: launching, dtypes, heuristics, dropout by counter, the ahead-of-time protocol.
 
 Every kernel module exposes `aot_configs(arch) -> Iterable[AotConfig]`: the configurations it ships for that
 architecture. `lcconformer.kernels.report` compiles them without a GPU and prints registers, spills and shared memory.
@@ -60,9 +60,9 @@ class LaunchConfig:
 class AotConfig:
     """One kernel as shipped, ready to be compiled for an architecture without a GPU.
 
-    signature names the run-time arguments ("*bf16", "*fp32", "i32", "i64", "fp32"); every other parameter of the kernel is
-    in `constexprs`. Pointers count as 16-byte aligned; `divisible` names the integers that are multiples of 16 (as
-    strides are at run time), `spill_budget` is the bytes of stack a thread may use.
+    `signature` names the run-time arguments ("*bf16", "*fp32", "i32", "i64", "fp32"); every other parameter of the
+    kernel is in `constexprs`. Pointers count as 16-byte aligned; `divisible` names the integers that are multiples of
+    16 (as strides are at run time); `spill_budget` is the bytes of stack a thread may use.
     """
 
     name: str
@@ -84,7 +84,7 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _capability(index: int) -> int:
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
