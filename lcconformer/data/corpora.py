@@ -28,10 +28,11 @@ import zipfile
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, BinaryIO, overload
 
 import numpy as np
 import torch
@@ -107,10 +108,10 @@ class _Archive:
     def names(self) -> Iterable[str]:
         return self._zip.namelist()
 
-    def read(self, name: str) -> bytes:
+    def open(self, name: str) -> BinaryIO:
         if self._pid != os.getpid():
             self._open()
-        return self._zip.read(name)
+        return io.BytesIO(self._zip.read(name))
 
 
 class _Folder:
@@ -122,8 +123,8 @@ class _Folder:
     def names(self) -> Iterable[str]:
         return (entry.name for entry in os.scandir(self.path) if entry.is_file())
 
-    def read(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
+    def open(self, name: str) -> BinaryIO:
+        return (self.path / name).open("rb")
 
 
 class Corpus(Sequence[Utterance]):
@@ -239,24 +240,9 @@ class Corpus(Sequence[Utterance]):
 
     def _decode(self, utterance: Utterance) -> np.ndarray:
         """int16 ``[num_samples]``; rounding once here makes audio from memory and from the file the same."""
-        soundfile = _soundfile()
-        try:
-            with soundfile.SoundFile(io.BytesIO(self._files.read(utterance.source))) as file:
-                _check_header(file)
-                # one more than promised, so that a longer file shows without being decoded to its end
-                samples = file.read(utterance.num_samples + 1, dtype="float32")
-        except BadAudioError:
-            raise
-        except (
-            RuntimeError,
-            OSError,
-            EOFError,
-            KeyError,
-            zipfile.BadZipFile,
-            zlib.error,
-            NotImplementedError,
-        ) as error:
-            raise BadAudioError(f"cannot be decoded ({error})") from error
+        with _open_audio(self._files, utterance.source) as file:
+            # one more than promised, so that a longer file shows without being decoded to its end
+            samples = file.read(utterance.num_samples + 1, dtype="float32")
         if len(samples) != utterance.num_samples:
             more = "more than " if len(samples) > utterance.num_samples else ""
             raise BadAudioError(
@@ -291,7 +277,7 @@ def load_corpus(path: str | os.PathLike[str], *, min_seconds: float = 0.2, max_s
     files: _Archive | _Folder
     if path.is_dir():
         files = _Folder(path)
-        found = _from_meta(files, skipped) if (path / "meta.jsonl").is_file() else _from_librispeech(path, skipped)
+        found = _from_meta(files, skipped) if (path / "meta.jsonl").is_file() else _from_librispeech(files, skipped)
     elif zipfile.is_zipfile(path):
         files = _Archive(path)
         found = _from_meta(files, skipped) if "meta.jsonl" in files.names() else None
@@ -307,10 +293,8 @@ def load_corpus(path: str | os.PathLike[str], *, min_seconds: float = 0.2, max_s
         elif utterance.num_samples <= 0:
             skipped.add(utterance.source, "is empty")
         elif not min_seconds <= utterance.seconds <= max_seconds:
-            why = (
-                f"lasts {utterance.seconds:.2f} s, outside min_seconds={min_seconds:g} ... max_seconds={max_seconds:g}"
-            )
-            skipped.add(utterance.source, why)
+            bounds = f"min_seconds={min_seconds:g} ... max_seconds={max_seconds:g}"
+            skipped.add(utterance.source, f"lasts {utterance.seconds:.2f} s, outside {bounds}")
         else:
             utterances[utterance.id] = utterance
     corpus = Corpus(str(path), list(utterances.values()), files, skipped)
@@ -329,19 +313,19 @@ def demo_corpus() -> Corpus:
 
 def _from_meta(files: _Archive | _Folder, skipped: _Skipped) -> list[Utterance]:
     # only names listed by the container are ever opened, so an id such as "../x" finds no file
-    audio = {
-        Path(name).stem: name for name in files.names() if Path(name).suffix.lower() in _SUFFIXES and "/" not in name
-    }
+    names = sorted(name for name in files.names() if "/" not in name and Path(name).suffix.lower() in _SUFFIXES)
+    audio = {Path(name).stem: name for name in names}
     found = []
-    for number, line in enumerate(files.read("meta.jsonl").decode("utf-8", "replace").splitlines(), 1):
+    with _reading(), files.open("meta.jsonl") as meta:
+        lines = meta.read().decode("utf-8", "replace").splitlines()
+    for number, line in enumerate(lines, 1):
         where = f"meta.jsonl line {number}"
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            utt, speaker, split, text, phones = (
-                str(row.get(k) or "") for k in ("utt", "spk", "split", "text", "phones")
-            )
+            keys = ("utt", "spk", "split", "text", "phones")
+            utt, speaker, split, text, phones = (str(row.get(key) or "") for key in keys)
             samples = row.get("n")
         except (ValueError, AttributeError, RecursionError):
             skipped.add(where, "is no JSON object")
@@ -350,17 +334,18 @@ def _from_meta(files: _Archive | _Folder, skipped: _Skipped) -> list[Utterance]:
             skipped.add(where, f"no audio file for utterance {utt!r}")
             continue
         if samples is None:
-            samples = _read_length(io.BytesIO(files.read(audio[utt])), audio[utt], skipped)
+            samples = _read_length(files, audio[utt], skipped)
+        elif type(samples) is not int or samples >= 2**40:
+            skipped.add(audio[utt], f"{where} gives it {str(samples)[:20]} samples")
+            samples = None
         if samples is None:
-            continue
-        if not isinstance(samples, int) or isinstance(samples, bool):
-            skipped.add(audio[utt], f"its number of samples is {samples!r} in {where}")
             continue
         found.append(Utterance(utt, speaker, split, text, samples, _alignment(phones, audio[utt]), audio[utt]))
     return found
 
 
-def _from_librispeech(path: Path, skipped: _Skipped) -> list[Utterance] | None:
+def _from_librispeech(files: _Folder, skipped: _Skipped) -> list[Utterance] | None:
+    path = files.path
     transcripts = sorted(path.rglob("*.trans.txt"))
     if not transcripts:
         return None
@@ -377,7 +362,7 @@ def _from_librispeech(path: Path, skipped: _Skipped) -> list[Utterance] | None:
 
     def read(file: Path) -> Utterance | None:
         source = str(file.relative_to(path))
-        samples = _read_length(file, source, skipped)
+        samples = _read_length(files, source, skipped)
         if samples is None:
             return None
         folders = (root / source).parents  # CHAPTER, SPEAKER, subset
@@ -387,24 +372,32 @@ def _from_librispeech(path: Path, skipped: _Skipped) -> list[Utterance] | None:
         return [utterance for utterance in pool.map(read, texts) if utterance is not None]
 
 
-def _read_length(file: Path | io.BytesIO, source: str, skipped: _Skipped) -> int | None:
-    soundfile = _soundfile()
+def _read_length(files: _Archive | _Folder, source: str, skipped: _Skipped) -> int | None:
     try:
-        with soundfile.SoundFile(file) as header:
-            _check_header(header)
+        with _open_audio(files, source) as header:
             return header.frames
     except BadAudioError as error:
         skipped.add(source, str(error))
-    except (RuntimeError, OSError) as error:
-        skipped.add(source, f"cannot be decoded ({error})")
-    return None
+        return None
 
 
-def _check_header(file: Any) -> None:
-    if file.channels != 1:
-        raise BadAudioError(f"has {file.channels} channels: mix it down to one")
-    if file.samplerate != SAMPLE_RATE:
-        raise BadAudioError(f"is sampled at {file.samplerate} Hz: resample it to {SAMPLE_RATE} Hz")
+@contextmanager
+def _reading() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise BadAudioError(f"cannot be read ({error})") from error
+
+
+@contextmanager
+def _open_audio(files: _Archive | _Folder, source: str) -> Iterator[Any]:
+    """A ``soundfile.SoundFile`` that is mono and 16 kHz; whatever fails inside is a BadAudioError."""
+    with _reading(), files.open(source) as raw, _soundfile().SoundFile(raw) as file:
+        if file.channels != 1:
+            raise BadAudioError(f"has {file.channels} channels: mix it down to one")
+        if file.samplerate != SAMPLE_RATE:
+            raise BadAudioError(f"is sampled at {file.samplerate} Hz: resample it to {SAMPLE_RATE} Hz")
+        yield file
 
 
 def _alignment(phones: str, source: str) -> tuple[tuple[str, int], ...] | None:
