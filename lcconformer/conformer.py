@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from .config import ConformerConfig
 from .encoder import ConformerEncoder
-from .interop.keys import from_peer, to_peer
+from .interop.keys import use_peer_names
 from .interop.torchaudio import LAYER_KEYS
 
 __all__ = ["Conformer"]
@@ -64,8 +62,8 @@ class Conformer(nn.Module):
                 padding=padding,
             )
         )
-        self.register_state_dict_post_hook(_rename_to_torchaudio)
-        self.register_load_state_dict_pre_hook(_rename_from_torchaudio)
+        layers = range(len(self.encoder.layers))
+        use_peer_names(self, LAYER_KEYS, {f"encoder.layers.{i}.": f"conformer_layers.{i}." for i in layers})
 
     def forward(self, input: Tensor, lengths: Tensor, *, depth: int | None = None) -> tuple[Tensor, Tensor]:
         """Encode.
@@ -80,20 +78,3 @@ class Conformer(nn.Module):
         """
         output, _ = self.encoder(input, lengths, depth=depth)
         return output, lengths
-
-
-def _rename_to_torchaudio(module: Conformer, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    for i, layer in enumerate(module.encoder.layers):
-        ours = {name: state.pop(f"{prefix}encoder.layers.{i}.{name}") for name in layer.state_dict()}
-        state.update(to_peer(LAYER_KEYS, ours, f"{prefix}conformer_layers.{i}."))
-
-
-def _rename_from_torchaudio(module: Conformer, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
-    for i in range(len(module.encoder.layers)):
-        theirs = f"{prefix}conformer_layers.{i}."
-        ours = from_peer(LAYER_KEYS, state, theirs)
-        for key in LAYER_KEYS:
-            if key.ours in ours:
-                for name in key.theirs:
-                    del state[theirs + name]
-        state.update({f"{prefix}encoder.layers.{i}.{name}": value for name, value in ours.items()})

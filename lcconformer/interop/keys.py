@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Key", "from_peer", "to_peer"]
+__all__ = ["Key", "from_peer", "to_peer", "use_peer_names"]
 
 
 @dataclass(frozen=True)
@@ -47,3 +48,57 @@ def to_peer(keys: tuple[Key, ...], state: Mapping[str, Tensor], prefix: str = ""
             parts = value.chunk(len(key.theirs)) if len(key.theirs) > 1 else (value,)
             out.update({prefix + name: part for name, part in zip(key.theirs, parts)})
     return out
+
+
+@dataclass
+class _PeerNames:
+    keys: tuple[Key, ...]
+    layers: dict[str, str]
+    prefix: str = ""  # of the module within the model that is being loaded
+
+
+def use_peer_names(module: nn.Module, keys: tuple[Key, ...], layers: Mapping[str, str]) -> None:
+    """Make a module that holds our layers save and load the state dict of a peer, wherever it sits in a model.
+
+    Args:
+        module: the module.
+        keys: of one layer.
+        layers: where each layer is, ours -> theirs, as prefixes within ``module`` that end in a dot or are empty.
+    """
+    module._peer_names = _PeerNames(keys, dict(layers))  # type: ignore[assignment]
+    # plain functions: bound methods cannot be hooks, and closures would not survive a deep copy
+    module.register_state_dict_post_hook(_save)
+    module.register_load_state_dict_pre_hook(_load)
+    module.register_load_state_dict_post_hook(_name_missing)
+
+
+def _save(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    names: Any = module._peer_names
+    for ours, theirs in names.layers.items():
+        held = [key.ours for key in names.keys if f"{prefix}{ours}{key.ours}" in state]
+        layer = {name: state.pop(f"{prefix}{ours}{name}") for name in held}
+        state.update(to_peer(names.keys, layer, prefix + theirs))
+
+
+def _load(module: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
+    names: Any = module._peer_names
+    names.prefix = prefix
+    for ours, theirs in names.layers.items():
+        layer = from_peer(names.keys, state, prefix + theirs)
+        for key in names.keys:
+            if key.ours in layer:
+                for name in key.theirs:
+                    del state[prefix + theirs + name]
+        state.update({f"{prefix}{ours}{name}": value for name, value in layer.items()})
+
+
+def _name_missing(module: nn.Module, incompatible: Any) -> None:
+    """Missing keys under the peer's names: those are the ones that the reader's file has."""
+    names: Any = module._peer_names
+    missing = incompatible.missing_keys
+    for ours, theirs in names.layers.items():
+        for key in names.keys:
+            name = f"{names.prefix}{ours}{key.ours}"
+            if name in missing:
+                at = missing.index(name)
+                missing[at : at + 1] = [names.prefix + theirs + part for part in key.theirs]
