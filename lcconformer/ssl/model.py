@@ -1,0 +1,150 @@
+"""Encoder, features and objective in one module: what a pretraining run trains and a checkpoint holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ConformerConfig
+from ..data import LogMel
+from ..encoder import ConformerEncoder
+from ..ops._checks import frame_mask
+from .checkpoint import Checkpoint, load_checkpoint
+from .masking import Masks
+from .objectives import ObjectiveSettings, make_objective
+
+__all__ = ["FeatureSettings", "PretrainingModel", "load_model"]
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    """Arguments of :class:`lcconformer.data.LogMel`: mel bins, and the edges of the filterbank in Hz."""
+
+    num_bins: int = 80
+    low_freq: float = 20.0
+    high_freq: float = 8000.0
+
+
+class PretrainingModel(nn.Module):
+    """From audio to the sums of a self-supervised loss at the depths asked for.
+
+    Args:
+        config: of the encoder; ``input_dim`` must be the number of mel bins.
+        features: of the log-mel front end, normalised per utterance.
+        objective: what is predicted.
+
+    Attributes: ``features`` (:class:`~lcconformer.data.LogMel`), ``encoder`` (:class:`~lcconformer.ConformerEncoder`),
+    ``objective``.
+
+    Raises:
+        ValueError: ``config.input_dim`` is not ``features.num_bins``.
+    """
+
+    def __init__(self, config: ConformerConfig, features: FeatureSettings, objective: ObjectiveSettings) -> None:
+        super().__init__()
+        if config.input_dim != features.num_bins:
+            raise ValueError(
+                f"PretrainingModel: config.input_dim is {config.input_dim} but there are {features.num_bins} mel bins; "
+                "make them equal"
+            )
+        self.feature_settings, self.objective_settings = features, objective
+        self.features = LogMel(features.num_bins, features.low_freq, features.high_freq)
+        self.encoder = ConformerEncoder(config)
+        self.objective = make_objective(objective, config.d_model, features.num_bins, config.subsampling_factor)
+
+    @property
+    def config(self) -> ConformerConfig:
+        return self.encoder.config
+
+    def describe(self) -> dict[str, Any]:
+        """The settings that :meth:`from_description` builds the same model from, ready for JSON."""
+        return {
+            "config": dataclasses.asdict(self.config),
+            "features": dataclasses.asdict(self.feature_settings),
+            "objective": dataclasses.asdict(self.objective_settings),
+        }
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any]) -> PretrainingModel:
+        """Inverse of :meth:`describe`.
+
+        Raises:
+            ValueError: a key is missing or unknown, or a value out of range.
+        """
+        try:
+            return cls(
+                ConformerConfig(**description["config"]),
+                FeatureSettings(**description["features"]),
+                ObjectiveSettings(**description["objective"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"PretrainingModel: the description does not fit this version ({error})") from error
+
+    def hidden_states(self, audio: Tensor, lengths: Tensor, *, depth: int | None = None) -> tuple[list[Tensor], Tensor]:
+        """Unmasked features of every depth.
+
+        Args:
+            audio: ``[B, S]`` float, 16 kHz.
+            lengths: ``[B]`` int64 samples.
+            depth: of the run; None: all N loops.
+
+        Returns:
+            ``depth + 1`` tensors ``[B, T', d_model]`` (``[0]`` is the input of the first loop) and ``[B]`` int64 frames T'.
+        """
+        features, frames = self.features(audio, lengths)
+        _, out_lengths, hidden = self.encoder(features.to(self._dtype), frames, depth=depth, return_hidden_states=True)
+        return hidden, out_lengths
+
+    def forward(self, audio: Tensor, lengths: Tensor, masks: Masks, depths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Losses of one run at several depths.
+
+        Args:
+            audio: ``[B, S]`` float, 16 kHz.
+            lengths: ``[B]`` int64 samples.
+            masks: of :func:`~lcconformer.ssl.masking.draw_masks` for the frames of ``audio``.
+            depths: K depths, the deepest first; all are hidden states of one run of ``depths[0]`` loops.
+
+        Returns:
+            sums: ``[K]``, the objective's sum at each depth.
+            apart: scalar, how far the shallower states are from the deepest, taken as fixed: squared difference, mean over
+                channels and shallower depths, summed over real frames.  Zero for K = 1.
+        """
+        features, frames = self.features(audio, lengths)
+        features = features.to(self._dtype)
+        shown = self.objective.corrupt(features, masks)
+        _, out_frames, hidden = self.encoder(shown, frames, depth=depths[0], return_hidden_states=True)
+        sums = torch.stack([self.objective.loss(hidden[k], features, masks) for k in depths])
+        if len(depths) == 1:
+            return sums, sums.new_zeros(())
+        teacher = hidden[depths[0]].detach()
+        real = frame_mask(out_frames, teacher.shape[1])
+        gaps = [((hidden[k] - teacher).square().mean(-1) * real).sum() for k in depths[1:]]
+        return sums, torch.stack(gaps).mean()
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.encoder.layers[0].norm.weight.dtype
+
+
+def load_model(source: str | os.PathLike[str] | Checkpoint, device: torch.device | str = "cpu") -> PretrainingModel:
+    """The model of a checkpoint, in evaluation mode.
+
+    Args:
+        source: a checkpoint file, the folder of a run (its newest checkpoint), or a loaded checkpoint.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: no checkpoint, a damaged one, or one whose tensors do not fit its settings.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else load_checkpoint(source, prefix="model.")
+    model = PretrainingModel.from_description(checkpoint.meta)
+    try:
+        model.load_state_dict(checkpoint.section("model."))
+    except RuntimeError as error:
+        raise ValueError(f"{checkpoint.path} does not fit its own settings: {error}") from error
+    return model.to(device).eval()

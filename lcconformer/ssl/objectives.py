@@ -1,0 +1,158 @@
+"""What the encoder is trained to predict at the masked frames: the frames themselves, or their place in a random codebook.
+
+An objective hides frames (:meth:`corrupt`), counts its terms on the host (:meth:`count`) and sums them over a batch
+(:meth:`loss`); the mean is left to the caller, who alone knows how many terms the other ranks have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .masking import Masks
+
+__all__ = ["BestRQ", "ObjectiveSettings", "Reconstruction", "make_objective"]
+
+# (fraction, span) of the masks: Mockingjay and TERA; BEST-RQ: a start at 1% of the frames, 400 ms long
+_MASKS = {"reconstruction": (0.15, 7), "best_rq": (0.4, 40)}
+_NOISE = 0.1  # standard deviation of what replaces masked frames (arXiv 2202.01855, section 4)
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """Settings of an objective.
+
+    Attributes:
+        kind: ``"reconstruction"``: L1 on the masked frames; ``"best_rq"``: cross-entropy on random-projection labels.
+        mask_fraction: of the frames; None: 0.15 (reconstruction), 0.4 (BEST-RQ).
+        mask_span: frames of a masked span; None: 7, 40.
+        codebook_size, codebook_dim: of ``"best_rq"``; the paper's are 8192 and 16.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    kind: str = "reconstruction"
+    mask_fraction: float | None = None
+    mask_span: int | None = None
+    codebook_size: int = 8192
+    codebook_dim: int = 16
+
+    def __post_init__(self) -> None:
+        if self.kind not in _MASKS:
+            raise ValueError(f"objective is {self.kind!r}; expected one of {', '.join(_MASKS)}")
+        if not 0.0 < self.fraction < 1.0:
+            raise ValueError(f"mask_fraction is {self.mask_fraction}; expected a number between 0 and 1")
+        if self.span < 1:
+            raise ValueError(f"mask_span is {self.mask_span}; expected 1 frame or more")
+        if self.codebook_size < 2 or self.codebook_dim < 1:
+            raise ValueError(
+                f"codebook_size is {self.codebook_size}, codebook_dim {self.codebook_dim}; expected at least 2 and 1"
+            )
+
+    @property
+    def fraction(self) -> float:
+        return _MASKS[self.kind][0] if self.mask_fraction is None else self.mask_fraction
+
+    @property
+    def span(self) -> int:
+        return _MASKS[self.kind][1] if self.mask_span is None else self.mask_span
+
+
+def _stack(x: Tensor, factor: int) -> Tensor:
+    """``[B, T, C] -> [B * ceil(T / factor), factor, C]``, the last group filled with zeros."""
+    return F.pad(x, (0, 0, 0, -x.shape[1] % factor)).reshape(-1, factor, x.shape[2])
+
+
+class Reconstruction(nn.Module):
+    """L1 between the masked frames and a prediction of them (Mockingjay, arXiv 1910.12638), mean over bins.
+
+    The head is Linear, GELU, LayerNorm, Linear.  An encoder that merges ``factor`` frames predicts all of them from each
+    of its outputs; only chosen frames count.
+
+    Args:
+        d_model: width of the encoder.
+        num_bins: C, width of the features.
+        factor: input frames of an encoder output.
+    """
+
+    bert = True
+
+    def __init__(self, d_model: int, num_bins: int, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+        self.head = nn.Sequential(
+            nn.Linear(d_model, d_model), nn.GELU(), nn.LayerNorm(d_model), nn.Linear(d_model, factor * num_bins)
+        )
+
+    def corrupt(self, features: Tensor, masks: Masks) -> Tensor:
+        """``[B, T, C]`` as the encoder sees them."""
+        shown = features.gather(1, masks.source[..., None].expand_as(features))
+        return shown.masked_fill(masks.hidden[..., None], 0.0)
+
+    def count(self, masks: Masks) -> int:
+        """Terms of the loss: chosen frames."""
+        return masks.num_chosen
+
+    def loss(self, hidden: Tensor, features: Tensor, masks: Masks) -> Tensor:
+        """Sum over the chosen frames, float32 or wider.  hidden ``[B, T', d_model]``, features ``[B, T, C]``."""
+        predicted = self.head(hidden.flatten(0, 1)[masks.outputs]).to(features.dtype)  # [n, factor * C]
+        target = _stack(features, self.factor)[masks.outputs]  # [n, factor, C]
+        weight = _stack(masks.chosen[..., None].to(features.dtype), self.factor)[masks.outputs]  # [n, factor, 1]
+        error = (predicted.view_as(target) - target).abs()
+        return (error.mean(-1, keepdim=True) * weight).sum()
+
+
+class BestRQ(nn.Module):
+    """Cross-entropy on the labels of a random-projection quantizer (BEST-RQ, arXiv 2202.01855).
+
+    Masked frames are replaced by noise N(0, 0.1^2), as in the paper.  The label of an output is the entry of a random
+    codebook nearest to a random projection of its ``factor`` frames, both l2-normalised; neither is ever trained, and both
+    are stored with the model.
+
+    Args:
+        d_model, num_bins, factor: as for :class:`Reconstruction`.
+        codebook_size, codebook_dim: number and width of the entries.
+    """
+
+    bert = False
+    projection: Tensor
+    codebook: Tensor
+
+    def __init__(self, d_model: int, num_bins: int, factor: int, codebook_size: int, codebook_dim: int) -> None:
+        super().__init__()
+        self.factor = factor
+        self.head = nn.Linear(d_model, codebook_size)
+        self.register_buffer("projection", nn.init.xavier_uniform_(torch.empty(factor * num_bins, codebook_dim)))
+        self.register_buffer("codebook", F.normalize(torch.randn(codebook_size, codebook_dim), dim=-1))
+
+    def corrupt(self, features: Tensor, masks: Masks) -> Tensor:
+        """``[B, T, C]`` as the encoder sees them; the noise is drawn from torch's generator."""
+        return torch.where(masks.hidden[..., None], _NOISE * torch.randn_like(features), features)
+
+    def count(self, masks: Masks) -> int:
+        """Terms of the loss: masked encoder outputs."""
+        return len(masks.outputs)
+
+    @torch.no_grad()
+    def labels(self, features: Tensor) -> Tensor:
+        """``[B, T, C] -> [B * T']`` int64."""
+        with torch.autocast(features.device.type, enabled=False):
+            projected = _stack(features, self.factor).flatten(1).to(self.projection.dtype) @ self.projection
+            # both on the unit sphere: the nearest entry is the one with the largest product
+            return (F.normalize(projected, dim=-1) @ self.codebook.T).argmax(-1)
+
+    def loss(self, hidden: Tensor, features: Tensor, masks: Masks) -> Tensor:
+        """Sum over the masked outputs, in nats.  hidden ``[B, T', d_model]``, features ``[B, T, C]``."""
+        logits = self.head(hidden.flatten(0, 1)[masks.outputs]).to(features.dtype)  # [n, codebook_size]
+        return F.cross_entropy(logits, self.labels(features)[masks.outputs], reduction="sum")
+
+
+def make_objective(settings: ObjectiveSettings, d_model: int, num_bins: int, factor: int) -> Reconstruction | BestRQ:
+    """The objective of ``settings`` for an encoder of width ``d_model`` that merges ``factor`` frames of C = ``num_bins``."""
+    if settings.kind == "reconstruction":
+        return Reconstruction(d_model, num_bins, factor)
+    return BestRQ(d_model, num_bins, factor, settings.codebook_size, settings.codebook_dim)
