@@ -26,7 +26,7 @@ import threading
 import warnings
 import zipfile
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,6 +47,7 @@ FORMATS = (
 _SUFFIXES = frozenset({".mp3", ".opus", ".ogg", ".flac", ".wav"})
 _SILENCE = 4  # 16-bit steps between the lowest and the highest sample: -84 dB of full scale
 _WARNINGS = 20
+_SKIPPING = threading.Lock()
 
 
 class BadAudioError(ValueError):
@@ -74,12 +75,8 @@ class Utterance:
 class _Skipped(dict[str, str]):
     """File -> why it was left out; warns once a file, by name for the first ones."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._lock = threading.Lock()
-
     def add(self, file: str, reason: str) -> None:
-        with self._lock:
+        with _SKIPPING:
             if file in self:
                 return
             self[file] = reason
@@ -94,24 +91,21 @@ class _Archive:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._open()
-
-    def _open(self) -> None:
-        self._zip, self._pid = zipfile.ZipFile(self.path), os.getpid()
+        self._opened: tuple[int, zipfile.ZipFile] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
+        return {"path": self.path, "_opened": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"])  # type: ignore[misc]
+    def _zip(self) -> zipfile.ZipFile:
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = os.getpid(), zipfile.ZipFile(self.path)
+        return self._opened[1]
 
-    def names(self) -> Iterable[str]:
-        return self._zip.namelist()
+    def names(self) -> list[str]:
+        return self._zip().namelist()
 
     def open(self, name: str) -> BinaryIO:
-        if self._pid != os.getpid():
-            self._open()
-        return io.BytesIO(self._zip.read(name))
+        return io.BytesIO(self._zip().read(name))
 
 
 class _Folder:
@@ -120,8 +114,8 @@ class _Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def names(self) -> Iterable[str]:
-        return (entry.name for entry in os.scandir(self.path) if entry.is_file())
+    def names(self) -> list[str]:
+        return [entry.name for entry in self.path.iterdir() if entry.is_file()]
 
     def open(self, name: str) -> BinaryIO:
         return (self.path / name).open("rb")
@@ -275,14 +269,16 @@ def load_corpus(path: str | os.PathLike[str], *, min_seconds: float = 0.2, max_s
     _soundfile()
     skipped = _Skipped()
     files: _Archive | _Folder
-    if path.is_dir():
-        files = _Folder(path)
-        found = _from_meta(files, skipped) if (path / "meta.jsonl").is_file() else _from_librispeech(files, skipped)
-    elif zipfile.is_zipfile(path):
-        files = _Archive(path)
-        found = _from_meta(files, skipped) if "meta.jsonl" in files.names() else None
-    else:
-        found = None
+    found = None
+    try:
+        if path.is_dir():
+            files = _Folder(path)
+            found = _from_meta(files, skipped) if "meta.jsonl" in files.names() else _from_librispeech(files, skipped)
+        elif zipfile.is_zipfile(path):
+            files = _Archive(path)
+            found = _from_meta(files, skipped) if "meta.jsonl" in files.names() else None
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path} is damaged ({error}): copy or download it again") from error
     if found is None:
         raise ValueError(f"{path} is no corpus: expected {FORMATS}")
 
@@ -303,7 +299,7 @@ def load_corpus(path: str | os.PathLike[str], *, min_seconds: float = 0.2, max_s
 
 
 def demo_corpus() -> Corpus:
-    """The 25 minutes of English telephone prompts (one speaker) that come with the package, with phone alignments.
+    """The 23 minutes of English telephone prompts (one speaker) that come with the package, with phone alignments.
 
     Its splits are ``train`` and ``test``. See ``lcconformer/data/demo/NOTICE`` for its authors and its licence (CC
     BY-SA 3.0).
@@ -316,7 +312,7 @@ def _from_meta(files: _Archive | _Folder, skipped: _Skipped) -> list[Utterance]:
     names = sorted(name for name in files.names() if "/" not in name and Path(name).suffix.lower() in _SUFFIXES)
     audio = {Path(name).stem: name for name in names}
     found = []
-    with _reading(), files.open("meta.jsonl") as meta:
+    with files.open("meta.jsonl") as meta:
         lines = meta.read().decode("utf-8", "replace").splitlines()
     for number, line in enumerate(lines, 1):
         where = f"meta.jsonl line {number}"
@@ -382,22 +378,17 @@ def _read_length(files: _Archive | _Folder, source: str, skipped: _Skipped) -> i
 
 
 @contextmanager
-def _reading() -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise BadAudioError(f"cannot be read ({error})") from error
-
-
-@contextmanager
 def _open_audio(files: _Archive | _Folder, source: str) -> Iterator[Any]:
     """A ``soundfile.SoundFile`` that is mono and 16 kHz; whatever fails inside is a BadAudioError."""
-    with _reading(), files.open(source) as raw, _soundfile().SoundFile(raw) as file:
-        if file.channels != 1:
-            raise BadAudioError(f"has {file.channels} channels: mix it down to one")
-        if file.samplerate != SAMPLE_RATE:
-            raise BadAudioError(f"is sampled at {file.samplerate} Hz: resample it to {SAMPLE_RATE} Hz")
-        yield file
+    try:
+        with files.open(source) as raw, _soundfile().SoundFile(raw) as file:
+            if file.channels != 1:
+                raise BadAudioError(f"has {file.channels} channels: mix it down to one")
+            if file.samplerate != SAMPLE_RATE:
+                raise BadAudioError(f"is sampled at {file.samplerate} Hz: resample it to {SAMPLE_RATE} Hz")
+            yield file
+    except (RuntimeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise BadAudioError(f"cannot be decoded ({error})") from error
 
 
 def _alignment(phones: str, source: str) -> tuple[tuple[str, int], ...] | None:

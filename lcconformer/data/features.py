@@ -120,9 +120,7 @@ class LogMel(nn.Module):
         if lengths is None:
             lengths = torch.full((audio.shape[0],), audio.shape[1], dtype=torch.int64, device=audio.device)
         if lengths.shape != audio.shape[:1]:
-            raise ValueError(
-                f"lengths must be [{audio.shape[0]}] for audio {list(audio.shape)}, got {list(lengths.shape)}"
-            )
+            raise ValueError(f"lengths must be [{audio.shape[0]}], one an utterance, got {list(lengths.shape)}")
         if self.filters.dtype != torch.float32:
             raise ValueError(f"LogMel must stay in float32, got {self.filters.dtype}: cast only the encoder")
         total, frames = frame_count(audio.shape[1]), frame_count(lengths)
