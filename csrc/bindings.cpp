@@ -1,0 +1,14 @@
+// lcconformer._C. Launchers take raw pointers as integers, sizes, strides in elements, and the stream: no torch headers,
+// so the build needs no torch and the module serves every torch version.
+
+#include <pybind11/pybind11.h>
+
+#include "build_info.h"
+#include "cpu/cpu.h"
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Compiled kernels of lcconformer; called through lcconformer.ops.";
+    m.attr("build_info") = LCC_BUILD_INFO;  // JSON, see lcconformer/_extension.py
+    auto cpu = m.def_submodule("cpu", "C++ kernels for CPUs.");
+    lcc::bind_cpu(cpu);
+}
