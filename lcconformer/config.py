@@ -23,6 +23,10 @@ _CHOICES = {
 CONDITIONINGS = ("layer_norm", "step", "film", "lora")
 
 
+def _positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 @dataclass(frozen=True)
 class ConformerConfig:
     """Configuration of a :class:`~lcconformer.ConformerEncoder`.
@@ -96,10 +100,9 @@ class ConformerConfig:
             "conv_norm_groups",
             "lora_rank",
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _positive(getattr(self, name)):
                 fail(name, "a positive integer")
-        if self.input_dim is not None and (not isinstance(self.input_dim, int) or self.input_dim < 1):
+        if self.input_dim is not None and not _positive(self.input_dim):
             fail("input_dim", "None or a positive integer")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
@@ -113,11 +116,11 @@ class ConformerConfig:
                 "num_heads", f"an even head width d_model / num_heads with position='rotary' (d_model = {self.d_model})"
             )
         kernel = self.conv_kernel_size
-        if not isinstance(kernel, int) or kernel % 2 == 0 or not 1 <= kernel <= 63:
+        if not _positive(kernel) or kernel % 2 == 0 or kernel > 63:
             fail("conv_kernel_size", "an odd integer from 1 to 63")
-        if not 0.0 <= self.dropout < 1.0:
+        if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
             fail("dropout", "0 <= dropout < 1")
-        if not self.layer_norm_eps > 0.0:
+        if not isinstance(self.layer_norm_eps, (int, float)) or not self.layer_norm_eps > 0.0:
             fail("layer_norm_eps", "a positive number")
         if self.d_model % self.conv_norm_groups:
             fail("conv_norm_groups", f"a divisor of d_model = {self.d_model}")
@@ -131,6 +134,8 @@ class ConformerConfig:
             fail("subsampling_factor", "2 or 4 with subsampling='conv'")
         if self.subsampling != "none" and self.input_dim is None:
             fail("input_dim", f"the width of the input features with subsampling={self.subsampling!r}")
+        if isinstance(self.conditioning, str):
+            fail("conditioning", f"a tuple, ({self.conditioning!r},) for one form")
         # JSON has lists only
         object.__setattr__(self, "conditioning", tuple(self.conditioning))
         if not isinstance(self.sharing, str):

@@ -66,6 +66,8 @@ class DepthSampler:
             raise ValueError(f"DepthSampler: steps is {self.steps}; a curriculum needs its length in steps, 1 or more")
         if self.kind == "log_normal" and self.sigma <= 0:
             raise ValueError(f"DepthSampler: sigma is {self.sigma}; expected a positive number")
+        if self.mean is not None and not self.mean > 0:
+            raise ValueError(f"DepthSampler: mean is {self.mean}; expected a positive number")
 
     def depths(self, step: int) -> tuple[int, ...]:
         """Depths to train in ``step`` (from 0), deepest first; one, or up to three for ``"sandwich"``."""
@@ -143,11 +145,12 @@ class ExitRule:
 
     def distance(self, new: Tensor, old: Tensor, lengths: Tensor | None) -> Tensor:
         """``[B]``: how far apart two successive hidden states ``[B, T, d_model]`` are, over real frames."""
-        frames = new.shape[1]
-        keep = torch.ones_like(new[..., 0]) if lengths is None else frame_mask(lengths, frames).to(new.dtype)  # [B, T]
+        if lengths is None:
+            lengths = torch.full((new.shape[0],), new.shape[1], device=new.device)
+        pad = ~frame_mask(lengths, new.shape[1])  # [B, T]
         if self.kind == "cosine":
             cosine = torch.cosine_similarity(new, old, -1)
-            return ((1.0 - cosine) * keep).sum(1) / keep.sum(1).clamp(min=1)
-        change = (((new - old) * keep[..., None]).square().sum((1, 2))).sqrt()
-        size = (old * keep[..., None]).square().sum((1, 2)).sqrt()
+            return (1.0 - cosine).masked_fill(pad, 0.0).sum(1) / lengths.clamp(min=1)
+        change = (new - old).masked_fill(pad[..., None], 0.0).square().sum((1, 2)).sqrt()
+        size = old.masked_fill(pad[..., None], 0.0).square().sum((1, 2)).sqrt()
         return change / size.clamp(min=torch.finfo(new.dtype).tiny)
