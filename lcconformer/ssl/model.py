@@ -128,7 +128,7 @@ class PretrainingModel(nn.Module):
 
     @property
     def _dtype(self) -> torch.dtype:
-        return self.encoder.layers[0].norm.weight.dtype
+        return next(self.encoder.parameters()).dtype
 
 
 def load_model(source: str | os.PathLike[str] | Checkpoint, device: torch.device | str = "cpu") -> PretrainingModel:

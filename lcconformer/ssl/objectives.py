@@ -18,6 +18,7 @@ __all__ = ["BestRQ", "ObjectiveSettings", "Reconstruction", "make_objective"]
 
 # (fraction, span) of the masks: Mockingjay and TERA; BEST-RQ: a start at 1% of the frames, 400 ms long
 _MASKS = {"reconstruction": (0.15, 7), "best_rq": (0.4, 40)}
+OBJECTIVES = tuple(_MASKS)
 _NOISE = 0.1  # standard deviation of what replaces masked frames (arXiv 2202.01855, section 4)
 
 

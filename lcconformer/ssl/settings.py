@@ -16,7 +16,7 @@ __all__ = ["PretrainResult", "PretrainSettings", "StepRecord"]
 
 # may differ between the parts of a resumed run: none of them changes what a step computes
 _FREE = ("device", "workers", "checkpoint_every", "keep", "validate_every")
-_PRECISIONS = ("float32", "bfloat16", "float16")
+PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class PretrainSettings:
             need(getattr(self, name) >= 0, name, "0 or more")
         need(0 <= self.warmup < 1, "warmup", "0 <= warmup < 1, a part of the run")
         need(self.max_minutes is None or self.max_minutes > 0, "max_minutes", "None or a positive number")
-        need(self.precision in _PRECISIONS, "precision", "one of " + ", ".join(_PRECISIONS))
+        need(self.precision in PRECISIONS, "precision", "one of " + ", ".join(PRECISIONS))
         if self.distill and self.depth != "sandwich":
             raise ValueError(
                 f"distill is {self.distill} with depth={self.depth!r}: only depth='sandwich' trains several depths in a step"
