@@ -11,6 +11,9 @@ The backward keeps the convolution's output ``y`` and recomputes everything else
 of per-program partials in a fixed order: no float atomics, the same bits every run.
 """
 
+# Triton's language joins tuples with + and knows neither unpacking nor `in`
+# ruff: noqa: RUF005, SIM109
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -21,7 +24,6 @@ import triton
 import triton.language as tl
 
 from ._common import (
-    TRITON_DTYPE,
     AotConfig,
     LaunchConfig,
     cdiv,
@@ -30,8 +32,6 @@ from ._common import (
     next_power_of_2,
 )
 from .partials import sum_rows
-
-MAX_LAYER_CHANNELS = 2048  # beyond, one program cannot own all channels of a frame
 
 NONE, RUNNING, LAYER, STATS = (tl.constexpr(i) for i in range(4))
 
@@ -76,7 +76,7 @@ def _slide(
     first = offs_t - K // 2
     acc = ()
     window = ()  # frames first + k ... first + k + BLOCK_R - 2
-    for r in tl.static_range(BLOCK_R):
+    for _ in tl.static_range(BLOCK_R):
         acc = acc + (init,)
     for r in tl.static_range(BLOCK_R - 1):
         window = window + (_frame(ptr, first + r, stride_t, gate, n, mask_c, GLU),)
@@ -442,7 +442,7 @@ def _weight_bwd_kernel(
     shift = k0 - K // 2
     acc = ()
     window = ()  # g at first + shift + i ... + TAPS - 2
-    for j in tl.static_range(TAPS):
+    for _ in tl.static_range(TAPS):
         acc = acc + (tl.zeros([BLOCK_S, BLOCK_C], tl.float32),)
     for j in tl.static_range(TAPS - 1):
         window = window + (_frame(g_ptr + row, first + shift + j, wide, wide, T, mask_c, False),)
@@ -525,11 +525,11 @@ def forward(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     lengths: torch.Tensor | None,
-    norm: str,
     norm_weight: torch.Tensor | None,
     norm_bias: torch.Tensor | None,
     running_mean: torch.Tensor | None,
     running_var: torch.Tensor | None,
+    norm: str,
     num_groups: int,
     training: bool,
     eps: float,
@@ -598,13 +598,13 @@ def backward(
     x: torch.Tensor,
     weight: torch.Tensor,
     lengths: torch.Tensor | None,
-    norm: str,
     norm_weight: torch.Tensor | None,
     norm_bias: torch.Tensor | None,
     y: torch.Tensor,
     mean: torch.Tensor,
     var: torch.Tensor,
     count: torch.Tensor,
+    norm: str,
     num_groups: int,
     training: bool,
     eps: float,
@@ -679,10 +679,9 @@ def backward(
 
 # --- ahead of time ---------------------------------------------------------------------------------------------------
 
-_INTEGERS = (
-    "T C K P tiles chunks chunk lane TILE GROUP_C stride_sb stride_xb stride_xt stride_db stride_dt".split()
-)  # fmt: skip
-_DIVISIBLE = frozenset({"C", "GROUP_C", "stride_sb", "stride_xb", "stride_xt", "stride_db", "stride_dt"})
+_STRIDES = ("stride_sb", "stride_xb", "stride_xt", "stride_db", "stride_dt")
+_INTEGERS = ("T", "C", "K", "P", "tiles", "chunks", "chunk", "lane", "TILE", "GROUP_C", *_STRIDES)
+_DIVISIBLE = frozenset({"C", "GROUP_C", *_STRIDES})
 
 
 def _aot(name: str, kernel: Any, dtype: str, launch_config: LaunchConfig, **constexprs: Any) -> AotConfig:

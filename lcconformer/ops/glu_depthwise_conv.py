@@ -6,12 +6,16 @@ Gulati et al. 2020, figure 2.  Channels last throughout: ``[B, T, 2C] -> [B, T, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ._backend import select
 from ._checks import check_lengths, check_same, check_shape, frame_mask
+from ._triton import triton_reasons
 
 __all__ = ["ACTIVATIONS", "glu_depthwise_conv", "glu_depthwise_conv_reference"]
 
@@ -155,20 +159,161 @@ def glu_depthwise_conv(
             check_shape(OP, name, p, (c,), "[C]")
     if norm == "group" and (num_groups < 1 or c % num_groups):
         raise ValueError(f"{OP}: num_groups is {num_groups}; expected a divisor of C = {c}")
+    given = {
+        "norm_weight": norm_weight,
+        "norm_bias": norm_bias,
+        "running_mean": running_mean,
+        "running_var": running_var,
+    }
+    for name, p in given.items():
+        if p is not None and p.device != x.device:
+            raise ValueError(f"{OP}: {name} is on {p.device} but x is on {x.device}; move them to one device")
     check_lengths(OP, lengths, x.shape[0], x.shape[1], x.device)
-    return glu_depthwise_conv_reference(
+
+    chosen = select(OP, x.device.type, {"triton": lambda: _triton_unsupported(x, norm, activation, norm_weight)})
+    if chosen == "torch":
+        return glu_depthwise_conv_reference(
+            x,
+            weight,
+            bias,
+            lengths=lengths,
+            norm=norm,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            running_mean=running_mean,
+            running_var=running_var,
+            num_groups=num_groups,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            activation=activation,
+        )
+    if norm == "none":
+        norm_weight = norm_bias = None
+    if norm != "batch":
+        running_mean = running_var = None
+    training = training and norm == "batch"
+    tensors = (x, weight, bias, lengths, norm_weight, norm_bias, running_mean, running_var)
+    options = (norm, num_groups, training, eps)
+    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in tensors):
+        out, mean, var, count = GluDepthwiseConvFn.apply(*tensors, *options)
+    else:
+        out, _y, mean, var, count = torch.ops.lcconformer.glu_depthwise_conv_fwd(*tensors, *options, False)
+    if training:
+        _update_running(running_mean, running_var, mean, var, count, momentum)
+    return out
+
+
+# --- fused -----------------------------------------------------------------------------------------------------------
+
+
+def _triton_unsupported(x: Tensor, norm: str, activation: str, norm_weight: Tensor | None) -> list[str]:
+    reasons = triton_reasons(x)
+    if activation != "silu":
+        reasons.append(f"activation {activation!r} is not fused, only 'silu' is")
+    if norm == "layer" and x.shape[-1] > 2 * _MAX_LAYER_CHANNELS:
+        reasons.append(f"norm='layer' is fused up to C = {_MAX_LAYER_CHANNELS}, got C = {x.shape[-1] // 2}")
+    if norm != "none" and norm_weight is not None and norm_weight.dtype == torch.float64:
+        reasons.append("norm_weight is float64")
+    return reasons
+
+
+# one program owns all channels of a frame
+_MAX_LAYER_CHANNELS = 2048
+
+
+@torch.no_grad()
+def _update_running(running_mean, running_var, mean, var, count, momentum):
+    """As ``nn.BatchNorm1d``: unbiased variance; a batch without any real frame teaches nothing."""
+    unbiased = var * (count / (count - 1).clamp(min=1))
+    step = momentum * (count > 0).to(running_mean.dtype)
+    running_mean.add_((mean.to(running_mean.dtype) - running_mean) * step)
+    running_var.add_((unbiased.to(running_var.dtype) - running_var) * step)
+
+
+torch.library.define(
+    "lcconformer::glu_depthwise_conv_fwd",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? lengths, Tensor? norm_weight, Tensor? norm_bias, "
+    "Tensor? running_mean, Tensor? running_var, str norm, int num_groups, bool training, float eps, bool save) "
+    "-> (Tensor out, Tensor y, Tensor mean, Tensor var, Tensor count)",
+)
+torch.library.define(
+    "lcconformer::glu_depthwise_conv_bwd",
+    "(Tensor dout, Tensor x, Tensor weight, Tensor? lengths, Tensor? norm_weight, Tensor? norm_bias, Tensor y, "
+    "Tensor mean, Tensor var, Tensor count, str norm, int num_groups, bool training, float eps) "
+    "-> (Tensor dx, Tensor dtaps, Tensor dbias, Tensor dnorm)",
+)
+
+
+@torch.library.impl("lcconformer::glu_depthwise_conv_fwd", ("CPU", "CUDA"))
+def _fwd(*args: Any) -> tuple[Tensor, ...]:
+    from lcconformer.kernels import glu_depthwise_conv as kernels
+
+    return kernels.forward(*args)
+
+
+@torch.library.impl("lcconformer::glu_depthwise_conv_bwd", ("CPU", "CUDA"))
+def _bwd(*args: Any) -> tuple[Tensor, ...]:
+    from lcconformer.kernels import glu_depthwise_conv as kernels
+
+    return kernels.backward(*args)
+
+
+@torch.library.register_fake("lcconformer::glu_depthwise_conv_fwd")
+def _fwd_fake(
+    x, weight, bias, lengths, norm_weight, norm_bias, running_mean, running_var, norm, num_groups, training, eps, save
+):
+    b, t, _ = x.shape
+    c = weight.shape[0]
+    stats = norm == "group" or (norm == "batch" and training)
+    shape: tuple[int, ...] = (0,)
+    if norm == "group":
+        shape = (b, num_groups)
+    elif norm == "batch" and (training or save):
+        shape = (c,)
+    mean, var = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    count = x.new_empty((1 if norm == "batch" and training else 0,), dtype=torch.float32)
+    return x.new_empty((b, t, c)), x.new_empty((b, t, c) if save or stats else (0,)), mean, var, count
+
+
+@torch.library.register_fake("lcconformer::glu_depthwise_conv_bwd")
+def _bwd_fake(dout, x, weight, lengths, norm_weight, norm_bias, y, mean, var, count, norm, num_groups, training, eps):
+    c, k = weight.shape
+    dnorm = x.new_empty((0,)) if norm_weight is None else norm_weight.new_empty((2, c))
+    return x.new_empty(x.shape), weight.new_empty((k, c)), weight.new_empty((c,)), dnorm
+
+
+class GluDepthwiseConvFn(torch.autograd.Function):
+    """Keeps the input and the convolution's output; the backward recomputes GLU, norm and SiLU."""
+
+    @staticmethod
+    def forward(
+        ctx,
         x,
         weight,
         bias,
-        lengths=lengths,
-        norm=norm,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        running_mean=running_mean,
-        running_var=running_var,
-        num_groups=num_groups,
-        training=training,
-        momentum=momentum,
-        eps=eps,
-        activation=activation,
-    )
+        lengths,
+        norm_weight,
+        norm_bias,
+        running_mean,
+        running_var,
+        norm,
+        num_groups,
+        training,
+        eps,
+    ):
+        out, y, mean, var, count = torch.ops.lcconformer.glu_depthwise_conv_fwd(
+            x, weight, bias, lengths, norm_weight, norm_bias, running_mean, running_var, norm, num_groups, training, eps, True
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight, lengths, norm_weight, norm_bias, y, mean, var, count)
+        ctx.options = (norm, num_groups, training, eps)
+        ctx.has_bias = bias is not None
+        ctx.mark_non_differentiable(mean, var, count)
+        return out, mean, var, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, *_):
+        dx, dtaps, dbias, dnorm = torch.ops.lcconformer.glu_depthwise_conv_bwd(dout, *ctx.saved_tensors, *ctx.options)
+        dnorm_bias, dnorm_weight = dnorm if dnorm.numel() else (None, None)
+        return (dx, dtaps.t(), dbias if ctx.has_bias else None, None, dnorm_weight, dnorm_bias, *[None] * 6)

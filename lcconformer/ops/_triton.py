@@ -1,0 +1,35 @@
+"""Whether Triton kernels can run where a tensor lies."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+__all__ = ["triton_reasons"]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@torch.compiler.assume_constant_result
+def _device_reason(device_type: str, index: int | None) -> str:
+    """Why Triton cannot serve this device; empty = it can.  A constant of the process, also to a tracer."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'lcconformer[triton]')"
+    if device_type == "cuda":
+        major, minor = torch.cuda.get_device_capability(index)
+        return "" if major >= 8 else f"the GPU is sm_{major}{minor}, older than sm_80"
+    if device_type == "cpu":
+        from lcconformer.kernels._common import INTERPRETED
+
+        return "" if INTERPRETED else "the tensors are on the CPU, where Triton runs only with TRITON_INTERPRET=1"
+    return f"no Triton kernels for device type {device_type!r}"
+
+
+def triton_reasons(x: Tensor) -> list[str]:
+    """Why no Triton kernel can take ``x``: its device or its dtype."""
+    reasons = [_device_reason(x.device.type, x.device.index)]
+    if x.dtype not in _DTYPES:
+        reasons.append(f"dtype {x.dtype} is not one of float16, bfloat16, float32")
+    return [r for r in reasons if r]
