@@ -113,7 +113,8 @@ class LogMel(nn.Module):
             features ``[B, frame_count(S), C]`` float32, zero in the padding, and their numbers of frames ``[B]`` int64.
 
         Raises:
-            ValueError: wrong shapes, fewer than 80 samples (no frame), or this module was cast from float32.
+            ValueError: wrong shapes or lengths (values of lengths are checked on the CPU only), fewer than 80 samples
+                (no frame), or this module was cast from float32.
         """
         if audio.ndim != 2 or audio.shape[1] < FRAME_SHIFT // 2:
             raise ValueError(f"audio must be [B, S] with S >= {FRAME_SHIFT // 2}, got {list(audio.shape)}")
@@ -121,6 +122,8 @@ class LogMel(nn.Module):
             lengths = torch.full((audio.shape[0],), audio.shape[1], dtype=torch.int64, device=audio.device)
         if lengths.shape != audio.shape[:1]:
             raise ValueError(f"lengths must be [{audio.shape[0]}], one an utterance, got {list(lengths.shape)}")
+        if lengths.device.type == "cpu" and bool((lengths > audio.shape[1]).any()):
+            raise ValueError(f"lengths must be at most S = {audio.shape[1]}, got {int(lengths.max())}")
         if self.filters.dtype != torch.float32:
             raise ValueError(f"LogMel must stay in float32, got {self.filters.dtype}: cast only the encoder")
         total, frames = frame_count(audio.shape[1]), frame_count(lengths)

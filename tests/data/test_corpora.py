@@ -54,6 +54,14 @@ def test_librispeech_file_missing(librispeech):
         assert len(load_corpus(librispeech)) == 3
 
 
+def test_librispeech_transcript_cannot_point_elsewhere(librispeech):
+    transcript = librispeech / "dev-clean/84/99/84-99.trans.txt"
+    transcript.write_text(transcript.read_text() + "../121/84-121-0000 STOLEN\n")
+    with pytest.warns(UserWarning, match="skipped audio file 1: .*no audio file for this transcript"):
+        corpus = load_corpus(librispeech)
+    assert [u.text for u in corpus if u.id == "84-121-0000"] == ["HELLO NUMBER 0"]
+
+
 @pytest.mark.parametrize("suffix", [".flac", ".wav", ".mp3", ".opus"])
 def test_folder_and_zip_are_the_same(tmp_path, suffix):
     if suffix == ".opus":

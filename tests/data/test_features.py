@@ -156,6 +156,8 @@ def test_wrong_input():
         logmel(torch.zeros(2, 79))
     with pytest.raises(ValueError, match=r"lengths must be \[2\], one an utterance, got \[3\]"):
         logmel(torch.zeros(2, 400), torch.tensor([1, 2, 3]))
+    with pytest.raises(ValueError, match="lengths must be at most S = 400, got 401"):
+        logmel(torch.zeros(2, 400), torch.tensor([1, 401]))
     with pytest.raises(ValueError, match="must stay in float32"):
         logmel.bfloat16()(torch.zeros(2, 400))
 
