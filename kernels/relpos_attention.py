@@ -1,21 +1,20 @@
 """Transformer-XL relative attention as a flash kernel, forward and backward; no score ever reaches global memory.
 
-S[i, j] = ((q_i + u) . k_j + (q_i + v_bias) . pos[T-1-i+j]) / sqrt(D).  The second term needs, for a tile of queries
-i0 ... and keys j0 ..., the band of positions T-1-i+j: a parallelogram, not a rectangle.
+S[i, j] = ((q_i + u) . k_j + (q_i + v_bias) . pos[T-1-i+j]) / sqrt(D).  The second term needs, for a tile of M queries
+from i0 and N keys from j0, a parallelogram of products (i, position), not a rectangle.
 
-The shift is a rotation.  With square tiles of BLOCK = N, let R[i, c] = (q_i + v_bias) . pos[T-i0+j0 + c], c < N, one
-dense product.  Element (i, j) of the tile (indices local to it) needs column j-i-1 of this R where j > i, and column
-j-i-1+N of the R of the previous key tile where j <= i: in both cases column (j-i-1) mod N.  So one rotation of the rows
-of R serves two tiles: its upper triangle the present one, its lower triangle the next, and walking along the keys costs
-one N x N product and one N x N rotation a tile, no more MMA work than the content term.  The inverse rotation carries
-dS back to the coordinates of R.
+The shift is a rotation.  Let R_t[i, c] = (q_i + v_bias) . pos[T-i0+j0 + c], c < N, a dense product for the key tile t at
+j0.  Element (i, j) of the tile (indices local to it) is in column j-i-1 of R_t, or, where that is negative, in column
+j-i-1+N of R_{t-1}, or j-i-1+2N of R_{t-2}: always column (j-i-1) mod N.  So the rows of each R are rotated once, and the
+result serves this tile and the next M/N: walking along the keys costs one product and one rotation a tile, no more
+MMA work than the content term.  The inverse rotation carries dS back to the coordinates of R.
 
-Backward, three kernels, none of which writes to another's rows, so no atomics and the same bits every time:
+Backward, three kernels, none of which writes to another's rows: no atomics, and the same bits every time.
   _backward_query     one program per query tile, walks the keys:          dq
   _backward_key       one program per key tile, walks the queries:         dk, dv, partial du
   _backward_position  one program per N rows of pos, walks the diagonal:   partial dpos, partial dv_bias
-The sum over j of dS[i, j] k_j, over i, is du: key tiles hold the column sums, so du needs no pass of its own; dv_bias
-likewise from the column sums in the coordinates of R.
+du is the sum of dS[i, j] k_j: a key tile has the column sums of dS, so du needs no pass of its own; dv_bias likewise from
+the column sums in the coordinates of R.
 """
 
 from __future__ import annotations
@@ -39,26 +38,11 @@ from ._common import (
     dropout_scale,
     dropout_threshold,
     launch,
-    nearest_arch,
     next_power_of_2,
     unit_stride,
 )
 
 __all__ = ["aot_configs", "backward", "config_for", "forward"]
-
-
-@triton.jit
-def _rotate(x, BLOCK: tl.constexpr):
-    """x[i, (j - i - 1) mod BLOCK]"""
-    i = tl.arange(0, BLOCK)
-    return tl.gather(x, (i[None, :] - i[:, None] - 1) & (BLOCK - 1), 1)
-
-
-@triton.jit
-def _rotate_back(x, BLOCK: tl.constexpr):
-    """x[i, (c + i + 1) mod BLOCK], the inverse of _rotate"""
-    i = tl.arange(0, BLOCK)
-    return tl.gather(x, (i[None, :] + i[:, None] + 1) & (BLOCK - 1), 1)
 
 
 @triton.jit
@@ -81,14 +65,26 @@ def _sequence(b, T, lengths_ptr, cu_seqlens_ptr):
 
 
 @triton.jit
+def _head(ptr, b, start, h, stride_b, stride_t, stride_h):
+    """Where the rows of one head of one utterance begin."""
+    return ptr + tl.cast(b, tl.int64) * stride_b + start * stride_t + tl.cast(h, tl.int64) * stride_h
+
+
+@triton.jit
+def _inside(row, rows, BLOCK: tl.constexpr):
+    # one unsigned comparison for 0 <= row + i < rows
+    return (row + tl.arange(0, BLOCK)).to(tl.uint32, bitcast=True) < tl.cast(rows, tl.uint32)
+
+
+@triton.jit
 def _load_tile(base, row, rows, stride, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows row ... row+BLOCK-1 of a matrix with `rows` rows, zeros outside: [BLOCK, BLOCK_D]."""
     i = tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)
-    mask = ((row + i >= 0) & (row + i < rows))[:, None]
+    mask = _inside(row, rows, BLOCK)[:, None]
     if D < BLOCK_D:
         mask = mask & (d < D)[None, :]
-    # the scalar in 64 bits, the offsets inside the tile in 32
+    # the tile's offset in 64 bits, those inside the tile in 32
     return tl.load(base + tl.cast(row, tl.int64) * stride + i[:, None] * stride + d[None, :], mask=mask, other=0.0)
 
 
@@ -96,10 +92,16 @@ def _load_tile(base, row, rows, stride, D: tl.constexpr, BLOCK: tl.constexpr, BL
 def _store_tile(base, row, rows, stride, x, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     i = tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)
-    mask = ((row + i >= 0) & (row + i < rows))[:, None]
+    mask = _inside(row, rows, BLOCK)[:, None]
     if D < BLOCK_D:
         mask = mask & (d < D)[None, :]
-    tl.store(base + tl.cast(row, tl.int64) * stride + i[:, None] * stride + d[None, :], x.to(base.dtype.element_ty), mask=mask)
+    address = base + tl.cast(row, tl.int64) * stride + i[:, None] * stride + d[None, :]
+    tl.store(address, x.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_rows(base, row, rows, other, BLOCK: tl.constexpr):
+    return tl.load(base + row + tl.arange(0, BLOCK), mask=_inside(row, rows, BLOCK), other=other)
 
 
 @triton.jit
@@ -111,6 +113,18 @@ def _add_bias(x, bias_ptr, h, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def _rotated_scores(
+    qv, pos_base, row, T, stride, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """R for the positions row ... row+N-1, its rows rotated: [M, N] with R[i, (j-i-1) mod N] at (i, j)."""
+    i = tl.arange(0, M)[:, None]
+    j = tl.arange(0, N)[None, :]
+    p = _load_tile(pos_base, row, 2 * T - 1, stride, D, N, BLOCK_D)
+    return tl.gather(tl.dot(qv, tl.trans(p), input_precision=PRECISION), (j - i - 1) & (N - 1), 1)
+
+
+@triton.jit
 def _forward(
     q_ptr, k_ptr, v_ptr, pos_ptr, u_ptr, v_bias_ptr, out_ptr, lse_ptr, lengths_ptr, cu_seqlens_ptr, seed_ptr,
     stride_qb, stride_qt, stride_qh,
@@ -118,63 +132,68 @@ def _forward(
     stride_vb, stride_vt, stride_vh,
     stride_pt, stride_ph,
     T, H, rows, scale, threshold, keep_scale,
-    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i0 = tl.program_id(0) * BLOCK
+    M: tl.constexpr = 2 * BLOCK_N
+    N: tl.constexpr = BLOCK_N
+    i0 = tl.program_id(0) * M
     bh = tl.program_id(1)
     b = bh // H
     h = bh % H
     start, first, queries, keys = _sequence(b, T, lengths_ptr, cu_seqlens_ptr)
     if i0 < queries:
-        i = tl.arange(0, BLOCK)
-        upper = i[None, :] > i[:, None]
+        i = tl.arange(0, M)
+        j = tl.arange(0, N)
+        age = (i[:, None] - j[None, :] + N) // N  # [M, N], which of R_t, R_{t-1}, R_{t-2}
         scale = tl.cast(scale, tl.float32)
-        k_base = k_ptr + b.to(tl.int64) * stride_kb + start * stride_kt + h.to(tl.int64) * stride_kh
-        v_base = v_ptr + b.to(tl.int64) * stride_vb + start * stride_vt + h.to(tl.int64) * stride_vh
-        q_base = q_ptr + b.to(tl.int64) * stride_qb + start * stride_qt + h.to(tl.int64) * stride_qh
+        k_base = _head(k_ptr, b, start, h, stride_kb, stride_kt, stride_kh)
+        v_base = _head(v_ptr, b, start, h, stride_vb, stride_vt, stride_vh)
+        q_base = _head(q_ptr, b, start, h, stride_qb, stride_qt, stride_qh)
         pos_base = pos_ptr + h.to(tl.int64) * stride_ph
-        q = _load_tile(q_base, i0, queries, stride_qt, D, BLOCK, BLOCK_D)
+        q = _load_tile(q_base, i0, queries, stride_qt, D, M, BLOCK_D)
         qu = _add_bias(q, u_ptr, h, D, BLOCK_D)
         qv = _add_bias(q, v_bias_ptr, h, D, BLOCK_D)
 
-        p = _load_tile(pos_base, T - i0 - BLOCK, 2 * T - 1, stride_pt, D, BLOCK, BLOCK_D)
-        previous = _rotate(tl.dot(qv, tl.trans(p), input_precision=PRECISION), BLOCK)
-        m = tl.full((BLOCK,), float("-inf"), tl.float32)
-        l = tl.zeros((BLOCK,), tl.float32)
-        acc = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-        for j0 in range(0, keys, BLOCK):
-            p = _load_tile(pos_base, T - i0 + j0, 2 * T - 1, stride_pt, D, BLOCK, BLOCK_D)
-            rotated = _rotate(tl.dot(qv, tl.trans(p), input_precision=PRECISION), BLOCK)
-            k = _load_tile(k_base, j0, keys, stride_kt, D, BLOCK, BLOCK_D)
-            s = tl.dot(qu, tl.trans(k), tl.where(upper, rotated, previous), input_precision=PRECISION)
-            previous = rotated
-            s = tl.where((j0 + i < keys)[None, :], s, float("-inf"))
+        latest = _rotated_scores(qv, pos_base, T - i0 - N, T, stride_pt, D, M, N, BLOCK_D, PRECISION)
+        older = _rotated_scores(qv, pos_base, T - i0 - 2 * N, T, stride_pt, D, M, N, BLOCK_D, PRECISION)
+        older = tl.where(age == 2, older, latest)
+        m = tl.full((M,), float("-inf"), tl.float32)
+        l = tl.zeros((M,), tl.float32)
+        acc = tl.zeros((M, BLOCK_D), tl.float32)
+        for j0 in range(0, keys, N):
+            r = _rotated_scores(qv, pos_base, T - i0 + j0, T, stride_pt, D, M, N, BLOCK_D, PRECISION)
+            s = tl.where(age == 0, r, older)
+            older = tl.where(age == 2, latest, r)
+            latest = r
+            k = _load_tile(k_base, j0, keys, stride_kt, D, N, BLOCK_D)
+            s = tl.dot(qu, tl.trans(k), s, input_precision=PRECISION)
+            s = tl.where(_inside(j0, keys, N)[None, :], s, float("-inf"))
             m_new = tl.maximum(m, tl.max(s, 1) * scale)
             w = tl.math.exp2(s * scale - m_new[:, None])
             alpha = tl.math.exp2(m - m_new)
             l = l * alpha + tl.sum(w, 1)
             m = m_new
             if DROPOUT:
-                keep = dropout_keep(tl.load(seed_ptr), 0, bh, i0 + i, j0, threshold, BLOCK)
-                w = tl.where(keep, w, 0.0)
-            v = _load_tile(v_base, j0, keys, stride_vt, D, BLOCK, BLOCK_D)
+                w = tl.where(dropout_keep(tl.load(seed_ptr), 0, bh, i0 + i, j0, threshold, N), w, 0.0)
+            v = _load_tile(v_base, j0, keys, stride_vt, D, N, BLOCK_D)
             acc = tl.dot(w.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
 
+        # no key, no weight: zeros
         norm = 1.0 / tl.where(l > 0, l, 1.0)
         if DROPOUT:
             norm = norm * tl.cast(keep_scale, tl.float32)
-        _store_tile(out_ptr + (first * H + h) * D, i0, queries, H * D, acc * norm[:, None], D, BLOCK, BLOCK_D)
-        lse = tl.where(l > 0, m + tl.math.log2(l), 0.0)
-        tl.store(lse_ptr + h.to(tl.int64) * rows + first + i0 + i, lse, mask=i0 + i < queries)
+        _store_tile(out_ptr + (first * H + h) * D, i0, queries, H * D, acc * norm[:, None], D, M, BLOCK_D)
+        lse = tl.where(l > 0, m, 0.0) - tl.math.log2(norm)
+        tl.store(lse_ptr + h.to(tl.int64) * rows + first + i0 + i, lse, mask=_inside(i0, queries, M))
 
 
 @triton.jit
 def _delta(
     out_ptr, dout_ptr, delta_ptr, stride_ob, stride_ot, stride_oh, T, H, rows,
-    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """delta[h, row] = sum over d of out * dout; row counts the frames of the whole batch."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     h = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     mask = (row < rows)[:, None] & (d < D)[None, :]
@@ -185,20 +204,14 @@ def _delta(
 
 
 @triton.jit
-def _load_rows(base, i0, n, other, BLOCK: tl.constexpr):
-    i = i0 + tl.arange(0, BLOCK)
-    return tl.load(base + i, mask=i < n, other=other)
-
-
-@triton.jit
 def _weights_and_ds(s, dp, lse, delta, valid, keep, scale, keep_scale, DROPOUT: tl.constexpr):
-    """Attention weights after dropout, and dS up to the factor 1/sqrt(D); rows outside have lse = inf."""
-    w = tl.where(valid, tl.math.exp2(s * scale - lse[:, None]), 0.0)
+    """Attention weights after dropout, and dS up to the factor 1/sqrt(D)."""
+    w = tl.where(valid, tl.math.exp2(s * scale - lse), 0.0)
     dropped = w
     if DROPOUT:
         dropped = tl.where(keep, w * keep_scale, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
-    return dropped, w * (dp - delta[:, None])
+    return dropped, w * (dp - delta)
 
 
 @triton.jit
@@ -211,61 +224,69 @@ def _backward_query(
     stride_ob, stride_ot, stride_oh,
     stride_pt, stride_ph,
     T, H, rows, scale, grad_scale, threshold, keep_scale,
-    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i0 = tl.program_id(0) * BLOCK
+    M: tl.constexpr = 2 * BLOCK_N
+    N: tl.constexpr = BLOCK_N
+    i0 = tl.program_id(0) * M
     bh = tl.program_id(1)
     b = bh // H
     h = bh % H
     start, first, queries, keys = _sequence(b, T, lengths_ptr, cu_seqlens_ptr)
     if i0 < queries:
-        i = tl.arange(0, BLOCK)
-        upper = i[None, :] > i[:, None]
-        upper_band = i[None, :] + i[:, None] + 1 < BLOCK
+        i = tl.arange(0, M)
+        j = tl.arange(0, N)
+        age = (i[:, None] - j[None, :] + N) // N  # [M, N], which of R_t, R_{t-1}, R_{t-2} a score is in
+        back = (j[None, :] + i[:, None] + 1) // N  # [M, N], the same for a column of R
+        column = (j[None, :] + i[:, None] + 1) & (N - 1)
         scale = tl.cast(scale, tl.float32)
         keep_scale = tl.cast(keep_scale, tl.float32)
-        k_base = k_ptr + b.to(tl.int64) * stride_kb + start * stride_kt + h.to(tl.int64) * stride_kh
-        v_base = v_ptr + b.to(tl.int64) * stride_vb + start * stride_vt + h.to(tl.int64) * stride_vh
-        q_base = q_ptr + b.to(tl.int64) * stride_qb + start * stride_qt + h.to(tl.int64) * stride_qh
-        dout_base = dout_ptr + b.to(tl.int64) * stride_ob + start * stride_ot + h.to(tl.int64) * stride_oh
+        k_base = _head(k_ptr, b, start, h, stride_kb, stride_kt, stride_kh)
+        v_base = _head(v_ptr, b, start, h, stride_vb, stride_vt, stride_vh)
+        q_base = _head(q_ptr, b, start, h, stride_qb, stride_qt, stride_qh)
+        dout_base = _head(dout_ptr, b, start, h, stride_ob, stride_ot, stride_oh)
         pos_base = pos_ptr + h.to(tl.int64) * stride_ph
-        q = _load_tile(q_base, i0, queries, stride_qt, D, BLOCK, BLOCK_D)
-        dout = _load_tile(dout_base, i0, queries, stride_ot, D, BLOCK, BLOCK_D)
+        q = _load_tile(q_base, i0, queries, stride_qt, D, M, BLOCK_D)
+        dout = _load_tile(dout_base, i0, queries, stride_ot, D, M, BLOCK_D)
         qu = _add_bias(q, u_ptr, h, D, BLOCK_D)
         qv = _add_bias(q, v_bias_ptr, h, D, BLOCK_D)
-        flat = h.to(tl.int64) * rows + first
-        lse = _load_rows(lse_ptr + flat, i0, queries, float("inf"), BLOCK)
-        delta = _load_rows(delta_ptr + flat, i0, queries, 0.0, BLOCK)
+        lse = _load_rows(lse_ptr + h.to(tl.int64) * rows + first, i0, queries, float("inf"), M)
+        delta = _load_rows(delta_ptr + h.to(tl.int64) * rows + first, i0, queries, 0.0, M)
 
-        p_previous = _load_tile(pos_base, T - i0 - BLOCK, 2 * T - 1, stride_pt, D, BLOCK, BLOCK_D)
-        previous = _rotate(tl.dot(qv, tl.trans(p_previous), input_precision=PRECISION), BLOCK)
-        dband = tl.zeros((BLOCK, BLOCK), q.dtype)  # what this tile adds to the next tile's dR
-        acc = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-        for j0 in range(0, keys, BLOCK):
-            p = _load_tile(pos_base, T - i0 + j0, 2 * T - 1, stride_pt, D, BLOCK, BLOCK_D)
-            rotated = _rotate(tl.dot(qv, tl.trans(p), input_precision=PRECISION), BLOCK)
-            k = _load_tile(k_base, j0, keys, stride_kt, D, BLOCK, BLOCK_D)
-            s = tl.dot(qu, tl.trans(k), tl.where(upper, rotated, previous), input_precision=PRECISION)
-            previous = rotated
-            v = _load_tile(v_base, j0, keys, stride_vt, D, BLOCK, BLOCK_D)
+        latest = _rotated_scores(qv, pos_base, T - i0 - N, T, stride_pt, D, M, N, BLOCK_D, PRECISION)
+        older = _rotated_scores(qv, pos_base, T - i0 - 2 * N, T, stride_pt, D, M, N, BLOCK_D, PRECISION)
+        older = tl.where(age == 2, older, latest)
+        dr_older = tl.zeros((M, N), q.dtype)  # dR_{t-2}, the columns known so far
+        dr_latest = tl.zeros((M, N), q.dtype)  # dR_{t-1}
+        acc = tl.zeros((M, BLOCK_D), tl.float32)
+        for j0 in range(0, keys, N):
+            r = _rotated_scores(qv, pos_base, T - i0 + j0, T, stride_pt, D, M, N, BLOCK_D, PRECISION)
+            s = tl.where(age == 0, r, older)
+            older = tl.where(age == 2, latest, r)
+            latest = r
+            k = _load_tile(k_base, j0, keys, stride_kt, D, N, BLOCK_D)
+            s = tl.dot(qu, tl.trans(k), s, input_precision=PRECISION)
+            v = _load_tile(v_base, j0, keys, stride_vt, D, N, BLOCK_D)
             dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-            keep = upper
+            keep = age == 0
             if DROPOUT:
-                keep = dropout_keep(tl.load(seed_ptr), 0, bh, i0 + i, j0, threshold, BLOCK)
-            valid = (j0 + i < keys)[None, :]
-            _, ds = _weights_and_ds(s, dp, lse, delta, valid, keep, scale, keep_scale, DROPOUT)
+                keep = dropout_keep(tl.load(seed_ptr), 0, bh, i0 + i, j0, threshold, N)
+            valid = _inside(j0, keys, N)[None, :]
+            _, ds = _weights_and_ds(s, dp, lse[:, None], delta[:, None], valid, keep, scale, keep_scale, DROPOUT)
             ds = ds.to(q.dtype)
             acc = tl.dot(ds, k, acc, input_precision=PRECISION)
-            band = _rotate_back(ds, BLOCK)
-            # the lower triangle completes the dR of the previous tile
-            p_previous = _load_tile(pos_base, T - i0 + j0 - BLOCK, 2 * T - 1, stride_pt, D, BLOCK, BLOCK_D)
-            acc = tl.dot(tl.where(upper_band, dband, band), p_previous, acc, input_precision=PRECISION)
-            dband = band
-        last = (keys + BLOCK - 1) // BLOCK * BLOCK - BLOCK
-        p = _load_tile(pos_base, T - i0 + last, 2 * T - 1, stride_pt, D, BLOCK, BLOCK_D)
-        acc = tl.dot(tl.where(upper_band, dband, 0.0).to(p.dtype), p, acc, input_precision=PRECISION)
+            dr = tl.gather(ds, column, 1)
+            p = _load_tile(pos_base, T - i0 + j0 - 2 * N, 2 * T - 1, stride_pt, D, N, BLOCK_D)
+            acc = tl.dot(tl.where(back == 2, dr, dr_older), p, acc, input_precision=PRECISION)
+            dr_older = tl.where(back == 0, dr_latest, dr)
+            dr_latest = dr
+        end = T - i0 + (keys + N - 1) // N * N
+        p = _load_tile(pos_base, end - 2 * N, 2 * T - 1, stride_pt, D, N, BLOCK_D)
+        acc = tl.dot(tl.where(back == 2, 0.0, dr_older).to(q.dtype), p, acc, input_precision=PRECISION)
+        p = _load_tile(pos_base, end - N, 2 * T - 1, stride_pt, D, N, BLOCK_D)
+        acc = tl.dot(tl.where(back == 0, dr_latest, 0.0).to(q.dtype), p, acc, input_precision=PRECISION)
         acc = acc * tl.cast(grad_scale, tl.float32)
-        _store_tile(dq_ptr + (first * H + h) * D, i0, queries, H * D, acc, D, BLOCK, BLOCK_D)
+        _store_tile(dq_ptr + (first * H + h) * D, i0, queries, H * D, acc, D, M, BLOCK_D)
 
 
 @triton.jit
@@ -278,57 +299,68 @@ def _backward_key(
     stride_ob, stride_ot, stride_oh,
     stride_pt, stride_ph,
     T, H, rows, scale, grad_scale, threshold, keep_scale,
-    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    j0 = tl.program_id(0) * BLOCK
+    """Tiles are transposed, [N, M] with keys or positions down and queries across, and M <= N.
+
+    Other queries, other rows of R: nothing carries over from tile to tile, so R_t and R_{t-1} are both computed.
+    """
+    M: tl.constexpr = BLOCK_M
+    N: tl.constexpr = BLOCK_N
+    j0 = tl.program_id(0) * N
     bh = tl.program_id(1)
     b = bh // H
     h = bh % H
     start, first, queries, keys = _sequence(b, T, lengths_ptr, cu_seqlens_ptr)
-    i = tl.arange(0, BLOCK)
+    i = tl.arange(0, M)
+    j = tl.arange(0, N)
     d = tl.arange(0, BLOCK_D)
-    upper_band = i[None, :] + i[:, None] + 1 < BLOCK
+    in_latest = j[:, None] + i[None, :] + 1 < N  # [N, M], columns of R_t, the others of R_{t-1}
+    rotation = (j[:, None] - i[None, :] - 1) & (N - 1)
     scale = tl.cast(scale, tl.float32)
     keep_scale = tl.cast(keep_scale, tl.float32)
     grad_scale = tl.cast(grad_scale, tl.float32)
-    k_base = k_ptr + b.to(tl.int64) * stride_kb + start * stride_kt + h.to(tl.int64) * stride_kh
-    v_base = v_ptr + b.to(tl.int64) * stride_vb + start * stride_vt + h.to(tl.int64) * stride_vh
-    q_base = q_ptr + b.to(tl.int64) * stride_qb + start * stride_qt + h.to(tl.int64) * stride_qh
-    dout_base = dout_ptr + b.to(tl.int64) * stride_ob + start * stride_ot + h.to(tl.int64) * stride_oh
+    k_base = _head(k_ptr, b, start, h, stride_kb, stride_kt, stride_kh)
+    v_base = _head(v_ptr, b, start, h, stride_vb, stride_vt, stride_vh)
+    q_base = _head(q_ptr, b, start, h, stride_qb, stride_qt, stride_qh)
+    dout_base = _head(dout_ptr, b, start, h, stride_ob, stride_ot, stride_oh)
     pos_base = pos_ptr + h.to(tl.int64) * stride_ph
     lse_base = lse_ptr + h.to(tl.int64) * rows + first
     delta_base = delta_ptr + h.to(tl.int64) * rows + first
-    k = _load_tile(k_base, j0, keys, stride_kt, D, BLOCK, BLOCK_D)
-    v = _load_tile(v_base, j0, keys, stride_vt, D, BLOCK, BLOCK_D)
-    valid = (j0 + i < keys)[None, :]
+    k = _load_tile(k_base, j0, keys, stride_kt, D, N, BLOCK_D)
+    v = _load_tile(v_base, j0, keys, stride_vt, D, N, BLOCK_D)
+    valid = _inside(j0, keys, N)[:, None]
 
-    dk = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-    column = tl.zeros((BLOCK,), tl.float32)  # sum over the queries of dS
-    for i0 in range(0, tl.where(j0 < keys, queries, 0), BLOCK):
-        q = _load_tile(q_base, i0, queries, stride_qt, D, BLOCK, BLOCK_D)
-        qv = _add_bias(q, v_bias_ptr, h, D, BLOCK_D)
-        p = _load_tile(pos_base, T - i0 + j0, 2 * T - 1, stride_pt, D, BLOCK, BLOCK_D)
-        band = tl.dot(qv, tl.trans(p), input_precision=PRECISION)
-        p = _load_tile(pos_base, T - i0 + j0 - BLOCK, 2 * T - 1, stride_pt, D, BLOCK, BLOCK_D)
-        band = tl.where(upper_band, band, tl.dot(qv, tl.trans(p), input_precision=PRECISION))
+    dk = tl.zeros((N, BLOCK_D), tl.float32)
+    dv = tl.zeros((N, BLOCK_D), tl.float32)
+    total = tl.zeros((N,), tl.float32)  # sum over the queries of dS
+    for i0 in range(0, tl.where(j0 < keys, queries, 0), M):
+        q = _load_tile(q_base, i0, queries, stride_qt, D, M, BLOCK_D)
+        qv = tl.trans(_add_bias(q, v_bias_ptr, h, D, BLOCK_D))
+        p = _load_tile(pos_base, T - i0 + j0, 2 * T - 1, stride_pt, D, N, BLOCK_D)
+        r = tl.dot(p, qv, input_precision=PRECISION)
+        p = _load_tile(pos_base, T - i0 + j0 - N, 2 * T - 1, stride_pt, D, N, BLOCK_D)
+        r = tl.where(in_latest, r, tl.dot(p, qv, input_precision=PRECISION))
         qu = _add_bias(q, u_ptr, h, D, BLOCK_D)
-        s = tl.dot(qu, tl.trans(k), _rotate(band, BLOCK), input_precision=PRECISION)
-        dout = _load_tile(dout_base, i0, queries, stride_ot, D, BLOCK, BLOCK_D)
-        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-        lse = _load_rows(lse_base, i0, queries, float("inf"), BLOCK)
-        delta = _load_rows(delta_base, i0, queries, 0.0, BLOCK)
-        keep = upper_band
+        s = tl.dot(k, tl.trans(qu), tl.gather(r, rotation, 0), input_precision=PRECISION)
+        dout = _load_tile(dout_base, i0, queries, stride_ot, D, M, BLOCK_D)
+        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+        lse = _load_rows(lse_base, i0, queries, float("inf"), M)[None, :]
+        delta = _load_rows(delta_base, i0, queries, 0.0, M)[None, :]
+        keep = in_latest
         if DROPOUT:
-            keep = dropout_keep(tl.load(seed_ptr), 0, bh, i0 + i, j0, threshold, BLOCK)
+            keep = tl.trans(dropout_keep(tl.load(seed_ptr), 0, bh, i0 + i, j0, threshold, N))
         w, ds = _weights_and_ds(s, dp, lse, delta, valid, keep, scale, keep_scale, DROPOUT)
-        dv = tl.dot(tl.trans(w.to(q.dtype)), dout, dv, input_precision=PRECISION)
-        dk = tl.dot(tl.trans(ds.to(q.dtype)), qu, dk, input_precision=PRECISION)
-        column += tl.sum(ds, 0)
+        dv = tl.dot(w.to(q.dtype), dout, dv, input_precision=PRECISION)
+        dk = tl.dot(ds.to(q.dtype), qu, dk, input_precision=PRECISION)
+        total += tl.sum(ds, 1)
 
-    _store_tile(dk_ptr + (first * H + h) * D, j0, queries, H * D, dk * grad_scale, D, BLOCK, BLOCK_D)
-    _store_tile(dv_ptr + (first * H + h) * D, j0, queries, H * D, dv, D, BLOCK, BLOCK_D)
-    du = tl.sum(column[:, None] * k.to(tl.float32), 0) * grad_scale
+    _store_tile(dk_ptr + (first * H + h) * D, j0, queries, H * D, dk * grad_scale, D, N, BLOCK_D)
+    _store_tile(dv_ptr + (first * H + h) * D, j0, queries, H * D, dv, D, N, BLOCK_D)
+    # read again: keeping it would cost registers all along the loop
+    k = _load_tile(k_base, j0, keys, stride_kt, D, N, BLOCK_D)
+    du = tl.sum(total[:, None] * k.to(tl.float32), 0) * grad_scale
     # du_ptr: [B, H, tiles, D]
     tile = bh.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     tl.store(du_ptr + tile * D + d, du, mask=d < D)
@@ -344,78 +376,89 @@ def _backward_position(
     stride_ob, stride_ot, stride_oh,
     stride_pt, stride_ph,
     B, T, H, rows, scale, grad_scale, threshold, keep_scale,
-    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows T + diagonal ... of dpos, over a slice of the batch.
+    """Rows T + diagonal ... of dpos, over a part of the batch; tiles as in _backward_key.
 
-    Query tile i0 meets these positions in the upper triangle of the key tile at i0 + diagonal and in the lower triangle of
-    the next one; the two triangles are worked on as one square tile, in which the rotated R fits without a second product.
+    The queries from i0 meet these N positions in two key tiles, those at i0 + diagonal and at i0 + diagonal + N, each
+    in one corner.  The corners make up one tile: into it the rotated R fits as it is, and its dS back into dR.
     """
-    tiles = tl.num_programs(0) // 2
-    diagonal = (tl.program_id(0) - tiles) * BLOCK
+    M: tl.constexpr = BLOCK_M
+    N: tl.constexpr = BLOCK_N
+    diagonal = (tl.program_id(0) - tl.num_programs(0) // 2) * N
     h = tl.program_id(1)
     part = tl.program_id(2)
     parts = tl.num_programs(2)
-    i = tl.arange(0, BLOCK)
+    i = tl.arange(0, M)
+    j = tl.arange(0, N)
     d = tl.arange(0, BLOCK_D)
-    upper = i[None, :] > i[:, None]
+    near = j[:, None] > i[None, :]  # [N, M], the corner of the first key tile
+    rotation = (j[:, None] - i[None, :] - 1) & (N - 1)
+    rotation_back = (j[:, None] + i[None, :] + 1) & (N - 1)
     scale = tl.cast(scale, tl.float32)
     keep_scale = tl.cast(keep_scale, tl.float32)
     grad_scale = tl.cast(grad_scale, tl.float32)
-    p = _load_tile(pos_ptr + h.to(tl.int64) * stride_ph, T + diagonal, 2 * T - 1, stride_pt, D, BLOCK, BLOCK_D)
+    pos_base = pos_ptr + h.to(tl.int64) * stride_ph
+    p = _load_tile(pos_base, T + diagonal, 2 * T - 1, stride_pt, D, N, BLOCK_D)
 
-    dpos = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-    column = tl.zeros((BLOCK,), tl.float32)  # sum over batch and queries of dR
+    dpos = tl.zeros((N, BLOCK_D), tl.float32)
+    total = tl.zeros((N,), tl.float32)  # sum over batch and queries of dR
     for b in range(B * part // parts, B * (part + 1) // parts):
         start, first, queries, keys = _sequence(b, T, lengths_ptr, cu_seqlens_ptr)
-        b64 = tl.cast(b, tl.int64)
-        k_base = k_ptr + b64 * stride_kb + start * stride_kt + h.to(tl.int64) * stride_kh
-        v_base = v_ptr + b64 * stride_vb + start * stride_vt + h.to(tl.int64) * stride_vh
-        q_base = q_ptr + b64 * stride_qb + start * stride_qt + h.to(tl.int64) * stride_qh
-        dout_base = dout_ptr + b64 * stride_ob + start * stride_ot + h.to(tl.int64) * stride_oh
+        k_base = _head(k_ptr, b, start, h, stride_kb, stride_kt, stride_kh)
+        v_base = _head(v_ptr, b, start, h, stride_vb, stride_vt, stride_vh)
+        q_base = _head(q_ptr, b, start, h, stride_qb, stride_qt, stride_qh)
+        dout_base = _head(dout_ptr, b, start, h, stride_ob, stride_ot, stride_oh)
         lse_base = lse_ptr + h.to(tl.int64) * rows + first
         delta_base = delta_ptr + h.to(tl.int64) * rows + first
-        for i0 in range(tl.maximum(0, -diagonal - BLOCK), tl.minimum(queries, keys - diagonal), BLOCK):
+        for i0 in range(tl.maximum(0, -diagonal - N), tl.minimum(queries, keys - diagonal), M):
             j0 = i0 + diagonal
-            q = _load_tile(q_base, i0, queries, stride_qt, D, BLOCK, BLOCK_D)
+            q = _load_tile(q_base, i0, queries, stride_qt, D, M, BLOCK_D)
             qv = _add_bias(q, v_bias_ptr, h, D, BLOCK_D)
-            qu = _add_bias(q, u_ptr, h, D, BLOCK_D)
-            k = _load_tile(k_base, j0, keys, stride_kt, D, BLOCK, BLOCK_D)
-            k_next = _load_tile(k_base, j0 + BLOCK, keys, stride_kt, D, BLOCK, BLOCK_D)
-            content = tl.dot(qu, tl.trans(k), input_precision=PRECISION)
-            content = tl.where(upper, content, tl.dot(qu, tl.trans(k_next), input_precision=PRECISION))
-            s = content + _rotate(tl.dot(qv, tl.trans(p), input_precision=PRECISION), BLOCK)
-            dout = _load_tile(dout_base, i0, queries, stride_ot, D, BLOCK, BLOCK_D)
-            v = _load_tile(v_base, j0, keys, stride_vt, D, BLOCK, BLOCK_D)
-            v_next = _load_tile(v_base, j0 + BLOCK, keys, stride_vt, D, BLOCK, BLOCK_D)
-            dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-            dp = tl.where(upper, dp, tl.dot(dout, tl.trans(v_next), input_precision=PRECISION))
-            lse = _load_rows(lse_base, i0, queries, float("inf"), BLOCK)
-            delta = _load_rows(delta_base, i0, queries, 0.0, BLOCK)
-            key = j0 + i[None, :] + tl.where(upper, 0, BLOCK)  # [BLOCK, BLOCK]
-            keep = upper
+            qu = tl.trans(_add_bias(q, u_ptr, h, D, BLOCK_D))
+            k = _load_tile(k_base, j0, keys, stride_kt, D, N, BLOCK_D)
+            s = tl.dot(k, qu, input_precision=PRECISION)
+            k = _load_tile(k_base, j0 + N, keys, stride_kt, D, N, BLOCK_D)
+            s = tl.where(near, s, tl.dot(k, qu, input_precision=PRECISION))
+            r = tl.dot(p, tl.trans(qv), input_precision=PRECISION)
+            s += tl.gather(r, rotation, 0)
+            dout = tl.trans(_load_tile(dout_base, i0, queries, stride_ot, D, M, BLOCK_D))
+            v = _load_tile(v_base, j0, keys, stride_vt, D, N, BLOCK_D)
+            dp = tl.dot(v, dout, input_precision=PRECISION)
+            v = _load_tile(v_base, j0 + N, keys, stride_vt, D, N, BLOCK_D)
+            dp = tl.where(near, dp, tl.dot(v, dout, input_precision=PRECISION))
+            lse = _load_rows(lse_base, i0, queries, float("inf"), M)[None, :]
+            delta = _load_rows(delta_base, i0, queries, 0.0, M)[None, :]
+            keep = near
             if DROPOUT:
                 seed = tl.load(seed_ptr)
-                keep = dropout_keep(seed, 0, b * H + h, i0 + i, j0, threshold, BLOCK)
-                keep_next = dropout_keep(seed, 0, b * H + h, i0 + i, j0 + BLOCK, threshold, BLOCK)
-                keep = (upper & keep) | ((~upper) & keep_next)
-            valid = (key >= 0) & (key < keys)
+                keep = tl.trans(dropout_keep(seed, 0, b * H + h, i0 + i, j0, threshold, N))
+                keep_far = tl.trans(dropout_keep(seed, 0, b * H + h, i0 + i, j0 + N, threshold, N))
+                keep = (near & keep) | ((j[:, None] <= i[None, :]) & keep_far)
+            valid = tl.where(near, _inside(j0, keys, N)[:, None], _inside(j0 + N, keys, N)[:, None])
             _, ds = _weights_and_ds(s, dp, lse, delta, valid, keep, scale, keep_scale, DROPOUT)
-            band = _rotate_back(ds, BLOCK)
-            dpos = tl.dot(tl.trans(band.to(q.dtype)), qv, dpos, input_precision=PRECISION)
-            column += tl.sum(band, 0)
+            dr = tl.gather(ds, rotation_back, 0)
+            dpos = tl.dot(dr.to(q.dtype), qv, dpos, input_precision=PRECISION)
+            total += tl.sum(dr, 1)
 
     # dpos_ptr: [parts, 2T-1, H, D]
     out = dpos_ptr + (part.to(tl.int64) * (2 * T - 1) * H + h) * D
-    _store_tile(out, T + diagonal, 2 * T - 1, H * D, dpos * grad_scale, D, BLOCK, BLOCK_D)
-    dv_bias = tl.sum(column[:, None] * p.to(tl.float32), 0) * grad_scale
+    _store_tile(out, T + diagonal, 2 * T - 1, H * D, dpos * grad_scale, D, N, BLOCK_D)
+    p = _load_tile(pos_base, T + diagonal, 2 * T - 1, stride_pt, D, N, BLOCK_D)
+    dv_bias = tl.sum(total[:, None] * p.to(tl.float32), 0) * grad_scale
     # dv_bias_ptr: [parts, H, 2 tiles, D]
     tile = (part * tl.num_programs(1) + h) * tl.num_programs(0) + tl.program_id(0)
     tl.store(dv_bias_ptr + tile * D + d, dv_bias, mask=d < D)
 
 
 def config_for(kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> LaunchConfig:
-    return LaunchConfig(num_warps=4, num_stages=2, blocks={"BLOCK": 64, "BLOCK_D": max(16, next_power_of_2(head_dim))})
+    blocks = {"BLOCK_D": max(16, next_power_of_2(head_dim))}
+    if kernel == "delta":
+        return LaunchConfig(4, 1, blocks | {"BLOCK_M": 64})
+    if kernel in ("forward", "backward_query"):
+        return LaunchConfig(4, 2, blocks | {"BLOCK_N": 32})
+    return LaunchConfig(4, 2, blocks | {"BLOCK_M": 32, "BLOCK_N": 64})
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -460,7 +503,7 @@ def forward(
     config = config_for("forward", arch_of(q), q.dtype, d)
     launch(
         _forward,
-        (cdiv(t, config.blocks["BLOCK"]), b * h),
+        (cdiv(t, 2 * config.blocks["BLOCK_N"]), b * h),
         config,
         q,
         q_ptr=q, k_ptr=k, v_ptr=v, pos_ptr=pos, u_ptr=u.contiguous(), v_bias_ptr=v_bias.contiguous(),
@@ -493,7 +536,7 @@ def backward(
     delta = torch.empty_like(lse)
     delta_config = config_for("delta", arch, q.dtype, d)
     launch(
-        _delta, (cdiv(b * t, delta_config.blocks["BLOCK"]), h), delta_config, q,
+        _delta, (cdiv(b * t, delta_config.blocks["BLOCK_M"]), h), delta_config, q,
         out_ptr=out, dout_ptr=dout, delta_ptr=delta, **_strides("o", dout), T=t, H=h, rows=b * t, D=d,
     )  # fmt: skip
     common = {
@@ -507,21 +550,19 @@ def backward(
 
     dq, dk, dv = (q.new_empty(b, t, h, d) for _ in range(3))
     config = config_for("backward_query", arch, q.dtype, d)
-    launch(_backward_query, (cdiv(t, config.blocks["BLOCK"]), b * h), config, q, dq_ptr=dq, **common)
+    launch(_backward_query, (cdiv(t, 2 * config.blocks["BLOCK_N"]), b * h), config, q, dq_ptr=dq, **common)
 
     config = config_for("backward_key", arch, q.dtype, d)
-    tiles = cdiv(t, config.blocks["BLOCK"])
+    tiles = cdiv(t, config.blocks["BLOCK_N"])
     du = q.new_empty(b, h, tiles, d, dtype=torch.float32)
     launch(_backward_key, (tiles, b * h), config, q, dk_ptr=dk, dv_ptr=dv, du_ptr=du, **common)
 
     config = config_for("backward_position", arch, q.dtype, d)
-    tiles = 2 * cdiv(t, config.blocks["BLOCK"])
+    tiles = 2 * cdiv(t, config.blocks["BLOCK_N"])
     parts = _position_parts(b, h, tiles)
     dpos = q.new_empty(parts, 2 * t - 1, h, d, dtype=torch.float32)
     dv_bias = q.new_empty(parts, h, tiles, d, dtype=torch.float32)
-    launch(
-        _backward_position, (tiles, h, parts), config, q, dpos_ptr=dpos, dv_bias_ptr=dv_bias, B=b, **common
-    )
+    launch(_backward_position, (tiles, h, parts), config, q, dpos_ptr=dpos, dv_bias_ptr=dv_bias, B=b, **common)
     # sums over the partial results: a fixed order, hence the same bits every time
     return (
         dq, dk, dv, dpos.sum(0).to(pos.dtype), du.sum((0, 2)).to(u.dtype), dv_bias.sum((0, 2)).to(v_bias.dtype),
@@ -554,7 +595,9 @@ def _aot_config(name: str, arch: int, dtype: str, head_dim: int, dropout: bool =
     pointers |= {"lengths_ptr": "*i64"} | ({"seed_ptr": "*i64"} if dropout else {})
     if not dropout:
         constexprs["seed_ptr"] = None
-    scalars = {n: "i32" for n in kernel.arg_names if n.startswith("stride_") or n in ("B", "T", "H", "rows", "threshold")}
+    scalars = {
+        n: "i32" for n in kernel.arg_names if n.startswith("stride_") or n in ("B", "T", "H", "rows", "threshold")
+    }
     scalars |= dict.fromkeys(("scale", "grad_scale", "keep_scale"), "fp32")
     constexprs = {n: c for n, c in constexprs.items() if n in kernel.arg_names}
     return AotConfig(
