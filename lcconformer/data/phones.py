@@ -1,15 +1,12 @@
 """Phone labels: one folded inventory for every corpus, and their place on the 10 ms frame grid.
 
-The inventory is the 39-class folding of Lee & Hon (IEEE TASSP 37(11), 1989) as far as it touches the 39 phones of CMU's
-ARPAbet plus silence. What is folded, exactly:
+The inventory is the 39 phones of CMU's ARPAbet plus silence: 40 classes. What is folded, exactly:
 
 - stress digits go (``AH0 AH1 AH2`` -> ``AH``) and case does not matter;
-- ``AO`` -> ``AA`` and ``ZH`` -> ``SH``;
 - every silence name (``SIL``, ``SP``, ``<SIL>``, empty) -> ``SIL``.
 
-That leaves 37 phones + ``SIL`` = 38 classes. (The 39th class of Lee & Hon is the flap ``DX``, which ARPAbet-39 lacks;
-their other foldings concern labels that ARPAbet-39 does not have.) Noise fillers (``+NSN+``, ``SPN`` and the like) are
-neither a phone nor silence: their frames are unknown.
+``AO`` and ``ZH`` stay apart (Lee & Hon, IEEE TASSP 37(11), 1989, fold them into ``AA`` and ``SH``: compare accuracies with
+theirs accordingly). Noise fillers (``+NSN+``, ``SPN`` and the like) are neither a phone nor silence: their frames are unknown.
 """
 
 from __future__ import annotations
@@ -24,12 +21,12 @@ if TYPE_CHECKING:
 IGNORE = -100
 """Label of a frame whose phone is unknown; the default ``ignore_index`` of ``torch.nn.functional.cross_entropy``."""
 
-_CLASSES = "SIL AA AE AH AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y Z"
+_CLASSES = "SIL AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y Z ZH"
 PHONES = tuple(_CLASSES.split(" "))
-"""The 38 classes; a class's number is its place here."""
+"""The 40 classes; a class's number is its place here."""
 
 _NUMBER = {phone: number for number, phone in enumerate(PHONES)}
-_FOLD = {"AO": "AA", "ZH": "SH", "SP": "SIL", "<SIL>": "SIL", "": "SIL"}
+_FOLD = {"SP": "SIL", "<SIL>": "SIL", "": "SIL"}
 _NOISE = frozenset({"+NSN+", "+SPN+", "+BREATH+", "+COUGH+", "+NOISE+", "+UH+", "+UM+", "SPN", "NSN", "<UNK>"})
 
 
@@ -44,7 +41,7 @@ def fold(label: str) -> int:
     if name in _NOISE:
         return IGNORE
     if name not in _NUMBER:
-        raise ValueError(f"unknown phone {label!r}: expected ARPAbet ({' '.join(PHONES)}, AO, ZH) or a noise filler")
+        raise ValueError(f"unknown phone {label!r}: expected ARPAbet ({' '.join(PHONES)}) or a noise filler")
     return _NUMBER[name]
 
 
