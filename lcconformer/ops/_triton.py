@@ -7,7 +7,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-__all__ = ["triton_reasons"]
+__all__ = ["dropout_seed", "triton_reasons"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -33,3 +33,14 @@ def triton_reasons(x: Tensor) -> list[str]:
     if x.dtype not in _DTYPES:
         reasons.append(f"dtype {x.dtype} is not one of float16, bfloat16, float32")
     return [r for r in reasons if r]
+
+
+def dropout_seed(x: Tensor, dropout_p: float) -> Tensor | None:
+    """Key of the counter-based dropout, int64 ``[1]`` on the device of ``x``; None without dropout.
+
+    Drawn from the generator of the device: no synchronisation, fresh at every replay of a CUDA graph, and repeated by
+    activation checkpointing.
+    """
+    if dropout_p == 0.0:
+        return None
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)

@@ -5,10 +5,16 @@ s = x + alpha * drop(y),    n = LN(s)
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ._backend import select
 from ._checks import check_same, check_shape
+from ._triton import dropout_seed, triton_reasons
 
 __all__ = ["residual_layer_norm", "residual_layer_norm_reference"]
 
@@ -62,4 +68,89 @@ def residual_layer_norm(
     check_same(OP, x=x, y=y)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{OP}: dropout_p is {dropout_p}; expected 0 <= dropout_p < 1")
-    return residual_layer_norm_reference(x, y, weight, bias, alpha=alpha, dropout_p=dropout_p, eps=eps)
+    for name, p in (("weight", weight), ("bias", bias)):
+        if p.device != x.device:
+            raise ValueError(f"{OP}: {name} is on {p.device} but x is on {x.device}; move them to one device")
+
+    if select(OP, x.device.type, {"triton": lambda: _triton_unsupported(x, weight)}) == "torch":
+        return residual_layer_norm_reference(x, y, weight, bias, alpha=alpha, dropout_p=dropout_p, eps=eps)
+    tensors = (x, y, weight, bias, dropout_seed(x, dropout_p))
+    if torch.is_grad_enabled() and any(p.requires_grad for p in tensors[:4]):
+        return ResidualLayerNormFn.apply(*tensors, alpha, dropout_p, eps)
+    s, n, _mean, _rstd = torch.ops.lcconformer.residual_layer_norm_fwd(*tensors, alpha, dropout_p, eps)
+    return s, n
+
+
+# --- fused -----------------------------------------------------------------------------------------------------------
+
+
+def _triton_unsupported(x: Tensor, weight: Tensor) -> list[str]:
+    reasons = triton_reasons(x)
+    if x.shape[-1] > MAX_WIDTH:
+        reasons.append(f"a row is fused up to D = {MAX_WIDTH}, got D = {x.shape[-1]}")
+    if weight.dtype == torch.float64:
+        reasons.append("weight is float64")
+    return reasons
+
+
+# a program owns whole rows
+MAX_WIDTH = 8192
+
+torch.library.define(
+    "lcconformer::residual_layer_norm_fwd",
+    "(Tensor x, Tensor y, Tensor weight, Tensor bias, Tensor? seed, float alpha, float dropout_p, float eps) "
+    "-> (Tensor s, Tensor n, Tensor mean, Tensor rstd)",
+)
+torch.library.define(
+    "lcconformer::residual_layer_norm_bwd",
+    "(Tensor ds, Tensor dn, Tensor s, Tensor mean, Tensor rstd, Tensor weight, Tensor? seed, float alpha, "
+    "float dropout_p) -> (Tensor dx, Tensor dy, Tensor dparams)",
+)
+
+
+@torch.library.impl("lcconformer::residual_layer_norm_fwd", ("CPU", "CUDA"))
+def _fwd(*args: Any) -> tuple[Tensor, ...]:
+    from lcconformer.kernels import residual_layer_norm as kernels
+
+    return kernels.forward(*args)
+
+
+@torch.library.impl("lcconformer::residual_layer_norm_bwd", ("CPU", "CUDA"))
+def _bwd(*args: Any) -> tuple[Tensor, ...]:
+    from lcconformer.kernels import residual_layer_norm as kernels
+
+    return kernels.backward(*args)
+
+
+@torch.library.register_fake("lcconformer::residual_layer_norm_fwd")
+def _fwd_fake(x, y, weight, bias, seed, alpha, dropout_p, eps):
+    rows = x.shape[:-1].numel()
+    mean, rstd = (x.new_empty((rows,), dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape), x.new_empty(x.shape), mean, rstd
+
+
+@torch.library.register_fake("lcconformer::residual_layer_norm_bwd")
+def _bwd_fake(ds, dn, s, mean, rstd, weight, seed, alpha, dropout_p):
+    dy = s.new_empty(s.shape if seed is not None or alpha != 1.0 else (0,))
+    return s.new_empty(s.shape), dy, weight.new_empty((2, weight.shape[0]))
+
+
+class ResidualLayerNormFn(torch.autograd.Function):
+    """Keeps s and the statistics of its rows; dropout comes again from its seed."""
+
+    @staticmethod
+    def forward(ctx, x, y, weight, bias, seed, alpha, dropout_p, eps):
+        s, n, mean, rstd = torch.ops.lcconformer.residual_layer_norm_fwd(
+            x, y, weight, bias, seed, alpha, dropout_p, eps
+        )
+        ctx.save_for_backward(s, mean, rstd, weight, seed)
+        ctx.options = (alpha, dropout_p)
+        ctx.same = seed is None and alpha == 1.0
+        return s, n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, ds, dn):
+        dx, dy, dparams = torch.ops.lcconformer.residual_layer_norm_bwd(ds, dn, *ctx.saved_tensors, *ctx.options)
+        dweight, dbias = dparams
+        return (dx, dx if ctx.same else dy, dweight, dbias, None, None, None, None)

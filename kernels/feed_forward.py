@@ -1,0 +1,259 @@
+"""Triton kernels of ``feed_forward`` around cuBLAS: everything between the GEMMs in one pass each.
+
+    forward     h = LN(x);  u = h W1';  g = drop(silu(u + b1));  z = g W2';  out = x + scale * drop(z + b2)
+    backward    dz, db2;  dg = dz W2;  du, g again, db1;  dh = du W1;  dx, h again, LN gradients;  dW2, dW1
+
+Kept for the backward: x, the row statistics of LN, and u. h and g are recomputed where they are needed, dropout
+masks come from counters, and bias gradients are sums of per-program partials in a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ._common import (
+    AotConfig,
+    LaunchConfig,
+    cdiv,
+    constexpr_signature,
+    dropout_keep,
+    dropout_scale,
+    dropout_threshold,
+    launch,
+)
+from .partials import sum_rows
+from .residual_layer_norm import layer_norm, layer_norm_backward, rows_of
+
+# dropout streams
+HIDDEN = tl.constexpr(0)
+OUTPUT = tl.constexpr(1)
+
+# 16 elements a thread
+_CONFIG = LaunchConfig(num_warps=4, num_stages=1, blocks={"BLOCK_M": 16, "BLOCK_N": 128})
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * x))
+
+
+@triton.jit
+def _drop(x, seed_ptr, stream, rows, col_start, threshold, keep_scale, BLOCK_N: tl.constexpr):
+    """x with dropped elements zero and the others scaled; x itself without a seed."""
+    if seed_ptr is None:
+        return x
+    else:
+        keep = dropout_keep(tl.load(seed_ptr), stream, 0, rows, col_start, threshold, BLOCK_N)
+        return tl.where(keep, x * tl.cast(keep_scale, tl.float32), 0.0)
+
+
+@triton.jit
+def _add_bias(x, bias_ptr, offs_n, N):
+    if bias_ptr is None:
+        return x
+    else:
+        return x + tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _activation_fwd_kernel(
+    u_ptr, bias_ptr, seed_ptr, g_ptr, M, N, threshold, keep_scale, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """g = drop(silu(u + b1)), [M, N]"""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col_start = tl.program_id(1) * BLOCK_N
+    offs_n = col_start + tl.arange(0, BLOCK_N)
+    mask = (rows < M)[:, None] & (offs_n < N)[None, :]
+    at = rows.to(tl.int64)[:, None] * N + offs_n[None, :]
+    u = _add_bias(tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32), bias_ptr, offs_n, N)
+    g = _drop(u * _sigmoid(u), seed_ptr, HIDDEN, rows, col_start, threshold, keep_scale, BLOCK_N)
+    tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _activation_bwd_kernel(
+    dg_ptr, u_ptr, bias_ptr, seed_ptr, du_ptr, g_ptr, part_ptr, M, N, rows_each, threshold, keep_scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """du = silu'(u + b1) * drop'(dg), g = drop(silu(u + b1)) again, and part [P, N] of the sum of du."""
+    program = tl.program_id(0)
+    col_start = tl.program_id(1) * BLOCK_N
+    offs_n = col_start + tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    last = tl.minimum((program + 1) * rows_each, M)
+    for start in range(program * rows_each, last, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        mask = (rows < last)[:, None] & (offs_n < N)[None, :]
+        at = rows.to(tl.int64)[:, None] * N + offs_n[None, :]
+        u = _add_bias(tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32), bias_ptr, offs_n, N)
+        dg = tl.load(dg_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        # dropout is linear: one factor serves g and its gradient
+        factor = _drop(tl.full([BLOCK_M, BLOCK_N], 1.0, tl.float32), seed_ptr, HIDDEN, rows, col_start, threshold,
+                       keep_scale, BLOCK_N)  # fmt: skip
+        s = _sigmoid(u)
+        du = dg * factor * s * (1.0 + u * (1.0 - s))
+        acc += du
+        tl.store(du_ptr + at, du.to(du_ptr.dtype.element_ty), mask=mask)
+        tl.store(g_ptr + at, (u * s * factor).to(g_ptr.dtype.element_ty), mask=mask)
+    tl.store(part_ptr + program.to(tl.int64) * N + offs_n, tl.sum(acc, 0), mask=offs_n < N)
+
+
+@triton.jit
+def _residual_fwd_kernel(
+    z_ptr, bias_ptr, x_ptr, stride_xm, seed_ptr, out_ptr, M, N, scale, threshold, keep_scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out = x + scale * drop(z + b2), [M, N]"""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col_start = tl.program_id(1) * BLOCK_N
+    offs_n = col_start + tl.arange(0, BLOCK_N)
+    mask = (rows < M)[:, None] & (offs_n < N)[None, :]
+    wide = rows.to(tl.int64)[:, None]
+    z = _add_bias(tl.load(z_ptr + wide * N + offs_n[None, :], mask=mask, other=0.0).to(tl.float32), bias_ptr, offs_n, N)
+    z = _drop(z, seed_ptr, OUTPUT, rows, col_start, threshold, keep_scale, BLOCK_N)
+    x = tl.load(x_ptr + wide * stride_xm + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+    out = x + tl.cast(scale, tl.float32) * z
+    tl.store(out_ptr + wide * N + offs_n[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _residual_bwd_kernel(
+    dout_ptr, stride_dm, seed_ptr, dz_ptr, part_ptr, M, N, rows_each, scale, threshold, keep_scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dz = scale * drop'(dout), and part [P, N] of its sum"""
+    program = tl.program_id(0)
+    col_start = tl.program_id(1) * BLOCK_N
+    offs_n = col_start + tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    last = tl.minimum((program + 1) * rows_each, M)
+    for start in range(program * rows_each, last, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        mask = (rows < last)[:, None] & (offs_n < N)[None, :]
+        wide = rows.to(tl.int64)[:, None]
+        dz = tl.load(dout_ptr + wide * stride_dm + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        dz = _drop(dz * tl.cast(scale, tl.float32), seed_ptr, OUTPUT, rows, col_start, threshold, keep_scale, BLOCK_N)
+        acc += dz
+        tl.store(dz_ptr + wide * N + offs_n[None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
+    tl.store(part_ptr + program.to(tl.int64) * N + offs_n, tl.sum(acc, 0), mask=offs_n < N)
+
+
+def _rows_each(m: int) -> int:
+    """Rows of a program of a backward kernel: at most 128 partial sums, whatever the device."""
+    block_m = _CONFIG.blocks["BLOCK_M"]
+    return max(1, cdiv(cdiv(m, 128), block_m)) * block_m
+
+
+def _grid(rows: int, n: int) -> tuple[int, int]:
+    return rows, cdiv(n, _CONFIG.blocks["BLOCK_N"])
+
+
+def forward(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor,
+    b2: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    scale: float,
+    dropout_p: float,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out like x, mean [M], rstd [M] float32, u [M, F] = LN(x) W1' in the dtype of w1)."""
+    x2 = rows_of(x)
+    m, d = x2.shape
+    f = w1.shape[0]
+    drop = (dropout_threshold(dropout_p), dropout_scale(dropout_p))
+    blocks_m = cdiv(m, _CONFIG.blocks["BLOCK_M"])
+    h, mean, rstd = layer_norm(x2, norm_weight, norm_bias, eps, w1.dtype)
+    u = torch.mm(h, w1.t())
+    g = torch.empty_like(u)
+    launch(_activation_fwd_kernel, _grid(blocks_m, f), _CONFIG, x, u, b1, seed, g, m, f, *drop)
+    z = torch.mm(g, w2.t())
+    out = x.new_empty(x.shape)
+    launch(_residual_fwd_kernel, _grid(blocks_m, d), _CONFIG, x, z, b2, x2, x2.stride(0), seed, out, m, d, scale, *drop)
+    return out, mean, rstd, u
+
+
+def backward(
+    dout: torch.Tensor,
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    u: torch.Tensor,
+    seed: torch.Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dx, (dnorm_weight, dnorm_bias) [2, D], dw1, db1, dw2, db2)"""
+    x2, dout2 = rows_of(x), rows_of(dout)
+    m, d = x2.shape
+    f = w1.shape[0]
+    drop = (dropout_threshold(dropout_p), dropout_scale(dropout_p))
+    each = _rows_each(m)
+    programs = cdiv(m, each)
+
+    dz = x.new_empty((m, d), dtype=w2.dtype)
+    part = x.new_empty((programs, d), dtype=torch.float32)
+    launch(
+        _residual_bwd_kernel, _grid(programs, d), _CONFIG, x, dout2, dout2.stride(0), seed, dz, part, m, d, each,
+        scale, *drop,
+    )  # fmt: skip
+    db2 = sum_rows(part, w2.dtype)
+
+    dg = torch.mm(dz, w2)
+    du, g = torch.empty_like(u), torch.empty_like(u)
+    part = x.new_empty((programs, f), dtype=torch.float32)
+    launch(_activation_bwd_kernel, _grid(programs, f), _CONFIG, x, dg, u, b1, seed, du, g, part, m, f, each, *drop)
+    db1 = sum_rows(part, w1.dtype)
+    dw2 = torch.mm(dz.t(), g)
+
+    dh = torch.mm(du, w1)
+    h = torch.empty_like(dh)
+    dx, dnorm = layer_norm_backward(dh, dout2, x2, mean, rstd, norm_weight, norm_bias, n=h)
+    dw1 = torch.mm(du.t(), h)
+    return dx.view(x.shape), dnorm, dw1, db1, dw2, db2
+
+
+def _aot(name: str, kernel: Any, dtype: str, dropout: bool) -> AotConfig:
+    constexprs: dict[str, Any] = dict(_CONFIG.blocks) | ({} if dropout else {"seed_ptr": None})
+    fixed = {"seed_ptr": "*i64", "part_ptr": "*fp32"}
+    pointers = {n: fixed.get(n, f"*{dtype}") for n in kernel.arg_names if n.endswith("_ptr") and n not in constexprs}
+    scalars = dict.fromkeys(("M", "N", "rows_each", "threshold", "stride_xm", "stride_dm"), "i32")
+    scalars |= dict.fromkeys(("scale", "keep_scale"), "fp32")
+    return AotConfig(
+        name=name + (" dropout" if dropout else ""),
+        kernel=kernel,
+        signature=constexpr_signature(kernel, pointers, scalars, constexprs),
+        constexprs=constexprs,
+        dtype=dtype,
+        launch=_CONFIG,
+        divisible=frozenset({"N", "stride_xm", "stride_dm"}),
+        spill_budget=64,
+    )
+
+
+def aot_configs(arch: int) -> Iterator[AotConfig]:
+    """Every kernel, with and without dropout."""
+    kernels = {
+        "activation_fwd": _activation_fwd_kernel,
+        "activation_bwd": _activation_bwd_kernel,
+        "residual_fwd": _residual_fwd_kernel,
+        "residual_bwd": _residual_bwd_kernel,
+    }
+    for dtype in ("bf16", "fp32"):
+        for name, kernel in kernels.items():
+            for dropout in (False, True):
+                yield _aot(name, kernel, dtype, dropout)
