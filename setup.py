@@ -120,6 +120,8 @@ class NinjaFile:
             for level, flags in toolchain.simd_levels().items():
                 add("cxx", source, f".{level}", (f"-DLCC_SIMD={level}", *flags))
         if self.nvcc is not None:
+            for source in sorted(CSRC.glob("cuda/*.cpp")):
+                add("cxx", source)
             for source in sorted(CSRC.glob("cuda/*.cu")):
                 add("nvcc", source)
         lines.append(f"build _C.so: link {' '.join(objects)}")

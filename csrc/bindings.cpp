@@ -4,11 +4,18 @@
 #include <pybind11/pybind11.h>
 
 #include "build_info.h"
-#include "cpu/cpu.h"
+#include "cpu/bindings.h"
+#ifdef LCC_CUDA
+#include "cuda/bindings.h"
+#endif
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled kernels of lcconformer; called through lcconformer.ops.";
     m.attr("build_info") = LCC_BUILD_INFO;  // JSON, see lcconformer/_extension.py
     auto cpu = m.def_submodule("cpu", "C++ kernels for CPUs.");
     lcc::bind_cpu(cpu);
+#ifdef LCC_CUDA
+    auto cuda = m.def_submodule("cuda", "CUDA kernels.");
+    lcc::bind_cuda(cuda);
+#endif
 }

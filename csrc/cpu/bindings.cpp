@@ -1,4 +1,4 @@
-#include "cpu/cpu.h"
+#include "cpu/bindings.h"
 
 #ifdef _OPENMP
 #include <omp.h>

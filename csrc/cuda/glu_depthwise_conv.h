@@ -1,0 +1,56 @@
+// GLU, zeroed padding, depthwise convolution, folded norm and SiLU in one kernel; and its backward pass.
+//
+//     h[b, t, c] = x[b, t, c] * sigmoid(x[b, t, C + c]),   0 where t >= lengths[b] or t is outside of 0 ... T - 1
+//     z[b, t, c] = bias[c] + sum_k weight[c, k] * h[b, t + k - (K - 1) / 2, c]
+//     y = act(z * scale[c] + shift[c])
+//
+// B batch, T frames, C channels, K kernel width (odd, at most 63). Elements are float32, float16 or bfloat16, sums float32.
+// `scale` and `shift` are an evaluation BatchNorm, folded. LayerNorm, GroupNorm and BatchNorm statistics need whole rows,
+// utterances or batches, which a block of 64 channels x 64 frames does not see: they follow outside, on z.
+#pragma once
+
+#include <cstdint>
+
+namespace lcc {
+
+enum class Element : int { float32 = 0, float16 = 1, bfloat16 = 2 };
+
+struct GluDepthwiseConv {
+    Element element;
+    bool silu;                     // else y has no activation
+    std::int64_t batch, frames;    // B, T
+    int channels, width;           // C, K
+    const void* x;                 // [B, T, 2C]
+    std::int64_t x_batch, x_frame; // strides of x in elements; its channels are adjacent
+    const void* weight;            // [C, K]
+    const void* bias;              // [C] or null
+    const std::int64_t* lengths;   // [B] or null
+    const float* scale;            // [C], or null with shift
+    const float* shift;            // [C], or null with scale
+    int device;
+    std::uintptr_t stream;         // cudaStream_t
+};
+
+// y [B, T, C]; conv [B, T, C] or null: z, which the backward pass needs if there is a SiLU or a scale.
+void glu_depthwise_conv_forward(const GluDepthwiseConv& op, void* y, void* conv);
+
+struct GluDepthwiseConvGradients {
+    const void* dy;                  // [B, T, C]
+    std::int64_t dy_batch, dy_frame; // strides of dy in elements; its channels are adjacent
+    const void* conv;                // z of the forward pass, or null if there is neither SiLU nor scale
+    void* dx;                        // [B, T, 2C]
+    void* dweight;                   // [C, K]
+    void* dbias;                     // [C] or null
+    float* dscale;                   // [C] or null
+    float* dshift;                   // [C] or null
+    float* partial;                  // [slots, K + 2, C] scratch; need not be set
+    int slots;                       // of glu_depthwise_conv_slots
+};
+
+// Blocks that share the frames of one group of channels. A function of the sizes alone: the order of every sum, and so
+// every bit of the gradients, is the same on each run and each device.
+int glu_depthwise_conv_slots(std::int64_t batch, std::int64_t frames, int channels);
+
+void glu_depthwise_conv_backward(const GluDepthwiseConv& op, const GluDepthwiseConvGradients& gradients);
+
+}  // namespace lcc
