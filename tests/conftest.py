@@ -11,9 +11,14 @@ import pytest
 import torch
 
 
+# Triton reads this when it decorates a kernel: without a GPU the kernels run in its interpreter
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    # more threads than cores make small tensors slow; two is what CI has
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    # tensors here are too small to share among threads, and on a busy machine threads wait for one another
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
