@@ -1,0 +1,158 @@
+"""``python -m lcconformer bench``: the suite on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .case import DTYPES, OPS, Case, parse_shapes
+from .providers import choose
+from .rows import Results, Row, commit, device_name
+from .suite import run_case
+from .table import case_tables, notes
+
+__all__ = ["add_arguments", "run"]
+
+SHAPES = {"cpu": "1x100,1x400,8x400", "cuda": "1x100,1x400,8x400,32x400,32x1500"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--mode", default="inference", choices=["inference", "training", "ops"], help="what to time (default inference)"
+    )
+    add("--shapes", metavar="BxT,...", help=f"batch x frames; default {SHAPES['cuda']} on a GPU, {SHAPES['cpu']} else")
+    add("--d-model", type=int, default=256, help="width; heads are 64 wide (default 256)")
+    add("--layers", type=int, help="N; default 12 on a GPU, 4 on a CPU")
+    add("--depth", metavar="K,...", help="loops of lcconformer, each a row; default all N")
+    add("--providers", metavar="NAME[:BACKEND],...", help="who takes part; default all that can")
+    add("--dtype", choices=list(DTYPES), help="amp: autocast to bfloat16; default bfloat16 on a GPU, float32 on a CPU")
+    add("--device", choices=["cpu", "cuda"], help="default cuda if there is one")
+    add("--threads", type=int, help="CPU threads; default as many as this process may use")
+    add("--seconds", type=float, help="timing budget of a case; default 3 on a GPU, 15 on a CPU; at least 5 rounds")
+    add("--rounds", type=int, help="exactly this many rounds instead")
+    add("--json", type=Path, metavar="F", help="write rows to F as they finish; rows of the same case are replaced")
+    add("--plot", type=Path, metavar="DIR", help="write plots of the rows to DIR")
+    add("--ladder", action="store_true", help="one table: each gain of the algorithm alone, and their product")
+    add("--compare", metavar="REF", help="time this working tree against commit REF, interleaved")
+    add(
+        "--import",
+        dest="import_from",
+        type=Path,
+        metavar="OUT",
+        help="file the results of bench/gpu.sh and refresh the README",
+    )
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    """The cases the arguments describe."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("bench: --device cuda, but torch sees no CUDA device; leave it out to run on the CPU")
+    args.device = device
+    layers = args.layers or (12 if device == "cuda" else 4)
+    depths = [int(k) for k in args.depth.split(",")] if args.depth else [layers]
+    args.depths = depths
+    modes = [args.mode] if args.mode != "ops" else [f"{op}:{way}" for op in OPS for way in ("forward", "training")]
+    dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
+    return [
+        Case(mode, b, t, args.d_model, layers, depths[0], dtype, device)
+        for mode in modes
+        for b, t in parse_shapes(args.shapes or SHAPES[device])
+    ]
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.import_from is not None:
+        from .filing import file_results
+
+        return file_results(args.import_from)
+    todo = cases(args)
+    torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
+    if args.compare:
+        from .compare import compare
+
+        return compare(args.compare, todo, args.seconds, args.rounds)
+    if args.ladder:
+        from .ladder import ladder
+
+        return ladder(todo, args.seconds, args.rounds)
+    providers = choose(args.providers)
+    results = Results(args.json)
+    seconds = args.seconds or (3.0 if args.device == "cuda" else 15.0)
+    print(f"{device_name(args.device)}; commit {commit()}; {len(todo)} cases, N = {todo[0].layers}, {todo[0].dtype}")
+    rows: list[Row] = []
+    per_case = len(providers) + 1 + (len(args.depths) - 1) * sum(p.name == "lcconformer" for p in providers)
+    with progress_bar(per_case * len(todo)) as bar:
+
+        def step(text: str) -> None:
+            bar.set_description_str(text)
+            bar.update()
+
+        try:
+            for case in todo:
+                if args.device == "cpu":
+                    bar.write(
+                        f"measuring {case}: {seconds:g} s of rounds" if args.rounds is None else f"measuring {case}"
+                    )
+                rows += run_case(
+                    case,
+                    providers,
+                    results,
+                    depths=args.depths,
+                    seconds=seconds,
+                    rounds=args.rounds,
+                    step=step,
+                    say=bar.write,
+                )
+        finally:
+            bar.close()
+            # an interruption keeps what is finished
+            report(rows, results, args)
+    return 0 if rows else 1
+
+
+def report(rows: list[Row], results: Results, args: argparse.Namespace) -> None:
+    if not rows:
+        print("no case finished")
+        return
+    print("\n" + case_tables(rows))
+    print(
+        "\nms: median of interleaved rounds; frames/s: B x T over it; RTF: time over speech time at 10 ms a frame; MB: most "
+        "that one call allocates;\nTFLOP/s, GB/s: least work of the maths over the time; of floor: least possible time over "
+        "the time, from measured ceilings (" + "; ".join(_ceiling(*item) for item in results.ceilings.items()) + ")"
+    )
+    if args.mode == "training":
+        print("training: forward and backward with dropout 0.1, without the optimiser")
+    if notes(rows):
+        print(notes(rows))
+    if args.json is not None:
+        print(f"rows: {args.json}")
+    if args.plot is not None:
+        from .plots import plot
+
+        for path in plot(rows, results, args.plot):
+            print(f"plot: {path}")
+
+
+def _ceiling(name: str, rates: dict[str, float]) -> str:
+    return f"{name}: matrix product {rates['gemm_tflops']:.3g} TFLOP/s, copy {rates['copy_gb_s']:.3g} GB/s"
+
+
+def progress_bar(total: int) -> Any:
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError("bench needs tqdm; pip install 'lcconformer[bench]'") from error
+    return tqdm(
+        total=total,
+        file=sys.stderr,
+        leave=False,
+        dynamic_ncols=True,
+        bar_format="{percentage:3.0f}% |{bar:20}| {elapsed} {desc}",
+    )
