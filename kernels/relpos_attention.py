@@ -158,7 +158,7 @@ def _forward(
         older = _rotated_scores(qv, pos_base, T - i0 - 2 * N, T, stride_pt, D, M, N, BLOCK_D, PRECISION)
         older = tl.where(age == 2, older, latest)
         m = tl.full((M,), float("-inf"), tl.float32)
-        l = tl.zeros((M,), tl.float32)
+        denominator = tl.zeros((M,), tl.float32)
         acc = tl.zeros((M, BLOCK_D), tl.float32)
         for j0 in range(0, keys, N):
             r = _rotated_scores(qv, pos_base, T - i0 + j0, T, stride_pt, D, M, N, BLOCK_D, PRECISION)
@@ -171,7 +171,7 @@ def _forward(
             m_new = tl.maximum(m, tl.max(s, 1) * scale)
             w = tl.math.exp2(s * scale - m_new[:, None])
             alpha = tl.math.exp2(m - m_new)
-            l = l * alpha + tl.sum(w, 1)
+            denominator = denominator * alpha + tl.sum(w, 1)
             m = m_new
             if DROPOUT:
                 w = tl.where(dropout_keep(tl.load(seed_ptr), 0, bh, i0 + i, j0, threshold, N), w, 0.0)
@@ -179,11 +179,13 @@ def _forward(
             acc = tl.dot(w.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
 
         # no key, no weight: zeros
-        norm = 1.0 / tl.where(l > 0, l, 1.0)
+        some = denominator > 0
+        denominator = tl.where(some, denominator, 1.0)
+        norm = 1.0 / denominator
         if DROPOUT:
             norm = norm * tl.cast(keep_scale, tl.float32)
         _store_tile(out_ptr + (first * H + h) * D, i0, queries, H * D, acc * norm[:, None], D, M, BLOCK_D)
-        lse = tl.where(l > 0, m, 0.0) - tl.math.log2(norm)
+        lse = tl.where(some, m, 0.0) + tl.math.log2(denominator)
         tl.store(lse_ptr + h.to(tl.int64) * rows + first + i0 + i, lse, mask=_inside(i0, queries, M))
 
 

@@ -10,11 +10,17 @@ elements from element T-1 on.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
+from ._backend import forced_backend, select
 from ._checks import check_lengths, check_same, check_shape, frame_mask
+from ._triton import dropout_seed, triton_reasons
 
 __all__ = ["relative_shift", "relpos_attention", "relpos_attention_reference"]
 
@@ -102,4 +108,103 @@ def relpos_attention(
     check_lengths(OP, lengths, b, t, q.device)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{OP}: dropout_p is {dropout_p}; expected 0 <= dropout_p < 1")
-    return relpos_attention_reference(q, k, v, pos, u, v_bias, lengths=lengths, dropout_p=dropout_p)
+
+    if q.numel() == 0:
+        return _empty(q, k, v, pos, u, v_bias)
+    if pos is None or u is None or v_bias is None:
+        if forced_backend() == "torch":
+            return relpos_attention_reference(q, k, v, lengths=lengths, dropout_p=dropout_p)
+        return _plain_attention(q, k, v, lengths, dropout_p)
+    if select(OP, q.device.type, {"triton": lambda: _triton_unsupported(q)}) == "torch":
+        return relpos_attention_reference(q, k, v, pos, u, v_bias, lengths=lengths, dropout_p=dropout_p)
+    tensors = (q, k, v, pos, u, v_bias, lengths, dropout_seed(q, dropout_p))
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return RelposAttentionFn.apply(*tensors, dropout_p)
+    out, _lse = torch.ops.lcconformer.relpos_attention_fwd(*tensors, dropout_p)
+    return out
+
+
+def _empty(*tensors: Tensor | None) -> Tensor:
+    """No frames in, no frames out; every input still gets its gradient of zeros."""
+    q, *others = (x for x in tensors if x is not None)
+    for x in others:
+        q = q + 0.0 * x.sum()
+    return q.clone()
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, dropout_p: float) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
+    mask = None
+    if lengths is not None:
+        # an utterance without frames looks at its first one, and is zeroed below: no row is ever empty
+        mask = frame_mask(lengths.clamp(min=1), q.shape[2])[:, None, None]  # [B, 1, 1, T]
+    # not cuDNN's: with a mask its gradients can be NaN (pytorch#196678)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        out = scaled_dot_product_attention(q, k, v, mask, dropout_p)
+    if lengths is not None:
+        out = out.masked_fill((lengths == 0)[:, None, None, None], 0.0)
+    return out.transpose(1, 2)
+
+
+# --- fused -----------------------------------------------------------------------------------------------------------
+
+
+def _triton_unsupported(q: Tensor) -> list[str]:
+    reasons = triton_reasons(q)
+    if q.shape[-1] > MAX_HEAD_DIM:
+        reasons.append(f"heads are fused up to D = {MAX_HEAD_DIM}, got D = {q.shape[-1]}")
+    return reasons
+
+
+# a program holds whole rows of a head
+MAX_HEAD_DIM = 128
+
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor pos, Tensor u, Tensor v_bias, Tensor? lengths, Tensor? seed"
+torch.library.define("lcconformer::relpos_attention_fwd", f"({_INPUTS}, float dropout_p) -> (Tensor out, Tensor lse)")
+torch.library.define(
+    "lcconformer::relpos_attention_bwd",
+    f"(Tensor dout, {_INPUTS}, Tensor out, Tensor lse, float dropout_p) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dpos, Tensor du, Tensor dv_bias)",
+)
+
+
+@torch.library.impl("lcconformer::relpos_attention_fwd", ("CPU", "CUDA"))
+def _fwd(*args: Any) -> tuple[Tensor, ...]:
+    from lcconformer.kernels import relpos_attention as kernels
+
+    return kernels.forward(*args)
+
+
+@torch.library.impl("lcconformer::relpos_attention_bwd", ("CPU", "CUDA"))
+def _bwd(*args: Any) -> tuple[Tensor, ...]:
+    from lcconformer.kernels import relpos_attention as kernels
+
+    return kernels.backward(*args)
+
+
+@torch.library.register_fake("lcconformer::relpos_attention_fwd")
+def _fwd_fake(q, k, v, pos, u, v_bias, lengths, seed, dropout_p):
+    b, t, h, _d = q.shape
+    return q.new_empty(q.shape), q.new_empty((h, b * t), dtype=torch.float32)
+
+
+@torch.library.register_fake("lcconformer::relpos_attention_bwd")
+def _bwd_fake(dout, q, k, v, pos, u, v_bias, lengths, seed, out, lse, dropout_p):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, pos, u, v_bias))
+
+
+class RelposAttentionFn(torch.autograd.Function):
+    """Keeps the inputs, the output and the log-sum-exp of each row; weights and dropout come again from those."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, pos, u, v_bias, lengths, seed, dropout_p):
+        out, lse = torch.ops.lcconformer.relpos_attention_fwd(q, k, v, pos, u, v_bias, lengths, seed, dropout_p)
+        ctx.save_for_backward(q, k, v, pos, u, v_bias, lengths, seed, out, lse)
+        ctx.dropout_p = dropout_p
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        grads = torch.ops.lcconformer.relpos_attention_bwd(dout, *ctx.saved_tensors, ctx.dropout_p)
+        return *grads, None, None, None
