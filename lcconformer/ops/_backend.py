@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["BACKENDS", "backend", "forced_backend", "select", "strict"]
+__all__ = ["BACKENDS", "backend", "candidates_of", "forced_backend", "select", "strict"]
 
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 _ON_DEVICE = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}
@@ -21,7 +21,16 @@ _log = logging.getLogger("lcconformer")
 _override: list[str] = []  # innermost ``with backend(...)`` last
 _said: set[tuple[str, str]] = set()
 
+_asking: list[bool] = []  # non-empty inside candidates_of
+
 Reasons = Callable[[], list[str]]  # why a backend cannot serve these inputs; empty = it can
+
+
+class _Asked(BaseException):
+    """Carries the candidates out of an op that was asked for no more than them."""
+
+    def __init__(self, candidates: Mapping[str, Reasons]) -> None:
+        self.candidates = candidates
 
 
 def _valid(name: str, where: str) -> str:
@@ -56,6 +65,18 @@ def backend(name: str) -> Iterator[None]:
         _override.pop()
 
 
+def candidates_of(call: Callable[[], object]) -> Mapping[str, Reasons]:
+    """What the one op that ``call`` runs would choose from; the op stops there and computes nothing."""
+    _asking.append(True)
+    try:
+        call()
+    except _Asked as asked:
+        return asked.candidates
+    finally:
+        _asking.pop()
+    return {}
+
+
 def select(op: str, device_type: str, candidates: Mapping[str, Reasons]) -> str:
     """Name of the backend that will run ``op``.
 
@@ -67,6 +88,8 @@ def select(op: str, device_type: str, candidates: Mapping[str, Reasons]) -> str:
     Raises:
         NotImplementedError: a forced backend cannot serve, or ``LCCONFORMER_STRICT=1`` and a fallback would be taken.
     """
+    if _asking:
+        raise _Asked(candidates)
     want = forced_backend()
     if want == "torch":
         return "torch"

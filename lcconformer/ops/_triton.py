@@ -12,7 +12,6 @@ __all__ = ["dropout_seed", "triton_reasons"]
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@torch.compiler.assume_constant_result
 def _device_reason(device_type: str, index: int | None) -> str:
     """Why Triton cannot serve this device; empty = it can.  A constant of the process, also to a tracer."""
     if importlib.util.find_spec("triton") is None:
@@ -25,6 +24,10 @@ def _device_reason(device_type: str, index: int | None) -> str:
 
         return "" if INTERPRETED else "the tensors are on the CPU, where Triton runs only with TRITON_INTERPRET=1"
     return f"no Triton kernels for device type {device_type!r}"
+
+
+# what torch.compiler.assume_constant_result does, without its import of torch._dynamo and triton (over a second)
+_device_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def triton_reasons(x: Tensor) -> list[str]:
