@@ -122,6 +122,11 @@ def unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
+def dense(*vectors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Contiguous [C] or [B] parameters: kernels index them without a stride."""
+    return [None if v is None else v.contiguous() for v in vectors]
+
+
 # --- dropout ---------------------------------------------------------------------------------------------------------
 # The decision for element (row, col) is 16 bits of Philox-4x32-7 with key `seed` and counter
 # (col // 8, row, major, stream): half-word col % 8 of the four words, low half first. Seven rounds pass BigCrush

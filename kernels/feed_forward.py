@@ -21,6 +21,7 @@ from ._common import (
     LaunchConfig,
     cdiv,
     constexpr_signature,
+    dense,
     dropout_keep,
     dropout_scale,
     dropout_threshold,
@@ -168,6 +169,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(out like x, mean [M], rstd [M] float32, u [M, F] = LN(x) W1' in the dtype of w1)."""
     x2 = rows_of(x)
+    b1, b2 = dense(b1, b2)
     m, d = x2.shape
     f = w1.shape[0]
     drop = (dropout_threshold(dropout_p), dropout_scale(dropout_p))
@@ -199,6 +201,7 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dx, (dnorm_weight, dnorm_bias) [2, D], dw1, db1, dw2, db2)"""
     x2, dout2 = rows_of(x), rows_of(dout)
+    (b1,) = dense(b1)
     m, d = x2.shape
     f = w1.shape[0]
     drop = (dropout_threshold(dropout_p), dropout_scale(dropout_p))

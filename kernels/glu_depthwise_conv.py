@@ -28,6 +28,7 @@ from ._common import (
     LaunchConfig,
     cdiv,
     constexpr_signature,
+    dense,
     launch,
     next_power_of_2,
 )
@@ -85,10 +86,10 @@ def _slide(
         for j in tl.static_range(TAPS):
             frames = frames + (_frame(ptr, first + k + (BLOCK_R - 1 + j), stride_t, gate, n, mask_c, GLU),)
         for j in tl.static_range(TAPS):
-            w = tl.load(taps_ptr + (k + j) * C, mask=mask_c, other=0.0).to(tl.float32)
+            w = tl.load(taps_ptr + (k + j) * C, mask=mask_c, other=0.0).to(tl.float32)[None, :]
             summed = ()
             for r in tl.static_range(BLOCK_R):
-                summed = summed + (acc[r] + frames[r + j] * w[None, :],)
+                summed = summed + (acc[r] + frames[r + j] * w,)
             acc = summed
         window = frames[TAPS:]
     return acc
@@ -541,6 +542,8 @@ def forward(
     """
     b, t, _ = x.shape
     c, k = weight.shape
+    bias, lengths, norm_weight, norm_bias = dense(bias, lengths, norm_weight, norm_bias)
+    running_mean, running_var = dense(running_mean, running_var)
     mode = _mode(norm, training)
     stats = mode == STATS
     out = x.new_empty((b, t, c))
@@ -612,6 +615,7 @@ def backward(
     """(dx [B, T, 2C], dweight [K, C] (transposed), dbias [C], (dnorm_bias, dnorm_weight) [2, C] or empty)."""
     b, t, c = y.shape
     k = weight.shape[1]
+    lengths, norm_weight, norm_bias = dense(lengths, norm_weight, norm_bias)
     mode = _mode(norm, training)
     dy, g = torch.empty_like(y), torch.empty_like(y)
     dx = x.new_empty(x.shape)

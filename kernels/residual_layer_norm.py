@@ -17,6 +17,7 @@ from ._common import (
     LaunchConfig,
     cdiv,
     constexpr_signature,
+    dense,
     dropout_keep,
     dropout_scale,
     dropout_threshold,
@@ -124,6 +125,7 @@ def layer_norm(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(LN(x) in `dtype`, mean, rstd) of rows [M, D] with unit stride in D."""
     m, d = x.shape
+    weight, bias = dense(weight, bias)
     n = x.new_empty((m, d), dtype=dtype)
     mean, rstd = (x.new_empty((m,), dtype=torch.float32) for _ in range(2))
     config = row_config(d)
@@ -151,6 +153,7 @@ def layer_norm_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dx [M, D], (dweight, dbias) [2, D]) of rows; fills `n` (needs `bias`) and `dy` where given."""
     m, d = s.shape
+    weight, bias = dense(weight, bias)
     config = row_config(d)
     block_m = config.blocks["BLOCK_M"]
     # at most 512 partial sums; a function of the shape alone
@@ -178,6 +181,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(s, n) shaped like x, and mean, rstd: float32 [M]."""
     x2, y2 = rows_of(x), rows_of(y)
+    weight, bias = dense(weight, bias)
     m, d = x2.shape
     s, n = x.new_empty(x.shape), x.new_empty(x.shape)
     mean, rstd = (x.new_empty((m,), dtype=torch.float32) for _ in range(2))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
 
 # Triton reads this when it decorates a kernel: without a GPU the kernels run in its interpreter
 if not torch.cuda.is_available():
@@ -47,3 +47,39 @@ def shared_data() -> Path:
             raise FileNotFoundError(f"LCCONFORMER_SHARED_DATA is {given!r}, which is no folder")
         pytest.skip(f"no speech data at {path}; set LCCONFORMER_SHARED_DATA to the folder of the archives")
     return path
+
+
+def _assert_close(
+    name: str, out: torch.Tensor, ref: torch.Tensor, low: torch.Tensor, r: float, scale: float = 0.0
+) -> None:
+    assert out.shape == ref.shape, name
+    assert out.isfinite().all(), f"{name} has values that are not finite"
+    if not out.numel():
+        return
+    error, eager = ((x.double() - ref).abs().max().item() for x in (out, low))
+    bound = r * eager + 2 * torch.finfo(out.dtype).eps * max(scale, ref.abs().max().item())
+    assert error <= bound, f"{name}: error {error:.3g} > {bound:.3g}; eager PyTorch has {eager:.3g}"
+
+
+@pytest.fixture(scope="session")
+def assert_close() -> Callable[..., None]:
+    """The tolerance rule: max |out - ref| <= r * max |low - ref| + two roundings of the largest value (or of ``scale``).
+
+    ``ref`` is float64, ``low`` what eager PyTorch gives in the dtype of ``out``; r = 2 for a forward, 3 for a backward.
+    """
+    return _assert_close
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory handed out by ``new_empty`` and ``empty_like`` is NaN until someone writes it."""
+
+    def poison(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(*args: object, **kwargs: object) -> torch.Tensor:
+            out = make(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        return call
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
