@@ -1,0 +1,182 @@
+"""How alike the hidden states of different depths are: the layer consistency of arXiv 2105.00812, measured.
+
+The paper observes that with shared weights the *distributions* of the embeddings of different layers are similar; it does
+not say how it measured that.  Three measures for every pair of depths, none of them the paper's:
+
+- ``cosine``: mean over frames of the cosine of the two vectors of a frame; 1 where the depths agree vector by vector;
+- ``cka``: linear centred kernel alignment (Kornblith et al. 2019, arXiv 1905.00414, equation 3), 0 ... 1; blind to rotation,
+  shift and scale, so 1 means the same information in possibly other coordinates;
+- ``frechet``: the squared Fréchet distance of the Gaussians fitted to the two sets of frames,
+  |m1 - m2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2) (Dowson & Landau 1982), divided by |m1 - m2|^2 + tr(S1 + S2), which
+  makes it 0 for equal distributions, 1 for ones with nothing in common, and the same in any unit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data import Corpus, load_corpus
+from .hidden import choose_frames, collect_states, random_init_like
+from .model import PretrainingModel, load_model
+from .output import describe_machine, progress_bar, write_atomically, write_json
+
+__all__ = ["MEASURES", "add_arguments", "consistency", "model_consistency", "run", "summarise"]
+
+MEASURES = ("cosine", "cka", "frechet")
+
+
+@torch.no_grad()
+def consistency(hidden_states: Sequence[Tensor]) -> dict[str, np.ndarray]:
+    """The three measures between every pair of depths.
+
+    Args:
+        hidden_states: N+1 tensors ``[F, D]`` of the same F frames (real ones only), any floating dtype; computed in float64.
+            CKA of few frames is biased upwards: take F well above D.
+
+    Returns:
+        ``{"cosine", "cka", "frechet"}``, each float64 ``[N+1, N+1]``, symmetric.
+
+    Raises:
+        ValueError: no hidden states, different shapes, fewer than 2 frames, or values that are not finite.
+    """
+    if not hidden_states:
+        raise ValueError("consistency: no hidden states; expected N+1 tensors [F, D]")
+    shapes = {tuple(h.shape) for h in hidden_states}
+    if len(shapes) > 1 or hidden_states[0].dim() != 2 or hidden_states[0].shape[0] < 2:
+        raise ValueError(
+            f"consistency: hidden states have shapes {sorted(map(list, shapes))}; expected one shape [F, D], F >= 2"
+        )
+    states = [h.double() for h in hidden_states]
+    if not all(bool(h.isfinite().all()) for h in states):
+        raise ValueError("consistency: hidden states hold NaN or infinity")
+    frames = states[0].shape[0]
+    unit = [torch.nn.functional.normalize(h, dim=1) for h in states]
+    means = [h.mean(0) for h in states]
+    centred = [h - m for h, m in zip(states, means)]
+    covariances = [h.T @ h / frames for h in centred]  # [D, D]
+    roots = [_root(s) for s in covariances]
+    sizes = [s.norm() for s in covariances]
+    spreads = [s.trace() for s in covariances]
+
+    n = len(states)
+    out = {name: np.zeros((n, n)) for name in MEASURES}
+    for i in range(n):
+        for j in range(i, n):
+            pair = {
+                "cosine": float((unit[i] * unit[j]).sum(1).mean()),
+                "cka": _ratio((centred[i].T @ centred[j] / frames).square().sum(), sizes[i] * sizes[j], 1.0),
+            }
+            shift = (means[i] - means[j]).square().sum()
+            total = shift + spreads[i] + spreads[j]
+            common = torch.linalg.eigvalsh(roots[i] @ covariances[j] @ roots[i]).clamp(min=0).sqrt().sum()
+            pair["frechet"] = 0.0 if i == j else max(_ratio(total - 2.0 * common, total, 0.0), 0.0)
+            for name, value in pair.items():
+                out[name][i, j] = out[name][j, i] = value
+    return out
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """The symmetric square root of a positive semi-definite ``[D, D]``."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def _ratio(numerator: Tensor, denominator: Tensor, empty: float) -> float:
+    """``numerator / denominator``; ``empty`` where frames do not vary at all and both are zero."""
+    return float(numerator / denominator) if denominator > 0 else empty
+
+
+def model_consistency(
+    model: PretrainingModel, corpus: Corpus, *, max_frames: int = 8192, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """:func:`consistency` of a model on randomly drawn real frames of a corpus, depths 0 ... N.
+
+    Raises:
+        ValueError: no usable audio.
+    """
+    choices = choose_frames(corpus, max_frames=max_frames, seed=seed, step=model.config.subsampling_factor)
+    return consistency(list(collect_states(model, corpus, choices, range(model.config.num_layers + 1)).hidden))
+
+
+def summarise(matrices: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Mean of each measure over the pairs of different depths from 1 to N (depth 0 is the front end)."""
+    n = len(matrices["cosine"]) - 1
+    pairs = np.triu_indices(n, 1)
+    return {name: float(m[1:, 1:][pairs].mean()) if n > 1 else float("nan") for name, m in matrices.items()}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint", required=True, help="a checkpoint of 'pretrain', or the folder of a run (its newest one)"
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="D",
+        help="speech: a LibriSpeech folder tree, or a zip or folder with meta.jsonl",
+    )
+    parser.add_argument("--compare", metavar="C", help="a second checkpoint, such as one without sharing")
+    parser.add_argument(
+        "--frames", type=int, default=8192, help="real frames, drawn at random from the corpus (default 8192)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of that draw and of the random weights (default 0)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
+    parser.add_argument("--json", metavar="F", help="write the matrices to this file")
+    parser.add_argument("--plot", metavar="P", help="write heat maps to this file (.png, .pdf, .svg)")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.frames < 2:
+        raise ValueError(f"--frames is {args.frames}; expected 2 or more, well above the encoder's width")
+    model = load_model(args.checkpoint, args.device)
+    models = {"checkpoint": model}
+    if args.compare:
+        models["compared"] = load_model(args.compare, args.device)
+    models["random-init"] = random_init_like(model, args.seed)
+    corpus = load_corpus(args.data)
+    print(corpus, file=sys.stderr)
+    matrices = {}
+    with progress_bar("consistency") as progress:
+        for number, (name, which) in enumerate(models.items(), 1):
+            matrices[name] = model_consistency(which, corpus, max_frames=args.frames, seed=args.seed)
+            progress(number / len(models))
+    print(format_summary(matrices))
+    if args.json:
+        result = {
+            "checkpoint": str(args.checkpoint),
+            "compared": args.compare,
+            "corpus": corpus.name,
+            "frames": args.frames,
+            "seed": args.seed,
+            "matrices": {name: {k: m.tolist() for k, m in pairs.items()} for name, pairs in matrices.items()},
+            "machine": describe_machine(args.device),
+        }
+        print(f"wrote {write_json(args.json, result)}", file=sys.stderr)
+    if args.plot:
+        from .plots import consistency_figure, render
+
+        image = render(consistency_figure(matrices), args.plot.rpartition(".")[2])
+        print(f"wrote {write_atomically(args.plot, image)}", file=sys.stderr)
+
+
+def format_summary(matrices: Mapping[str, Mapping[str, np.ndarray]]) -> str:
+    """A line a model: the measures averaged over all pairs of depths, and between the first and the last."""
+    lines = ["", "pairs of depths 1 ... N:          mean of all pairs              depth 1 to depth N"]
+    header = "".join(f"{m:>10}" for m in MEASURES)
+    lines.append(f"{'':>14}{header}{'':>4}{header}")
+    for name, pairs in matrices.items():
+        mean = summarise(pairs)
+        lines.append(
+            f"{name:>14}"
+            + "".join(f"{mean[m]:>10.3f}" for m in MEASURES)
+            + f"{'':>4}"
+            + "".join(f"{pairs[m][1, -1]:>10.3f}" for m in MEASURES)
+        )
+    lines.append("cosine and CKA: 1 means alike; Fréchet distance: 0 means the same distribution, 1 nothing in common")
+    return "\n".join(lines)

@@ -1,0 +1,159 @@
+"""Figures of the reports.  Colours are those of Okabe and Ito, with a marker and a dash for each series besides."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["accuracy_figure", "consistency_figure", "depth_loss_figure", "loss_figure", "render", "time_figure"]
+
+# (colour, marker, dash) of each series, in the order the series come
+_STYLES = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#737373", "^", ":"), ("#009E73", "D", "-."))
+_MEASURES = {
+    "cosine": "cosine similarity\n(1: same vectors)",
+    "cka": "linear CKA\n(1: same up to rotation)",
+    "frechet": "Fréchet distance, normalised\n(0: same distribution)",
+}
+_TEXT: dict[str, Any] = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.labelsize": 11,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+}
+
+
+def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
+    """A figure without pyplot, so that nothing of the user's is touched and no display is needed; inches."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('plots need matplotlib: pip install "lcconformer[demo]"') from error
+    with matplotlib.rc_context(rc=_TEXT):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def render(figure: Figure, form: str = "png") -> bytes:
+    """The figure as a file's content.
+
+    Raises:
+        ValueError: a format that matplotlib does not write.
+    """
+    known = figure.canvas.get_supported_filetypes()
+    if form not in known:
+        raise ValueError(f"cannot draw a {form!r} file; expected one of {', '.join(sorted(known))}")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=form, dpi=120)
+    return buffer.getvalue()
+
+
+def consistency_figure(matrices: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+    """Heat maps, a row per model and a column per measure; one colour scale per measure for all models."""
+    figure, axes = _figure(len(matrices), len(_MEASURES), 11.0, 0.9 + 3.1 * len(matrices))
+    for column, (measure, title) in enumerate(_MEASURES.items()):
+        low = min(0.0, *(float(m[measure].min()) for m in matrices.values()))
+        for row, (name, model) in enumerate(matrices.items()):
+            ax = axes[row, column]
+            matrix = model[measure]
+            # one end of the map is "alike" for all three
+            colours = "cividis" if measure != "frechet" else "cividis_r"
+            image = ax.imshow(matrix, vmin=low, vmax=1.0, cmap=colours, origin="lower")
+            ax.grid(False)
+            ticks = range(0, len(matrix), max(1, len(matrix) // 9))
+            ax.set_xticks(ticks)
+            ax.set_yticks(ticks)
+            ax.set_xlabel("depth")
+            ax.set_ylabel(f"{name}\n\ndepth" if column == 0 else "depth")
+            if row == 0:
+                ax.set_title(title)
+        figure.colorbar(image, ax=list(axes[:, column]), location="bottom", shrink=0.85, aspect=30, pad=0.02)
+    return figure
+
+
+def loss_figure(histories: Mapping[str, Sequence[tuple[float, float]]], ylabel: str, window: int) -> Figure:
+    """Training loss over training time: ``histories`` holds (seconds, loss) of every step of each run."""
+    figure, axes = _figure(1, 1, 9.0, 4.2)
+    ax = axes[0, 0]
+    for (name, history), (colour, _, dash) in zip(histories.items(), _STYLES):
+        seconds, losses = np.array(history).T
+        width = max(1, min(window, len(losses)))
+        smooth = np.convolve(losses, np.full(width, 1.0 / width), "valid")
+        ax.plot(seconds, losses, color=colour, alpha=0.18, linewidth=0.8)
+        ax.plot(seconds[width - 1 :], smooth, color=colour, linestyle=dash, linewidth=2, label=name)
+    ax.set_xlabel("training time (s)")
+    ax.set_ylabel(ylabel)
+    ax.set_title(f"Training loss (thick: mean of {window} steps)")
+    ax.legend()
+    return figure
+
+
+def depth_loss_figure(losses: Mapping[str, Sequence[float]], ylabel: str) -> Figure:
+    """Held-out loss at depth 1 ... N of each run."""
+    figure, axes = _figure(1, 1, 9.0, 4.2)
+    ax = axes[0, 0]
+    for (name, values), style in zip(losses.items(), _STYLES):
+        _line(ax, range(1, len(values) + 1), values, name, style)
+    ax.set_xlabel("depth (loops run)")
+    ax.set_ylabel(ylabel)
+    ax.set_title("Loss on held-out speech, at every depth of the same weights")
+    ax.legend()
+    return figure
+
+
+def accuracy_figure(
+    accuracy: Mapping[str, Mapping[str, Mapping[int, float]]],
+    floor: Mapping[str, float],
+    chosen: Mapping[str, int],
+) -> Figure:
+    """Probe accuracy by depth, a panel per probe.
+
+    Args:
+        accuracy: by probe, model and depth.
+        floor: accuracy of the log-mel features by probe.
+        chosen: depth marked on the first model, by probe.
+    """
+    figure, axes = _figure(1, len(accuracy), 11.0, 4.6)
+    for ax, (probe, models) in zip(axes[0], accuracy.items()):
+        for (name, by_depth), style in zip(models.items(), _STYLES):
+            _line(ax, list(by_depth), [100 * a for a in by_depth.values()], name, style)
+        first = next(iter(models.values()))
+        at = chosen[probe]
+        ax.plot(
+            at, 100 * first[at], "o", markersize=15, fillstyle="none", color="black", label="smallest within 1% of best"
+        )
+        ax.axhline(100 * floor[probe], color="black", linewidth=1, linestyle=(0, (6, 3)), label="log-mel, one frame")
+        ax.set_xlabel("depth (0: front end)")
+        ax.set_ylabel("phone frame accuracy (%)")
+        ax.set_title({"linear": "Linear probe", "hidden": "One hidden layer"}[probe])
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure
+
+
+def time_figure(milliseconds: Mapping[str, Mapping[int, float]]) -> Figure:
+    """Inference time by depth of each model, in milliseconds per second of speech."""
+    figure, axes = _figure(1, 1, 9.0, 4.2)
+    ax = axes[0, 0]
+    for (name, by_depth), style in zip(milliseconds.items(), _STYLES):
+        _line(ax, list(by_depth), list(by_depth.values()), name, style)
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("depth (loops run)")
+    ax.set_ylabel("ms per second of speech")
+    ax.set_title("Inference time of the encoder")
+    ax.legend()
+    return figure
+
+
+def _line(ax: Axes, x: Any, y: Any, name: str, style: tuple[str, str, str]) -> None:
+    colour, marker, dash = style
+    ax.plot(x, y, color=colour, marker=marker, linestyle=dash, linewidth=1.8, label=name)
+    ax.set_xticks(list(x))

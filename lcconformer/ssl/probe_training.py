@@ -1,0 +1,133 @@
+"""Phone classifiers on frozen features, one pair for every depth, all trained at once.
+
+The two probes are those of S3PRL's and CPC's phone task: one linear layer, and one hidden layer with ReLU.  Features are
+first standardised per channel with the training frames' mean and deviation (which leaves the linear probe linear).  Every
+depth starts from the same weights and sees the same frames in the same order, and nothing couples them (AdamW is
+elementwise, gradients are not clipped), so training them together gives what training each alone would.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["PROBES", "Probes", "train_probes"]
+
+PROBES = ("linear", "hidden")
+_CHUNK = 16_384  # frames converted to float32 at a time
+
+
+class Probes:
+    """A linear and a one-hidden-layer classifier for each of G sets of features.
+
+    Args:
+        mean, scale: ``[G, 1, D]``, so that ``(x - mean) * scale`` is standardised.
+        classes: number of classes C.
+        hidden: width of the hidden layer.
+        seed: of the initial weights, which are the same for all G.
+    """
+
+    def __init__(self, mean: Tensor, scale: Tensor, *, classes: int, hidden: int, seed: int) -> None:
+        groups, _, width = mean.shape
+        generator = torch.Generator().manual_seed(seed)
+
+        def matrix(fan_in: int, fan_out: int) -> Tensor:
+            bound = 1.0 / math.sqrt(fan_in)
+            weight = torch.empty(fan_in, fan_out).uniform_(-bound, bound, generator=generator).to(mean.device)
+            return weight.repeat(groups, 1, 1).requires_grad_()
+
+        self.mean, self.scale = mean, scale
+        self.weights = [matrix(width, classes), matrix(width, hidden), matrix(hidden, classes)]
+        self.biases = [mean.new_zeros(groups, 1, n, requires_grad=True) for n in (classes, hidden, classes)]
+
+    def logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the linear and the hidden probe, each ``[G, F, C]``, for features ``[G, F, D]`` of any floating dtype."""
+        x = (x.float() - self.mean) * self.scale
+        linear, first, second = (lambda y, w=w, b=b: torch.baddbmm(b, y, w) for w, b in zip(self.weights, self.biases))
+        return linear(x), second(F.relu(first(x)))
+
+    @torch.no_grad()
+    def correct(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Number of frames classified as in ``labels [F]``, ``[2, G]`` int64 (linear, hidden), for features ``[G, F, D]``."""
+        return torch.stack([(logits.argmax(-1) == labels).sum(-1) for logits in self.logits(x)])
+
+
+def train_probes(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    classes: int,
+    hidden: int = 256,
+    epochs: int = 10,
+    batch_frames: int = 1024,
+    learning_rate: float = 2e-3,
+    seed: int = 0,
+    progress: Callable[[], object] | None = None,
+) -> Probes:
+    """Train both probes on G sets of features of the same frames.
+
+    AdamW (weight decay 0.01) with a learning rate that falls linearly to zero.
+
+    Args:
+        features: ``[G, F, D]``, any floating dtype; stays as it is, batches are converted to float32.
+        labels: ``[F]`` int64, 0 ... ``classes`` - 1.
+        classes: C.
+        hidden: width of the hidden layer.
+        epochs: passes over the frames.
+        batch_frames: frames in a step.
+        learning_rate: at the first step.
+        seed: of the initial weights and of the order of frames.
+        progress: called after every epoch.
+
+    Raises:
+        ValueError: shapes that do not match, labels out of range, or features that are not finite.
+    """
+    if features.dim() != 3 or labels.shape != features.shape[1:2] or not len(labels):
+        raise ValueError(
+            f"train_probes: features {list(features.shape)} and labels {list(labels.shape)}; "
+            "expected [G, F, D] and [F], F >= 1"
+        )
+    if int(labels.min()) < 0 or int(labels.max()) >= classes:
+        raise ValueError(
+            f"train_probes: labels {int(labels.min())} ... {int(labels.max())}; expected 0 ... {classes - 1}"
+        )
+    mean, scale = _standardiser(features)
+    probes = Probes(mean, scale, classes=classes, hidden=hidden, seed=seed)
+    optimizer = torch.optim.AdamW([*probes.weights, *probes.biases], lr=learning_rate, weight_decay=0.01, fused=True)
+    generator = torch.Generator().manual_seed(seed)
+    steps = epochs * math.ceil(len(labels) / batch_frames)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / steps)
+    for _ in range(epochs):
+        for index in torch.randperm(len(labels), generator=generator).to(labels.device).split(batch_frames):
+            target = labels[index].expand(len(features), -1).flatten()
+            linear, deep = (F.cross_entropy(y.flatten(0, 1), target) for y in probes.logits(features[:, index]))
+            # times G: each depth gets the gradient of the mean over its own frames, as it would alone
+            loss = (linear + deep) * len(features)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        if progress is not None:
+            progress()
+    return probes
+
+
+def _standardiser(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal deviation per set and channel, ``[G, 1, D]`` float32; a channel that does not vary gets 0."""
+    groups, frames, width = features.shape
+    total = features.new_zeros(groups, width, dtype=torch.float64)
+    square = torch.zeros_like(total)
+    for chunk in features.split(_CHUNK, dim=1):
+        chunk = chunk.double()
+        total += chunk.sum(1)
+        square += chunk.square().sum(1)
+    mean = total / frames
+    variance = (square / frames - mean.square()).clamp(min=0)
+    if not bool(variance.isfinite().all()):
+        raise ValueError("train_probes: features hold NaN or infinity")
+    scale = torch.where(variance > 1e-10, variance.rsqrt(), 0.0)
+    return mean.float()[:, None], scale.float()[:, None]

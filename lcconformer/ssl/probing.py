@@ -1,0 +1,136 @@
+"""Phone probes at every depth: frozen features in, rows of frame accuracies out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..data import PHONES, Corpus
+from .hidden import choose_frames, collect_states, stream_states
+from .model import PretrainingModel
+from .probe_training import PROBES, train_probes
+
+__all__ = ["LOG_MEL", "TOLERANCE", "ProbeSettings", "accuracies", "probe_model", "smallest_depth"]
+
+LOG_MEL = "log-mel"
+TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """Settings of the probes.
+
+    Attributes:
+        max_frames: training frames, drawn at random from all of them; they are kept in memory as float16,
+            ``2 (K D + C)`` bytes each for K depths of width D and C mel bins.  Test frames are never stored.
+        hidden: width of the hidden layer.
+        epochs: passes over the training frames.
+        seed: of the drawn frames, their order and the initial weights.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    max_frames: int = 300_000
+    hidden: int = 256
+    epochs: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_frames", 1), ("hidden", 1), ("epochs", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected {least} or more")
+
+
+def probe_model(
+    model: PretrainingModel,
+    train: Corpus,
+    test: Corpus,
+    depths: Sequence[int],
+    *,
+    settings: ProbeSettings,
+    name: str,
+    log_mel: bool = False,
+    progress: Callable[[float], object] | None = None,
+) -> list[dict[str, Any]]:
+    """Train and score both probes at every depth.
+
+    Args:
+        model: in evaluation mode; its device is used.
+        train, test: with phone alignments; utterances without are left out.
+        depths: 0 (the output of the front end) ... N.
+        settings: of the probes.
+        name: of these features in the rows.
+        log_mel: also probe the log-mel features.
+        progress: called with the part done, 0 to 1.
+
+    Returns:
+        Rows ``{"features", "depth", "probe", "accuracy", "frames"}``: ``features`` is ``name``, or ``"log-mel"`` with depth
+        None; ``probe`` is ``"linear"`` or ``"hidden"``; ``frames`` are those the accuracy is over.
+
+    Raises:
+        ValueError: no alignment, or no usable audio.
+    """
+    report = progress or (lambda part: None)
+    chosen = choose_frames(train, max_frames=settings.max_frames, seed=settings.seed, labelled=True)
+    scored = choose_frames(test, labelled=True)
+    states = collect_states(model, train, chosen, depths)
+    report(0.2)
+    options: dict[str, Any] = {
+        "classes": len(PHONES),
+        "hidden": settings.hidden,
+        "epochs": settings.epochs,
+        "seed": settings.seed,
+    }
+    epochs = itertools.count(1)
+    probes = train_probes(
+        states.hidden, states.labels, progress=lambda: report(0.2 + 0.7 * next(epochs) / settings.epochs), **options
+    )
+    floor = train_probes(states.mel[None], states.labels, **options) if log_mel else None
+    del states
+    correct = torch.zeros(len(PROBES), len(depths), dtype=torch.int64)
+    floor_correct = torch.zeros(len(PROBES), 1, dtype=torch.int64)
+    frames = 0
+    for part in stream_states(model, test, scored, depths):
+        correct += probes.correct(part.hidden, part.labels).cpu()
+        if floor is not None:
+            floor_correct += floor.correct(part.mel[None], part.labels).cpu()
+        frames += len(part.labels)
+    if not frames:
+        raise ValueError(f"none of the audio of {test.name} is usable; Corpus.skipped says why")
+    report(1.0)
+
+    def row(features: str, depth: int | None, probe: str, right: torch.Tensor) -> dict[str, Any]:
+        return {
+            "features": features,
+            "depth": depth,
+            "probe": probe,
+            "accuracy": int(right) / frames,
+            "frames": frames,
+        }
+
+    rows = [row(LOG_MEL, None, p, n[0]) for p, n in zip(PROBES, floor_correct) if floor is not None]
+    rows += [row(name, k, p, correct[i, j]) for j, k in enumerate(depths) for i, p in enumerate(PROBES)]
+    return rows
+
+
+def smallest_depth(accuracy: Mapping[int, float], tolerance: float = TOLERANCE) -> int:
+    """The smallest depth, 1 or more, whose accuracy is at least ``(1 - tolerance)`` times the best.
+
+    The tolerance is relative: below 100% accuracy that is stricter than so many percentage points.  Depth 0 is the front
+    end, which is no encoder, and does not count.
+    """
+    loops = {depth: value for depth, value in accuracy.items() if depth >= 1}
+    if not loops:
+        raise ValueError(f"smallest_depth: depths {sorted(accuracy)}; expected at least one from 1 on")
+    best = max(loops.values())
+    return min(depth for depth, value in loops.items() if value >= (1.0 - tolerance) * best)
+
+
+def accuracies(rows: Sequence[Mapping[str, Any]], features: str, probe: str) -> dict[int, float]:
+    """Accuracy by depth from the rows of one model and probe."""
+    return {r["depth"]: r["accuracy"] for r in rows if r["features"] == features and r["probe"] == probe}

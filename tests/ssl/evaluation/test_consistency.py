@@ -1,0 +1,111 @@
+"""The consistency measures against closed forms, and what they must not depend on."""
+
+import numpy as np
+import pytest
+import torch
+
+from lcconformer.ssl.consistency import MEASURES, consistency
+
+
+def states(frames=500, dim=12, count=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(count, dim, dim, generator=generator, dtype=torch.float64)
+    shift = torch.randn(count, dim, generator=generator, dtype=torch.float64)
+    x = torch.randn(frames, dim, generator=generator, dtype=torch.float64)
+    noise = torch.randn(count, frames, dim, generator=generator, dtype=torch.float64)
+    return [x @ m + 0.5 * e + s for m, e, s in zip(mix, noise, shift)]
+
+
+def test_identical_states_are_fully_consistent():
+    h = states(count=1)[0]
+    out = consistency([h, h.clone(), h.clone()])
+    assert set(out) == set(MEASURES)
+    np.testing.assert_allclose(out["cosine"], np.ones((3, 3)), atol=1e-12)
+    np.testing.assert_allclose(out["cka"], np.ones((3, 3)), atol=1e-12)
+    np.testing.assert_allclose(out["frechet"], np.zeros((3, 3)), atol=1e-9)
+
+
+def test_every_measure_is_symmetric_and_in_range():
+    out = consistency(states(count=4))
+    for name in MEASURES:
+        np.testing.assert_array_equal(out[name], out[name].T)
+    assert (np.abs(out["cosine"]) <= 1 + 1e-12).all()
+    for name in ("cka", "frechet"):
+        assert (out[name] >= 0).all()
+        assert (out[name] <= 1 + 1e-12).all()
+    off = ~np.eye(4, dtype=bool)
+    assert (out["cka"][off] < 0.9).all()
+    assert (out["frechet"][off] > 0.01).all()
+
+
+def test_cka_ignores_rotation_shift_and_scale_and_the_others_do_not():
+    a, b, _ = states()
+    q, _ = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(5), dtype=torch.float64))
+    turned = 3.0 * b @ q + 7.0
+    before, after = consistency([a, b]), consistency([a, turned])
+    assert after["cka"][0, 1] == pytest.approx(before["cka"][0, 1], abs=1e-12)
+    assert consistency([b, turned])["cka"][0, 1] == pytest.approx(1.0, abs=1e-12)
+    assert abs(after["cosine"][0, 1] - before["cosine"][0, 1]) > 0.05
+    assert abs(after["frechet"][0, 1] - before["frechet"][0, 1]) > 0.05
+
+
+def test_cka_equals_its_gram_matrix_form():
+    a, b, _ = states(frames=60)
+
+    def gram(h):
+        centre = torch.eye(60, dtype=torch.float64) - 1.0 / 60
+        return centre @ (h @ h.T) @ centre
+
+    ka, kb = gram(a), gram(b)
+    expected = (ka * kb).sum() / (ka.norm() * kb.norm())
+    assert consistency([a, b])["cka"][0, 1] == pytest.approx(float(expected), abs=1e-12)
+
+
+def test_cosine_by_hand():
+    a = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    b = torch.tensor([[5.0, 0.0], [1.0, 0.0], [-1.0, -1.0]])
+    assert consistency([a, b])["cosine"][0, 1] == pytest.approx((1.0 + 0.0 - 1.0) / 3)
+
+
+def test_frechet_of_axis_aligned_gaussians_by_hand():
+    # four points at (+-p, +-q): mean 0, covariance diag(p^2, q^2); commuting covariances: sum of (sigma1 - sigma2)^2
+    def points(p, q, mean=(0.0, 0.0)):
+        signs = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]], dtype=torch.float64)
+        return signs * torch.tensor([p, q]) + torch.tensor(mean)
+
+    out = consistency([points(1, 2), points(3, 5, (1.0, -2.0))])["frechet"][0, 1]
+    shift, total = 5.0, 5.0 + (1 + 4) + (9 + 25)
+    assert out == pytest.approx((shift + (3 - 1) ** 2 + (5 - 2) ** 2) / total, abs=1e-12)
+    # supports at right angles have nothing in common
+    assert consistency([points(1, 0), points(0, 1)])["frechet"][0, 1] == pytest.approx(1.0, abs=1e-12)
+
+
+def test_frechet_does_not_depend_on_which_frame_is_which():
+    a, b, _ = states()
+    shuffled = b[torch.randperm(len(b), generator=torch.Generator().manual_seed(1))]
+    first, second = consistency([a, b]), consistency([a, shuffled])
+    assert second["frechet"][0, 1] == pytest.approx(first["frechet"][0, 1], abs=1e-12)
+    assert abs(second["cka"][0, 1] - first["cka"][0, 1]) > 0.05
+
+
+def test_frames_that_do_not_vary_are_no_division_by_zero():
+    out = consistency([torch.ones(5, 3), torch.ones(5, 3), torch.full((5, 3), 2.0)])
+    np.testing.assert_allclose(out["cosine"], np.ones((3, 3)))
+    np.testing.assert_allclose(out["cka"], np.ones((3, 3)))
+    assert out["frechet"][0, 1] == 0.0
+    assert out["frechet"][0, 2] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        ([], "no hidden states"),
+        ([torch.zeros(4, 3), torch.zeros(4, 2)], r"\[\[4, 2\], \[4, 3\]\]"),
+        ([torch.zeros(1, 3)], "F >= 2"),
+        ([torch.zeros(2, 4, 3)], r"expected one shape \[F, D\]"),
+        ([torch.full((4, 3), float("nan"))], "NaN or infinity"),
+    ],
+)
+def test_bad_hidden_states_are_refused(bad, match):
+    with pytest.raises(ValueError, match=match):
+        consistency(bad)

@@ -1,0 +1,46 @@
+"""Inference time: every depth in every round, alternating, the first round thrown away, the median kept."""
+
+import itertools
+
+import pytest
+
+from lcconformer.data import load_corpus
+from lcconformer.ssl import timing
+
+
+def test_rounds_alternate_and_the_median_is_kept(tiny_model, speech, monkeypatch):
+    corpus = load_corpus(speech)
+    order = []
+    forward = tiny_model.encoder.forward
+
+    def record(x, lengths, depth):
+        order.append(depth)
+        return forward(x, lengths, depth=depth)
+
+    monkeypatch.setattr(tiny_model.encoder, "forward", record)
+    # a clock under which call number n of the encoder takes 2^n seconds
+    ticks = itertools.accumulate(itertools.chain.from_iterable((0.0, 2.0**n) for n in itertools.count()))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(ticks))
+    result = timing.time_depths(tiny_model, corpus, [1, 2, 3], rounds=3)
+    assert order == [3, 2, 1, 1, 2, 3, 3, 2, 1, 1, 2, 3]
+    # calls 3 to 11 count; each depth's median is its middle one, of the second counted round
+    assert result.seconds == {1: 2.0**8, 2: 2.0**7, 3: 2.0**6}
+    assert result.rounds == 3
+    assert result.utterances == 8
+
+
+def test_the_batch_is_real_speech_of_median_length(tiny_model, speech):
+    corpus = load_corpus(speech)
+    result = timing.time_depths(tiny_model, corpus, [1], rounds=1)
+    lengths = sorted(u.num_samples for u in corpus)[2:10]
+    assert result.audio_seconds == pytest.approx(sum(lengths) / 16_000)
+    assert result.seconds[1] > 0
+
+
+def test_no_usable_audio_is_an_error(tiny_model, make_speech):
+    folder = make_speech("silent", 3)
+    corpus = load_corpus(folder)
+    for file in folder.glob("*.flac"):
+        file.write_bytes(b"nothing")
+    with pytest.warns(UserWarning, match="silent0"), pytest.raises(ValueError, match="no audio to measure"):
+        timing.time_depths(tiny_model, corpus, [1])
