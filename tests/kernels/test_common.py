@@ -1,0 +1,101 @@
+"""The helpers of the kernels: dropout by counter against Philox written out, launch bookkeeping."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+from lcconformer.kernels import _common
+from lcconformer.kernels._common import LaunchConfig
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@triton.jit
+def _keep_kernel(out_ptr, seed_ptr, stream, major, row, column, threshold, M: tl.constexpr, N: tl.constexpr):
+    keep = _common.dropout_keep(tl.load(seed_ptr), stream, major, row + tl.arange(0, M), column, threshold, N)
+    tl.store(out_ptr + tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :], keep.to(tl.int8))
+
+
+def kept(seed: int, stream: int, major: int, row: int, column: int, p: float, m: int = 64, n: int = 256) -> np.ndarray:
+    out = torch.full((m, n), -1, dtype=torch.int8, device=DEVICE)
+    args = (torch.tensor([seed], device=DEVICE), stream, major, row, column, _common.dropout_threshold(p))
+    _common.launch(_keep_kernel, (1,), LaunchConfig(4, 1), out, out, *args, M=m, N=n)
+    return out.cpu().numpy()
+
+
+def philox(key: int, counter: tuple[int, int, int, int], rounds: int = 7) -> list[int]:
+    """Philox-4x32 of Salmon et al. 2011, one counter at a time."""
+    c, k, mask = list(counter), [key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF], 0xFFFFFFFF
+    for _ in range(rounds):
+        low, high = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [high >> 32 ^ c[1] ^ k[0], high & mask, low >> 32 ^ c[3] ^ k[1], low & mask]
+        k = [(k[0] + 0x9E3779B9) & mask, (k[1] + 0xBB67AE85) & mask]
+    return c
+
+
+def test_philox_written_out_gives_the_published_numbers():
+    """Known answers of Random123 for ten rounds: all zeros, all ones."""
+    ones = 0xFFFFFFFF
+    assert philox(0, (0, 0, 0, 0), 10) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert philox(ones << 32 | ones, (ones,) * 4, 10) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+
+
+@pytest.mark.parametrize("seed", [3, 2**40 + 5, -7])
+def test_dropout_decisions_are_those_of_philox(seed):
+    m, n, p = 3, 16, 0.4
+    threshold = _common.dropout_threshold(p)
+    want = np.zeros((m, n))
+    for i in range(m):
+        for j in range(n):
+            column = 24 + j
+            word = philox(seed % 2**64, (column // 8, 100 + i, 5, 2))[column % 8 // 2]
+            want[i, j] = (word >> 16 if column % 2 else word & 0xFFFF) >= threshold
+    # a block has 4 rows, a power of two
+    assert (kept(seed, 2, 5, 100, 24, p, 4, n)[:m] == want).all()
+
+
+def test_dropout_rate_and_independence():
+    p, n = 0.1, 64 * 256
+    first = kept(1, 0, 0, 0, 0, p)
+    others = [kept(2, 0, 0, 0, 0, p), kept(1, 1, 0, 0, 0, p), kept(1, 0, 1, 0, 0, p), kept(1, 0, 0, 64, 0, p)]
+    others += [kept(1, 0, 0, 0, 256, p), np.roll(first, 1, 0), np.roll(first, 1, 1), np.roll(first, 2, 1)]
+    sigma = (p * (1 - p) / n) ** 0.5
+    for mask in (first, *others[:5]):
+        assert abs(1 - mask.mean() - p) < 4 * sigma
+    for mask in others:
+        assert abs(np.corrcoef(first.ravel(), mask.ravel())[0, 1]) < 4 / n**0.5
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.999999])
+def test_kept_values_are_scaled_by_the_exact_probability(p):
+    kept_probability = 1 - _common.dropout_threshold(p) / _common.DROPOUT_LEVELS
+    assert kept_probability > 0
+    assert _common.dropout_scale(p) * kept_probability == pytest.approx(1, abs=1e-12)
+    assert kept_probability == pytest.approx(1 - p, abs=1.0 / _common.DROPOUT_LEVELS)
+
+
+@pytest.mark.parametrize(("arch", "nearest"), [(80, 80), (87, 86), (90, 90), (103, 100), (121, 120)])
+def test_nearest_arch(arch, nearest):
+    assert _common.nearest_arch(arch) == nearest
+
+
+def test_constexpr_signature_names_what_has_no_type():
+    class Kernel:
+        __name__ = "kernel"
+        arg_names = ("x_ptr", "n", "BLOCK")
+
+    given = _common.constexpr_signature(Kernel(), {"x_ptr": "*fp32"}, {"n": "i32"}, {"BLOCK": 4})
+    assert given == {"x_ptr": "*fp32", "n": "i32"}
+    with pytest.raises(ValueError, match=r"kernel: no type given for \['n'\]"):
+        _common.constexpr_signature(Kernel(), {"x_ptr": "*fp32"}, {}, {"BLOCK": 4})
+
+
+def test_an_empty_grid_launches_nothing():
+    x = torch.zeros(1, device=DEVICE)
+    _common.launch(None, (0, 3), LaunchConfig(4, 1), x)
