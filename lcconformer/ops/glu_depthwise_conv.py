@@ -84,6 +84,8 @@ def glu_depthwise_conv_reference(
     """The op in plain PyTorch: the oracle of every kernel, and the fallback."""
     _b, t, _ = x.shape
     c, k = weight.shape
+    if t == 0:
+        return F.glu(x, -1)
     real = None if lengths is None else frame_mask(lengths, t)[..., None]  # [B, T, 1]
     y = F.glu(x, -1)
     if real is not None:
