@@ -25,13 +25,13 @@ void bind_cuda(py::module_& m) {
         .value("bfloat16", Element::bfloat16);
 
     py::class_<Op>(m, "GluDepthwiseConv", "Sizes, strides and inputs; see csrc/cuda/glu_depthwise_conv.h.")
-        .def(py::init([](Element element, bool silu, std::int64_t batch, std::int64_t frames, int channels, int width,
+        .def(py::init([](Element element, std::int64_t batch, std::int64_t frames, int channels, int width,
                          Pointer x, std::int64_t x_batch, std::int64_t x_frame, Pointer weight, Pointer bias,
                          Pointer lengths, Pointer scale, Pointer shift, int device, Pointer stream) {
-                 return Op{element, silu, batch, frames, channels, width, at(x), x_batch, x_frame, at(weight), at(bias),
+                 return Op{element, batch, frames, channels, width, at(x), x_batch, x_frame, at(weight), at(bias),
                            at<const std::int64_t>(lengths), at<const float>(scale), at<const float>(shift), device, stream};
              }),
-             py::kw_only(), "element"_a, "silu"_a, "batch"_a, "frames"_a, "channels"_a, "width"_a, "x"_a, "x_batch"_a,
+             py::kw_only(), "element"_a, "batch"_a, "frames"_a, "channels"_a, "width"_a, "x"_a, "x_batch"_a,
              "x_frame"_a, "weight"_a, "bias"_a, "lengths"_a, "scale"_a, "shift"_a, "device"_a, "stream"_a);
 
     m.def(

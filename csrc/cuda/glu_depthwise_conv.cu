@@ -115,9 +115,8 @@ __global__ void __launch_bounds__(kThreads)
         if (t >= op.frames) break;
         const std::int64_t row = (tile.b * op.frames + t) * op.channels;
         if (conv != nullptr) store_pair(conv + row, c, op.channels, y_paired, acc[r]);
-        float2 a = make_float2(fmaf(acc[r].x, scale.x, shift.x), fmaf(acc[r].y, scale.y, shift.y));
-        if (op.silu) a = make_float2(a.x * sigmoid(a.x), a.y * sigmoid(a.y));
-        store_pair(y + row, c, op.channels, y_paired, a);
+        const float2 a = make_float2(fmaf(acc[r].x, scale.x, shift.x), fmaf(acc[r].y, scale.y, shift.y));
+        store_pair(y + row, c, op.channels, y_paired, make_float2(a.x * sigmoid(a.x), a.y * sigmoid(a.y)));
     }
 }
 
@@ -129,14 +128,11 @@ __device__ inline float2 gradient_at(const GluDepthwiseConv& op, const GluDepthw
     if (t < 0 || t >= op.frames) return z;
     const T* row = static_cast<const T*>(g.dy) + tile.b * g.dy_batch + t * g.dy_frame;
     float2 d = load_pair(row, c, op.channels, paired);
-    if (g.conv == nullptr) return d;
     z = load_pair(static_cast<const T*>(g.conv) + (tile.b * op.frames + t) * op.channels, c, op.channels, paired);
-    if (op.silu) {
-        const float2 a = make_float2(fmaf(z.x, scale.x, shift.x), fmaf(z.y, scale.y, shift.y));
-        const float2 s = make_float2(sigmoid(a.x), sigmoid(a.y));
-        d.x *= s.x * (1.0f + a.x * (1.0f - s.x));
-        d.y *= s.y * (1.0f + a.y * (1.0f - s.y));
-    }
+    const float2 a = make_float2(fmaf(z.x, scale.x, shift.x), fmaf(z.y, scale.y, shift.y));
+    const float2 s = make_float2(sigmoid(a.x), sigmoid(a.y));
+    d.x *= s.x * (1.0f + a.x * (1.0f - s.x));
+    d.y *= s.y * (1.0f + a.y * (1.0f - s.y));
     return d;
 }
 

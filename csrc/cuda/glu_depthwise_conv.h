@@ -2,7 +2,7 @@
 //
 //     h[b, t, c] = x[b, t, c] * sigmoid(x[b, t, C + c]),   0 where t >= lengths[b] or t is outside of 0 ... T - 1
 //     z[b, t, c] = bias[c] + sum_k weight[c, k] * h[b, t + k - (K - 1) / 2, c]
-//     y = act(z * scale[c] + shift[c])
+//     y = silu(z * scale[c] + shift[c])
 //
 // B batch, T frames, C channels, K kernel width (odd, at most 63). Elements are float32, float16 or bfloat16, sums float32.
 // `scale` and `shift` are an evaluation BatchNorm, folded. LayerNorm, GroupNorm and BatchNorm statistics need whole rows,
@@ -17,7 +17,6 @@ enum class Element : int { float32 = 0, float16 = 1, bfloat16 = 2 };
 
 struct GluDepthwiseConv {
     Element element;
-    bool silu;                     // else y has no activation
     std::int64_t batch, frames;    // B, T
     int channels, width;           // C, K
     const void* x;                 // [B, T, 2C]
@@ -31,13 +30,13 @@ struct GluDepthwiseConv {
     std::uintptr_t stream;         // cudaStream_t
 };
 
-// y [B, T, C]; conv [B, T, C] or null: z, which the backward pass needs if there is a SiLU or a scale.
+// y [B, T, C]; conv [B, T, C] or null: z, which the backward pass needs.
 void glu_depthwise_conv_forward(const GluDepthwiseConv& op, void* y, void* conv);
 
 struct GluDepthwiseConvGradients {
     const void* dy;                  // [B, T, C]
     std::int64_t dy_batch, dy_frame; // strides of dy in elements; its channels are adjacent
-    const void* conv;                // z of the forward pass, or null if there is neither SiLU nor scale
+    const void* conv;                // [B, T, C], z of the forward pass
     void* dx;                        // [B, T, 2C]
     void* dweight;                   // [C, K]
     void* dbias;                     // [C] or null

@@ -1,0 +1,411 @@
+// Runs the threads of a CUDA grid as fibers on one CPU thread.
+//
+// A thread runs until it waits (barrier, warp operation, grid barrier) or reaches an atomic; then a seeded random choice
+// says who runs next. So what a kernel leaves to luck shows: a missing barrier reads poison or an old value, a barrier
+// that some thread never reaches leaves nobody to run and is reported by block, thread, file and line. Two blocks are
+// resident at a time, or all of them under a cooperative launch.
+#pragma once
+
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <random>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+struct uint3 {
+    unsigned x, y, z;
+};
+
+namespace emulation {
+
+constexpr int kWarpSize = 32;
+constexpr std::size_t kStack = 128 << 10;
+constexpr unsigned char kPoison = 0xFF;  // NaN in every floating format, -1 in every integer
+
+struct Failure : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// a wait, by name and by place in the source
+struct Place {
+    const char* what = "";
+    const char* file = "";
+    int line = 0;
+    bool operator==(const Place& o) const {
+        return line == o.line && std::strcmp(what, o.what) == 0 && std::strcmp(file, o.file) == 0;
+    }
+};
+
+using Lanes = std::array<std::uint64_t, kWarpSize>;
+
+struct Block;
+
+struct Fiber {
+    ucontext_t context;
+    Block* block = nullptr;
+    uint3 thread;
+    int rank = 0;             // of the thread in its block
+    bool done = false;
+    Place waits;              // empty: can run
+    Lanes lanes{};            // what each lane brought to the last warp operation
+    int pieces = 0;           // of dynamic shared memory taken so far
+    void* stack = nullptr;
+    void* fake_stack = nullptr;  // of AddressSanitizer
+};
+
+// an operation that some lanes of a warp have reached; lanes of disjoint masks may be in different ones
+struct WarpOperation {
+    std::uint32_t mask = 0, arrived = 0;
+    Place place;
+    Lanes lanes{};
+};
+
+// separate allocations, so that AddressSanitizer sees an index past the end of each
+struct SharedPiece {
+    std::size_t bytes;
+    std::unique_ptr<unsigned char[]> memory;
+};
+
+struct Block {
+    uint3 index;
+    std::vector<Fiber> fibers;
+    std::vector<std::vector<WarpOperation>> warps;
+    std::vector<std::pair<Place, SharedPiece>> arrays;  // static shared memory, by declaration
+    std::vector<SharedPiece> pieces;                    // dynamic shared memory, in the order it is taken
+    std::size_t dynamic_bytes = 0;
+    int at_barrier = 0, at_grid_barrier = 0, done = 0;
+    Place barrier;
+};
+
+class Grid {
+   public:
+    Grid(uint3 grid, uint3 block, std::size_t shared, bool cooperative, unsigned seed, std::function<void()> body)
+        : grid_(grid), block_(block), shared_(shared), cooperative_(cooperative), random_(seed), body_(std::move(body)) {}
+
+    ~Grid() {
+        for (void* stack : stacks_) munmap(stack, kStack);
+    }
+    Grid(const Grid&) = delete;
+    Grid& operator=(const Grid&) = delete;
+
+    void run();
+
+    // called by the running fiber
+    void barrier(Place place);
+    void grid_barrier(Place place);
+    void yield();
+    const Lanes& exchange(Place place, std::uint32_t mask, std::uint64_t value);
+    void* shared_array(Place place, std::size_t bytes);
+    void* shared_piece(std::size_t bytes);
+
+    uint3 grid_dim() const { return grid_; }
+    uint3 block_dim() const { return block_; }
+    Fiber& fiber() { return *running_; }
+    void enter();
+
+   private:
+    void start_block(std::uint64_t index);
+    void start_fiber(Block& block, int rank);
+    void resume(Fiber& fiber);
+    void suspend(bool last = false);
+    void wait(Place place);
+    void wake(Fiber& fiber);
+    void finish();
+    [[noreturn]] void deadlock() const;
+    [[noreturn]] void fail(const std::string& why) const;
+    static std::string name(const Fiber& fiber);
+    void* take_stack();
+
+    uint3 grid_, block_;
+    std::size_t shared_;
+    bool cooperative_;
+    std::mt19937 random_;
+    std::function<void()> body_;
+    std::vector<std::unique_ptr<Block>> resident_;
+    std::vector<Fiber*> runnable_;
+    std::vector<void*> stacks_, free_stacks_;
+    Fiber* running_ = nullptr;
+    ucontext_t scheduler_;
+    void* scheduler_fake_ = nullptr;
+    const void* scheduler_stack_ = nullptr;
+    std::size_t scheduler_size_ = 0;
+    std::exception_ptr error_;
+};
+
+inline Grid*& current() {
+    static Grid* grid = nullptr;
+    return grid;
+}
+
+inline unsigned& seed() {
+    static unsigned value = 0;
+    return value;
+}
+
+inline uint3 unravel(std::uint64_t i, uint3 size) {
+    return {static_cast<unsigned>(i % size.x), static_cast<unsigned>(i / size.x % size.y),
+            static_cast<unsigned>(i / size.x / size.y)};
+}
+
+inline void entry() { current()->enter(); }
+
+inline void Grid::run() {
+    const std::uint64_t blocks = std::uint64_t{grid_.x} * grid_.y * grid_.z;
+    std::vector<std::uint64_t> order(blocks);
+    for (std::uint64_t i = 0; i < blocks; ++i) order[i] = i;
+    std::shuffle(order.begin(), order.end(), random_);
+    const std::size_t limit = cooperative_ ? blocks : 2;
+    std::uint64_t next = 0;
+    Grid* outer = std::exchange(current(), this);
+    while (next < blocks || !resident_.empty()) {
+        while (next < blocks && resident_.size() < limit) start_block(order[next++]);
+        if (runnable_.empty()) {
+            current() = outer;
+            deadlock();
+        }
+        std::swap(runnable_[random_() % runnable_.size()], runnable_.back());
+        Fiber* fiber = runnable_.back();
+        runnable_.pop_back();
+        resume(*fiber);
+        if (error_) {
+            current() = outer;
+            std::rethrow_exception(error_);
+        }
+        if (fiber->done) {
+            free_stacks_.push_back(fiber->stack);
+            const auto ended = [](const auto& b) { return b->done == static_cast<int>(b->fibers.size()); };
+            resident_.erase(std::remove_if(resident_.begin(), resident_.end(), ended), resident_.end());
+        }
+    }
+    current() = outer;
+}
+
+inline void Grid::start_block(std::uint64_t index) {
+    auto block = std::make_unique<Block>();
+    const unsigned threads = block_.x * block_.y * block_.z;
+    block->index = unravel(index, grid_);
+    block->fibers.resize(threads);
+    block->warps.resize((threads + kWarpSize - 1) / kWarpSize);
+    for (unsigned i = 0; i < threads; ++i) start_fiber(*block, static_cast<int>(i));
+    resident_.push_back(std::move(block));
+}
+
+inline void Grid::start_fiber(Block& block, int rank) {
+    Fiber& fiber = block.fibers[rank];
+    fiber.block = &block;
+    fiber.thread = unravel(rank, block_);
+    fiber.rank = rank;
+    fiber.stack = take_stack();
+    getcontext(&fiber.context);
+    fiber.context.uc_stack = {fiber.stack, 0, kStack};
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, entry, 0);
+    runnable_.push_back(&fiber);
+}
+
+inline void* Grid::take_stack() {
+    if (free_stacks_.empty()) {
+        void* stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (stack == MAP_FAILED) throw Failure("no memory for another thread of the grid");
+        stacks_.push_back(stack);
+        return stack;
+    }
+    void* stack = free_stacks_.back();
+    free_stacks_.pop_back();
+    return stack;
+}
+
+// AddressSanitizer is told of every change of stack
+inline void Grid::resume(Fiber& fiber) {
+    running_ = &fiber;
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(&scheduler_fake_, fiber.stack, kStack);
+#endif
+    swapcontext(&scheduler_, &fiber.context);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(scheduler_fake_, nullptr, nullptr);
+#endif
+}
+
+inline void Grid::suspend([[maybe_unused]] bool last) {
+    Fiber& fiber = *running_;
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(last ? nullptr : &fiber.fake_stack, scheduler_stack_, scheduler_size_);
+#endif
+    swapcontext(&fiber.context, &scheduler_);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(fiber.fake_stack, &scheduler_stack_, &scheduler_size_);
+#endif
+}
+
+inline void Grid::enter() {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack_, &scheduler_size_);
+#endif
+    try {
+        body_();
+        finish();
+    } catch (...) {
+        error_ = std::current_exception();
+    }
+    suspend(true);
+}
+
+inline void Grid::finish() {
+    running_->done = true;
+    ++running_->block->done;
+}
+
+inline void Grid::wait(Place place) {
+    running_->waits = place;
+    suspend();
+}
+
+inline void Grid::wake(Fiber& fiber) {
+    fiber.waits = {};
+    if (&fiber != running_) runnable_.push_back(&fiber);
+}
+
+inline void Grid::yield() {
+    runnable_.push_back(running_);
+    suspend();
+}
+
+inline void Grid::barrier(Place place) {
+    Block& block = *running_->block;
+    if (block.at_barrier == 0) block.barrier = place;
+    if (!(block.barrier == place)) {
+        std::ostringstream why;
+        why << "divergent barrier: " << name(*running_) << " is at " << place.file << ":" << place.line
+            << " while others of its block wait at " << block.barrier.file << ":" << block.barrier.line;
+        fail(why.str());
+    }
+    if (++block.at_barrier == static_cast<int>(block.fibers.size())) {
+        block.at_barrier = 0;
+        for (Fiber& fiber : block.fibers) wake(fiber);
+        return yield();  // the last to arrive need not be the first to go on
+    }
+    wait(place);
+}
+
+inline void Grid::grid_barrier(Place place) {
+    if (!cooperative_) fail("grid barrier in a launch that is not cooperative");
+    ++running_->block->at_grid_barrier;
+    const auto all = [](const auto& b) { return b->at_grid_barrier == static_cast<int>(b->fibers.size()); };
+    if (std::all_of(resident_.begin(), resident_.end(), all) &&
+        resident_.size() == std::size_t{grid_.x} * grid_.y * grid_.z) {
+        for (auto& block : resident_) {
+            block->at_grid_barrier = 0;
+            for (Fiber& fiber : block->fibers) wake(fiber);
+        }
+        return yield();
+    }
+    wait(place);
+}
+
+inline const Lanes& Grid::exchange(Place place, std::uint32_t mask, std::uint64_t value) {
+    Fiber& fiber = *running_;
+    auto& pending = fiber.block->warps[fiber.rank / kWarpSize];
+    const int lane = fiber.rank % kWarpSize;
+    if ((mask >> lane & 1) == 0) fail(name(fiber) + " calls " + place.what + " with a mask that leaves itself out");
+    auto operation = std::find_if(pending.begin(), pending.end(), [&](const auto& o) { return o.mask == mask; });
+    if (operation == pending.end()) operation = pending.insert(operation, WarpOperation{mask, 0, place, {}});
+    if (!(operation->place == place)) {
+        std::ostringstream why;
+        why << "divergent warp: " << name(fiber) << " is in " << place.what << " at line " << place.line
+            << " while others of its warp wait in " << operation->place.what << " at line " << operation->place.line;
+        fail(why.str());
+    }
+    operation->lanes[lane] = value;
+    operation->arrived |= std::uint32_t{1} << lane;
+    if (operation->arrived != mask) {
+        wait(place);
+        return fiber.lanes;
+    }
+    for (int i = 0; i < kWarpSize; ++i) {
+        if ((mask >> i & 1) == 0) continue;
+        Fiber& other = fiber.block->fibers[fiber.rank - lane + i];
+        other.lanes = operation->lanes;
+        wake(other);
+    }
+    pending.erase(operation);
+    yield();
+    return fiber.lanes;
+}
+
+inline SharedPiece poisoned(std::size_t bytes) {
+    SharedPiece piece{bytes, std::unique_ptr<unsigned char[]>(new unsigned char[bytes])};
+    std::memset(piece.memory.get(), kPoison, bytes);
+    return piece;
+}
+
+inline void* Grid::shared_array(Place place, std::size_t bytes) {
+    auto& arrays = running_->block->arrays;
+    for (auto& [at, piece] : arrays) {
+        if (at == place) return piece.memory.get();
+    }
+    arrays.emplace_back(place, poisoned(bytes));
+    return arrays.back().second.memory.get();
+}
+
+inline void* Grid::shared_piece(std::size_t bytes) {
+    Block& block = *running_->block;
+    const std::size_t number = running_->pieces++;
+    if (number == block.pieces.size()) {
+        block.dynamic_bytes += (bytes + 15) / 16 * 16;
+        if (block.dynamic_bytes > shared_) {
+            std::ostringstream why;
+            why << name(*running_) << " takes " << block.dynamic_bytes << " bytes of dynamic shared memory; the launch gave "
+                << shared_;
+            fail(why.str());
+        }
+        block.pieces.push_back(poisoned(bytes));
+    }
+    if (block.pieces[number].bytes != bytes) fail(name(*running_) + " takes other pieces of shared memory than its block");
+    return block.pieces[number].memory.get();
+}
+
+inline std::string Grid::name(const Fiber& fiber) {
+    std::ostringstream text;
+    const uint3 b = fiber.block->index, t = fiber.thread;
+    text << "block (" << b.x << ", " << b.y << ", " << b.z << ") thread (" << t.x << ", " << t.y << ", " << t.z << ")";
+    return text.str();
+}
+
+inline void Grid::fail(const std::string& why) const { throw Failure(why); }
+
+inline void Grid::deadlock() const {
+    std::ostringstream why;
+    why << "deadlock: ";
+    int told = 0;
+    for (const auto& block : resident_) {
+        for (const Fiber& fiber : block->fibers) {
+            if (fiber.done) continue;
+            if (told++ == 0) {
+                why << name(fiber) << " waits in " << fiber.waits.what << " at " << fiber.waits.file << ":"
+                    << fiber.waits.line << "; ";
+            }
+        }
+        const auto ended = std::find_if(block->fibers.begin(), block->fibers.end(), [](const Fiber& f) { return f.done; });
+        if (ended != block->fibers.end()) why << name(*ended) << " has returned; ";
+    }
+    why << told << " threads wait and none can run";
+    throw Failure(why.str());
+}
+
+}  // namespace emulation

@@ -1,0 +1,118 @@
+"""Builds csrc for the CPU: the emulated CUDA kernels under AddressSanitizer and UBSan, and a process that runs them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+HERE = Path(__file__).parent
+
+LANGUAGE = ("-std=c++17", "-fPIC", "-DLCC_EMULATION", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+SANITIZE = ("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+
+
+@pytest.fixture(scope="session")
+def gxx() -> str:
+    path = shutil.which("g++")
+    if path is None:
+        pytest.skip("no g++ on PATH: the emulated kernels are built with it")
+    return path
+
+
+def build(name: str, units: Sequence[tuple[Path, Sequence[str]]], link: Sequence[str], gxx: str) -> Path:
+    """Compile (source, flags) units and link them; reused while no source under csrc or here has changed."""
+    texts = [
+        p for folder in (CSRC, HERE) for p in sorted(folder.rglob("*")) if p.suffix in (".cpp", ".cu", ".cuh", ".h")
+    ]
+    key = hashlib.sha256(repr((units, link, sys.version)).encode())
+    for path in texts:
+        key.update(path.read_bytes())
+    folder = ROOT / "build" / "emulation" / key.hexdigest()[:16]
+    target = folder / name
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    objects = [str(folder / f"{number}.o") for number in range(len(units))]
+    running = []
+    for (source, flags), out in zip(units, objects):
+        command = [gxx, *LANGUAGE, *flags, f"-I{CSRC}", "-x", "c++", "-c", source, "-o", out]
+        running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    errors = "".join(process.communicate()[1] for process in running)
+    assert not any(process.returncode for process in running), errors
+    part = folder / f"{name}.part"
+    subprocess.run([gxx, "-fsanitize=address,undefined", *objects, *link, "-o", part], check=True)
+    os.replace(part, target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def emulated_module(gxx: str) -> Path:
+    """The launchers of ``_C.cuda`` as a module that runs them on the CPU."""
+    import pybind11
+
+    python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", "-fvisibility=hidden"]
+    kernels = [(source, SANITIZE) for source in sorted(CSRC.glob("cuda/*.cu"))]
+    bindings = [(source, python) for source in (CSRC / "cuda/bindings.cpp", CSRC / "emulation/module.cpp")]
+    return build("emulated.so", [*kernels, *bindings], ["-shared"], gxx)
+
+
+def sanitizer_environment(gxx: str) -> dict[str, str]:
+    """Python itself is not sanitized: the runtime is loaded before it. What Python leaks is not our concern."""
+    # with libstdc++, whose __cxa_throw the runtime wraps and must find at its start
+    names = ("libasan.so", "libstdc++.so.6")
+    found = [subprocess.check_output([gxx, f"-print-file-name={name}"], text=True).strip() for name in names]
+    return {**os.environ, "LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0"}
+
+
+class Worker:
+    """A process that answers each case, a line of JSON, with a line of JSON; a crash is an answer too."""
+
+    def __init__(self, command: list[str], env: dict[str, str], log: Path):
+        self.command, self.env, self.log = command, env, log
+        self.process: subprocess.Popen[str] | None = None
+
+    def __call__(self, **case: Any) -> Any:
+        if self.process is None:
+            with self.log.open("w") as log:
+                self.process = subprocess.Popen(
+                    self.command, env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+                )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(case) + "\n")
+            self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            self.close()
+            pytest.fail(f"the emulated kernel stopped its process:\n{self.log.read_text()[-6000:]}")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
+
+
+@pytest.fixture(scope="session")
+def emulate(emulated_module: Path, gxx: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    """``emulate(**case)`` runs one case of emulated_glu_depthwise_conv.py under the sanitizers."""
+    script = HERE / "emulated_glu_depthwise_conv.py"
+    log = tmp_path_factory.mktemp("emulated") / "stderr.txt"
+    worker = Worker([sys.executable, str(script), str(emulated_module)], sanitizer_environment(gxx), log)
+    yield worker
+    worker.close()

@@ -1,0 +1,143 @@
+"""Runs the emulated CUDA kernels through their Python glue, case by case, beside a float64 oracle.
+
+A process of its own, under AddressSanitizer: `python emulated_glu_depthwise_conv.py MODULE`, cases on stdin.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lcconformer.ops import _cuda_glu_depthwise_conv as glue
+
+EPS = 1e-5
+LEAVES = ("x", "weight", "bias", "norm_weight", "norm_bias")
+
+
+def load(path: str) -> Any:
+    spec = importlib.util.spec_from_file_location("emulated", Path(path))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_inputs(
+    b: int, t: int, c: int, k: int, dtype: str, norm: str, bias: bool, **_: Any
+) -> dict[str, Tensor | None]:
+    kind = getattr(torch, dtype)
+    batch = norm == "batch"
+    return {
+        "x": torch.randn(b, t, 2 * c).to(kind),
+        "weight": (torch.randn(c, k) / k**0.5).to(kind),
+        "bias": torch.randn(c).to(kind) if bias else None,
+        "norm_weight": 0.5 + torch.rand(c) if batch else None,
+        "norm_bias": torch.randn(c) if batch else None,
+        "running_mean": torch.randn(c) if batch else None,
+        "running_var": 0.5 + torch.rand(c) if batch else None,
+    }
+
+
+def oracle(inputs: dict[str, Tensor | None], lengths: Tensor | None) -> Tensor:
+    """From PyTorch's own operators, utterance by utterance."""
+    x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
+    assert x is not None
+    assert weight is not None
+    c, k = weight.shape
+    if x.numel() == 0:  # PyTorch's convolution wants frames
+        return x[..., :c] + 0 * (weight.sum() + (0 if bias is None else bias.sum()))
+    rows = []
+    for i, row in enumerate(x):
+        n = row.shape[0] if lengths is None else int(lengths[i])
+        glu = F.pad(row[:n, :c] * torch.sigmoid(row[:n, c:]), (0, 0, 0, row.shape[0] - n))
+        rows.append(F.conv1d(glu.t()[None], weight[:, None], bias, padding=k // 2, groups=c)[0].t())
+    z = torch.stack(rows)
+    if inputs["norm_weight"] is not None:
+        mean, var, gamma, beta = (inputs[n] for n in ("running_mean", "running_var", "norm_weight", "norm_bias"))
+        # [B, C, T]: the norm's own layout
+        z = F.batch_norm(z.transpose(1, 2), mean, var, gamma, beta, eps=EPS).transpose(1, 2)
+    return F.silu(z)
+
+
+def gradients(inputs: dict[str, Tensor | None], dy: Tensor, function: Any) -> dict[str, Tensor]:
+    leaves = {n: p.requires_grad_() if n in LEAVES and p is not None else p for n, p in inputs.items()}
+    out = function(leaves)
+    out.backward(dy)
+    grads = {f"d{n}": p.grad for n, p in leaves.items() if n in LEAVES and p is not None}
+    return {"y": out.detach(), **{n: g.detach() for n, g in grads.items() if g is not None}}
+
+
+def run(case: dict[str, Any], emulated: Any) -> dict[str, Any]:
+    """{tensor: {error, low, scale}} and whether another schedule gave the same bits."""
+    torch.manual_seed(case["seed"])
+    inputs = make_inputs(**case)
+    x, lengths = inputs["x"], case["lengths"]
+    assert x is not None
+    b, t, c = x.shape[0], x.shape[1], x.shape[2] // 2
+    lengths = None if lengths is None else torch.tensor(lengths)
+    dy = torch.randn(b, t, c).to(x.dtype)
+
+    def as_dtype(dtype: torch.dtype | None) -> dict[str, Tensor | None]:
+        return {n: None if p is None else p.detach().clone().to(dtype or p.dtype) for n, p in inputs.items()}
+
+    ref = gradients(as_dtype(torch.float64), dy.double(), lambda p: oracle(p, lengths))
+    low = gradients(as_dtype(x.dtype), dy, lambda p: oracle(p, lengths))
+
+    def ours(p: dict[str, Tensor | None]) -> Tensor:
+        return glue.glu_depthwise_conv_cuda(
+            p["x"], p["weight"], p["bias"], lengths, *(p[n] for n in ("norm_weight", "norm_bias")),
+            p["running_mean"], p["running_var"], EPS,
+        )  # fmt: skip
+
+    outs = []
+    for seed in (case["seed"], case["seed"] + 1):
+        emulated.set_seed(seed)
+        given = as_dtype(None)
+        storage = given["x"]
+        assert storage is not None
+        if lengths is not None:
+            for i, n in enumerate(lengths):
+                storage[i, n:] = float("nan")  # padding must not be looked at
+        grad = dy
+        if case["strided"]:  # frames and utterances apart, rows at odd elements, gradient with frames before utterances
+            wide = torch.full((b, t + 1, 2 * c + 3), float("nan"), dtype=x.dtype)
+            wide[:, :t, 1 : 2 * c + 1] = storage
+            given["x"] = wide[:, :t, 1 : 2 * c + 1]
+            grad = dy.transpose(0, 1).contiguous().transpose(0, 1)
+        outs.append(gradients({n: None if p is None else p.detach() for n, p in given.items()}, grad, ours))
+    same = all(torch.equal(outs[0][n], outs[1][n]) for n in outs[0])
+    assert outs[0].keys() == ref.keys(), (outs[0].keys(), ref.keys())
+    worst: dict[str, Any] = {"same_bits": same, "tensors": {}}
+    for name, out in outs[0].items():
+        assert out.shape == ref[name].shape, (name, out.shape, ref[name].shape)
+        errors = [(p.double() - ref[name]).abs() for p in (out, low[name])]
+        error, eager = (float(e.nan_to_num(torch.inf).max()) if e.numel() else 0.0 for e in errors)
+        scale = float(ref[name].abs().max()) if out.numel() else 0.0
+        floor = 2 * torch.finfo(out.dtype).eps * scale
+        worst["tensors"][name] = {"error": error, "low": eager, "floor": floor}
+    return worst
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    emulated = load(sys.argv[1])
+    for line in sys.stdin:
+        case = json.loads(line)
+        kernels = SimpleNamespace(**{name: getattr(emulated, name) for name in dir(emulated)})
+        if case["slots"]:
+            kernels.glu_depthwise_conv_slots = lambda *_, n=case["slots"]: n
+        glue._kernels = lambda kernels=kernels: kernels
+        print(json.dumps(run(case, emulated)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

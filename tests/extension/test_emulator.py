@@ -1,0 +1,81 @@
+"""The emulator of CUDA threads: right kernels pass in every schedule, wrong ones are caught and named."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+import pytest
+
+from .conftest import HERE, SANITIZE, build
+
+SEEDS = range(5)
+
+
+@pytest.fixture(scope="session")
+def run_case(gxx):
+    program = build("emulator_cases", [(HERE / "emulator_cases.cpp", SANITIZE)], [], gxx)
+
+    def run(case: str, seed: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([program, case, str(seed)], capture_output=True, text=True, timeout=60)
+
+    return run
+
+
+@pytest.mark.parametrize("case", ["barriers", "warp_operations", "atomics", "grid_barrier"])
+def test_right_kernels_pass_in_every_schedule(run_case, case):
+    for seed in SEEDS:
+        result = run_case(case, seed)
+        assert result.returncode == 0, result.stderr
+
+
+def test_the_seed_chooses_the_schedule(run_case):
+    orders = [run_case("order", seed).stdout for seed in SEEDS]
+    assert len(set(orders)) == len(orders)
+    assert run_case("order", 0).stdout == orders[0]
+
+
+@pytest.mark.parametrize("case", ["missing_barrier_before_read", "missing_barrier_before_write"])
+def test_a_missing_barrier_gives_a_wrong_result(run_case, case):
+    for seed in SEEDS:
+        result = run_case(case, seed)
+        assert result.returncode == 3, result.stderr
+
+
+@pytest.mark.parametrize("case", ["static_index", "dynamic_index", "global_index"])
+def test_an_index_out_of_bounds_is_caught(run_case, case):
+    for seed in SEEDS:
+        result = run_case(case, seed)
+        assert result.returncode not in (0, 3, 4)
+        assert "heap-buffer-overflow" in result.stderr
+
+
+def test_a_misaligned_load_is_caught(run_case):
+    result = run_case("misaligned", 0)
+    assert result.returncode not in (0, 3, 4)
+    assert "misaligned address" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (
+            "divergent_barrier",
+            r"divergent barrier: block \(\d, 0, 0\) thread \(\d+, 0, 0\) is at .*cases.cpp:\d+ while",
+        ),
+        (
+            "missing_thread",
+            r"deadlock: .*__syncthreads at .*cases.cpp:\d+; block \(1, 0, 0\) thread \(5, 0, 0\) has ret",
+        ),
+        ("missing_lane", r"deadlock: .*__shfl_down_sync at .*cases.cpp:\d+; .*thread \(7, 0, 0\) has returned"),
+        ("divergent_warp", r"divergent warp: block .* is in __shfl_\w+_sync at line \d+ while others"),
+        ("shared_too_small", r"takes 4194304 bytes of dynamic shared memory; the launch gave 1024"),
+        ("shared_beyond_device", r"more than 99 KiB"),
+        ("grid_barrier_without_cooperation", r"not cooperative"),
+    ],
+)
+def test_what_would_hang_or_fail_to_launch_is_named(run_case, case, message):
+    for seed in SEEDS:
+        result = run_case(case, seed)
+        assert result.returncode == 4, result.stderr
+        assert re.search(message, result.stderr, re.DOTALL), result.stderr
