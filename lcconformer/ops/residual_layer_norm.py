@@ -5,6 +5,7 @@ s = x + alpha * drop(y),    n = LN(s)
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("lcconformer::residual_layer_norm_fwd")
 def _fwd_fake(x, y, weight, bias, seed, alpha, dropout_p, eps):
-    rows = x.shape[:-1].numel()
+    rows = math.prod(x.shape[:-1])
     mean, rstd = (x.new_empty((rows,), dtype=torch.float32) for _ in range(2))
     return x.new_empty(x.shape), x.new_empty(x.shape), mean, rstd
 
