@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import atexit
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,9 +54,10 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-@contextlib.contextmanager
-def join_ranks(device: str | None = None) -> Iterator[Ranks]:
-    """Join the processes started by torchrun (NCCL on CUDA, Gloo on CPU), or run alone; leaves them again at the end.
+def join_ranks(device: str | None = None) -> Ranks:
+    """Join the processes started by torchrun (NCCL on CUDA, Gloo on CPU), or be alone.
+
+    The first call makes the process group; it lasts until the process ends, as its rendezvous can be used only once.
 
     Args:
         device: ``"cpu"``, ``"cuda"``, ``"cuda:N"``; None: the CUDA device of this process if there is one.
@@ -67,14 +68,9 @@ def join_ranks(device: str | None = None) -> Iterator[Ranks]:
     place = _device(device)
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    started = dist.is_torchelastic_launched() and not dist.is_initialized()
-    if started:
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
-    try:
-        if dist.is_initialized():
-            yield Ranks(dist.get_rank(), dist.get_world_size(), place)
-        else:
-            yield Ranks(0, 1, place)
-    finally:
-        if started:
-            dist.destroy_process_group()
+        atexit.register(dist.destroy_process_group)
+    if dist.is_initialized():
+        return Ranks(dist.get_rank(), dist.get_world_size(), place)
+    return Ranks(0, 1, place)

@@ -152,26 +152,26 @@ def settings_from(args: argparse.Namespace) -> PretrainSettings:
 
 def run(args: argparse.Namespace) -> int:
     settings = settings_from(args)
-    with join_ranks(settings.device) as ranks:
-        train, validation = load_speech(
-            args.data,
-            splits=args.splits,
-            exclude_speakers=args.exclude_speakers,
-            validation_speakers=args.validation_speakers,
-            seed=settings.seed,
+    ranks = join_ranks(settings.device)
+    train, validation = load_speech(
+        args.data,
+        splits=args.splits,
+        exclude_speakers=args.exclude_speakers,
+        validation_speakers=args.validation_speakers,
+        seed=settings.seed,
+    )
+    if ranks.first:
+        model = settings.build_model()
+        held = "none" if validation is None else ", ".join(validation.speakers)
+        print(
+            f"{train}\nheld out for validation: {held}\n{model.encoder.summary()}\n"
+            f"loops a step: {settings.sampler().mean_depth(settings.steps):.2f} of {settings.config.num_layers}"
         )
-        if ranks.first:
-            model = settings.build_model()
-            held = "none" if validation is None else ", ".join(validation.speakers)
-            print(
-                f"{train}\nheld out for validation: {held}\n{model.encoder.summary()}\n"
-                f"loops a step: {settings.sampler().mean_depth(settings.steps):.2f} of {settings.config.num_layers}"
-            )
-        result = pretrain(settings, train, validation, out=args.out, resume=args.resume)
-        if ranks.first:
-            print(f"checkpoint: {result.checkpoint}")
-            if result.stopped in _EXIT:
-                command = shlex.join(["python", "-m", "lcconformer", *sys.argv[1:]])
-                again = command if args.resume else f"{command} --resume"
-                print(f"stopped by {result.stopped}; to go on: {again}", file=sys.stderr)
+    result = pretrain(settings, train, validation, out=args.out, resume=args.resume)
+    if ranks.first:
+        print(f"checkpoint: {result.checkpoint}")
+        if result.stopped in _EXIT:
+            command = shlex.join(["python", "-m", "lcconformer", *sys.argv[1:]])
+            again = command if args.resume else f"{command} --resume"
+            print(f"stopped by {result.stopped}; to go on: {again}", file=sys.stderr)
     return _EXIT.get(result.stopped, 0)

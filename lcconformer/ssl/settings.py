@@ -38,7 +38,7 @@ class PretrainSettings:
         clip: largest norm of the gradient.
         accumulate: batches of a step, on each rank.
         batch_seconds: padded audio of a batch, at most.
-        crop_seconds: longer utterances are cut to this at random; None: never.
+        crop_seconds: longer utterances are cut to this at random, or to ``batch_seconds``; None: never.
         precision: ``"float32"``, or autocast to ``"bfloat16"`` or ``"float16"`` (CUDA, with loss scaling).
         seed: of weights, data order, masks, depths and dropout.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None: the CUDA device of this rank if there is one.
@@ -82,6 +82,7 @@ class PretrainSettings:
             need(getattr(self, name) >= 1, name, "1 or more")
         for name in ("learning_rate", "clip", "batch_seconds"):
             need(getattr(self, name) > 0, name, "a positive number")
+        need(self.crop_seconds is None or self.crop_seconds >= 0.1, "crop_seconds", "None, or 0.1 or more")
         for name in ("distill", "weight_decay", "seed", "workers"):
             need(getattr(self, name) >= 0, name, "0 or more")
         need(0 <= self.warmup < 1, "warmup", "0 <= warmup < 1, a part of the run")

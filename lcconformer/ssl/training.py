@@ -39,6 +39,7 @@ from .settings import PretrainResult, PretrainSettings, StepRecord
 __all__ = ["pretrain", "validation_losses"]
 
 _MOST_SKIPPED = 20  # steps in a row; float16 loss scaling needs a handful to find its scale
+_STOP = ("SIGINT", "SIGTERM")
 _VALIDATION = (1 << 63) - 1  # in place of a step, in the masks and noise of the validation
 
 
@@ -74,7 +75,7 @@ def pretrain(
     if found and not resume:
         raise ValueError(f"{folder} holds a run already ({found[-1].name}): resume it, or choose another folder")
     with contextlib.ExitStack() as stack:
-        ranks = stack.enter_context(join_ranks(settings.device))
+        ranks = join_ranks(settings.device)
         cuda = ranks.device.type == "cuda"
         stack.enter_context(torch.random.fork_rng([ranks.device] if cuda else [], enabled=True))
         checkpoint = load_checkpoint(found[-1]) if found else None
@@ -128,7 +129,8 @@ class _Run:
         self.settings, self.folder, self.ranks = settings, folder, ranks
         if settings.precision == "float16" and ranks.device.type != "cuda":
             raise ValueError("precision is 'float16' on a CPU; expected 'float32' or 'bfloat16' there")
-        sizes: dict[str, Any] = {"max_seconds": settings.batch_seconds, "crop_seconds": settings.crop_seconds}
+        crop = settings.crop_seconds and min(settings.crop_seconds, settings.batch_seconds)
+        sizes: dict[str, Any] = {"max_seconds": settings.batch_seconds, "crop_seconds": crop}
         self.loader = BatchLoader(
             train,
             seed=settings.seed,
@@ -158,10 +160,10 @@ class _Run:
         if ranks.world_size > 1:
             # a depth below N leaves the later of several unique layers without a gradient
             unused = len(self.model.encoder.layers) > 1 and settings.depth != "fixed"
-            self.replica = DistributedDataParallel(self.model, broadcast_buffers=False, find_unused_parameters=unused)
+            self.replica = DistributedDataParallel(self.model, find_unused_parameters=unused)
 
     def train(self, stop: _StopSignals, on_step: Callable[[StepRecord], None] | None) -> PretrainResult:
-        settings = self.settings
+        settings, ranks = self.settings, self.ranks
         self.model.train()
         history: list[StepRecord] = []
         validated: list[tuple[int, tuple[float, ...]]] = []
@@ -171,7 +173,7 @@ class _Run:
         if self.bar is not None:
             self.bar.start(self._progress())
         while not stopped:
-            record, received = self._step(steps, stop)
+            record = self._step(steps)
             in_a_row = in_a_row + 1 if record.skipped > self.skipped else 0
             self.skipped = record.skipped
             history.append(record)
@@ -182,8 +184,9 @@ class _Run:
                     f"({settings.learning_rate:g}) or raise warmup ({settings.warmup:g}); the last good checkpoint is "
                     f"{self.saved}"
                 )
-            if received:
-                stopped = received
+            received = ranks.total([stop.received == name for name in _STOP])
+            if any(received):  # all ranks stop together
+                stopped = _STOP[received.index(max(received))]
             elif self.step >= settings.steps:
                 stopped = "steps"
             elif settings.max_minutes is not None and self.elapsed >= 60.0 * settings.max_minutes:
@@ -210,8 +213,7 @@ class _Run:
                 yield step
             self.epoch, self.position = self.epoch + 1, 0
 
-    def _step(self, steps: Iterator[list[Batch]], stop: _StopSignals) -> tuple[StepRecord, str]:
-        """One step, and the signal that any rank received."""
+    def _step(self, steps: Iterator[list[Batch]]) -> StepRecord:
         settings, ranks, model = self.settings, self.ranks, self.model
         waiting = time.perf_counter()
         batches = next(steps)
@@ -254,13 +256,11 @@ class _Run:
                 buffer.copy_(before)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        # all ranks go by the first one's clock, and stop together
+        # all ranks go by the first one's clock
         now = time.perf_counter()
-        mean, elapsed, interrupted, terminated = ranks.total(
-            [float(loss), ranks.first * (now - self.began), stop.received == "SIGINT", stop.received == "SIGTERM"]
-        )
+        mean, elapsed = ranks.total([float(loss), ranks.first * (now - self.began)])
         self.step, self.elapsed = self.step + 1, elapsed
-        record = StepRecord(
+        return StepRecord(
             step=self.step,
             epoch=epoch,
             depths=depths,
@@ -274,7 +274,6 @@ class _Run:
             elapsed_s=elapsed,
             skipped=self.skipped + (not math.isfinite(norm)),
         )
-        return record, "SIGINT" if interrupted else "SIGTERM" if terminated else ""
 
     def _progress(self) -> float:
         """Part of the run that is over, in the middle of the coming step."""
@@ -377,7 +376,7 @@ class _StopSignals:
     def __enter__(self) -> _StopSignals:
         self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in map(signal.Signals.__getitem__, _STOP):
                 self._before[number] = signal.signal(number, self._handle)
         return self
 

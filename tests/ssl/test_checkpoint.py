@@ -1,0 +1,158 @@
+"""Checkpoints: complete or refused, and never code."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lcconformer import ConformerConfig
+from lcconformer.ssl import (
+    FeatureSettings,
+    ObjectiveSettings,
+    PretrainingModel,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+)
+from lcconformer.ssl.checkpoint import checkpoint_path, find_checkpoints
+
+CONFIG = ConformerConfig(d_model=16, num_heads=2, ffn_dim=32, num_layers=2, conv_kernel_size=3, input_dim=20)
+
+
+@pytest.fixture
+def model() -> PretrainingModel:
+    return PretrainingModel(
+        CONFIG, FeatureSettings(20, high_freq=5600.0), ObjectiveSettings("best_rq", codebook_size=16)
+    )
+
+
+def write(path: Path, model: PretrainingModel, **meta: object) -> Path:
+    tensors = {f"model.{name}": x for name, x in model.state_dict().items()}
+    tensors["optimizer.scale.step"] = torch.tensor(3.0)
+    return save_checkpoint(path, tensors, {**model.describe(), "step": 3, **meta})
+
+
+def test_round_trip_of_tensors_and_meta(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.randn(3, 4, dtype=torch.float64),
+        "b": torch.randn(4, 6).T,
+        "c": torch.tensor(2),
+        "d": torch.randn(2).bfloat16(),
+    }
+    path = save_checkpoint(tmp_path / "new" / "x.safetensors", tensors, {"step": 7, "list": [1, None, "ü"]})
+    loaded = load_checkpoint(path)
+    assert set(loaded.tensors) == set(tensors)
+    for name, x in tensors.items():
+        assert loaded.tensors[name].dtype == x.dtype
+        assert torch.equal(loaded.tensors[name], x)
+    assert loaded.meta["step"] == 7
+    assert loaded.meta["list"] == [1, None, "ü"]
+    assert os.listdir(path.parent) == ["x.safetensors"]
+
+
+def test_the_loaded_model_is_the_saved_one(tmp_path: Path, model: PretrainingModel) -> None:
+    path = write(tmp_path / "x.safetensors", model)
+    audio, lengths = 0.1 * torch.randn(2, 4000), torch.tensor([4000, 3000])
+    loaded = load_model(path)
+    assert not loaded.training
+    expected, frames = model.eval().hidden_states(audio, lengths)
+    got, got_frames = loaded.hidden_states(audio, lengths)
+    assert torch.equal(frames, got_frames)
+    assert all(torch.equal(x, y) for x, y in zip(expected, got, strict=True))
+    assert torch.equal(loaded.objective.codebook, model.objective.codebook)
+    assert loaded.features.high_freq == 5600.0
+    assert "optimizer.scale.step" not in load_checkpoint(path, prefix="model.").tensors
+
+
+def test_a_folder_means_its_newest_checkpoint(tmp_path: Path, model: PretrainingModel) -> None:
+    for step in (900, 1000, 20):
+        write(checkpoint_path(tmp_path, step), model, step=step)
+    (tmp_path / "steps.csv").touch()
+    (tmp_path / ".step_00009999.safetensors.1.tmp").touch()
+    assert [load_checkpoint(p).meta["step"] for p in find_checkpoints(tmp_path)] == [20, 900, 1000]
+    assert load_checkpoint(tmp_path).meta["step"] == 1000
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(
+    tmp_path: Path, model: PretrainingModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "x.safetensors", model, step=1)
+
+    def full_disk(tensors: dict, file: Path, metadata: dict) -> None:
+        Path(file).write_bytes(b"half of it")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write(path, model, step=2)
+    assert load_checkpoint(path).meta["step"] == 1
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.05, 0.5, 0.999])
+def test_a_truncated_file_is_refused(tmp_path: Path, model: PretrainingModel, part: float) -> None:
+    path = write(tmp_path / "x.safetensors", model)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(part * len(content))])
+    with pytest.raises(ValueError, match=r"x\.safetensors is no checkpoint, or a damaged one.*take an older one"):
+        load_model(path)
+
+
+class Bomb:
+    def __reduce__(self) -> tuple:
+        return os.system, ("echo executed > executed",)
+
+
+def test_a_pickle_is_refused_and_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("pickle.safetensors").write_bytes(pickle.dumps({"model": Bomb()}))
+    torch.save({"model": Bomb()}, "torch.safetensors")
+    for name in ("pickle.safetensors", "torch.safetensors"):
+        with pytest.raises(ValueError, match="is no checkpoint"):
+            load_checkpoint(name)
+    assert not Path("executed").exists()
+
+
+def test_another_safetensors_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file({"x": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match=r"no checkpoint of lcconformer: its header has no 'lcconformer' entry"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("{", "damaged header"),
+        ("{}", "damaged header"),
+        ("[]", "damaged header"),
+        (json.dumps({"format": 99, "version": "9.0"}), "format 99, written by lcconformer 9.0.*install the version"),
+    ],
+)
+def test_a_strange_header_is_refused(tmp_path: Path, header: str, message: str) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"x": torch.zeros(2)}, path, metadata={"lcconformer": header})
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(path)
+
+
+def test_tensors_that_do_not_fit_are_refused(tmp_path: Path, model: PretrainingModel) -> None:
+    path = tmp_path / "x.safetensors"
+    tensors = {f"model.{name}": x for name, x in model.state_dict().items()}
+    save_checkpoint(path, tensors, {**model.describe(), "config": {**model.describe()["config"], "ffn_dim": 48}})
+    with pytest.raises(ValueError, match="does not fit its own settings"):
+        load_model(path)
+    save_checkpoint(path, tensors, {"step": 3})
+    with pytest.raises(ValueError, match=r"does not fit this version.*config"):
+        load_model(path)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*gone"):
+        load_checkpoint(tmp_path / "gone.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*expected files like step_00000500"):
+        load_checkpoint(tmp_path)

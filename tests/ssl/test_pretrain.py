@@ -1,0 +1,486 @@
+"""The loop: exact resume, clean stops, bad gradients, and what the command says to bad input."""
+
+import argparse
+import csv
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lcconformer import ConformerConfig
+from lcconformer.__main__ import main
+from lcconformer.data import Corpus, load_corpus
+from lcconformer.ssl import FeatureSettings, ObjectiveSettings, PretrainingModel, load_checkpoint, load_model
+from lcconformer.ssl.checkpoint import find_checkpoints
+from lcconformer.ssl.optim import learning_rate_scale, make_optimizer
+from lcconformer.ssl.pretrain import add_arguments, settings_from
+from lcconformer.ssl.settings import PretrainResult, PretrainSettings, StepRecord
+from lcconformer.ssl.sources import JoinedCorpus, hold_out_speakers, load_speech
+from lcconformer.ssl.training import pretrain
+
+CONFIG = ConformerConfig(
+    d_model=16,
+    num_heads=2,
+    ffn_dim=32,
+    num_layers=3,
+    conv_kernel_size=3,
+    input_dim=20,
+    subsampling="stack",
+    subsampling_factor=2,
+)
+SETTINGS = PretrainSettings(
+    config=CONFIG,
+    features=FeatureSettings(20),
+    steps=8,
+    batch_seconds=3.0,
+    crop_seconds=1.0,
+    validate_every=4,
+    checkpoint_every=3,
+    device="cpu",
+)
+
+
+@pytest.fixture(scope="module")
+def corpora(speech_folder: Path) -> tuple[Corpus, Corpus]:
+    corpus = load_corpus(speech_folder).preload()
+    return corpus.select(speakers=["a", "b", "c"]), corpus.select(speakers=["d"])
+
+
+def settings(**changes: object) -> PretrainSettings:
+    return dataclasses.replace(SETTINGS, **changes)
+
+
+def signal_at(step: int, number: signal.Signals = signal.SIGINT):
+    """A callback that sends this process a signal in a step."""
+
+    def callback(record: StepRecord) -> None:
+        if record.step == step:
+            os.kill(os.getpid(), number)
+
+    return callback
+
+
+def losses(*results: PretrainResult) -> list[float]:
+    return [record.loss for result in results for record in result.history]
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+VARIANTS = {
+    "reconstruction": {"accumulate": 2},
+    "best_rq": {"objective": ObjectiveSettings("best_rq", codebook_size=32), "precision": "bfloat16"},
+    "sandwich": {
+        "depth": "sandwich",
+        "distill": 0.5,
+        "config": CONFIG.replace(conditioning=("film",), conv_norm="batch"),
+    },
+    "unshared": {"config": CONFIG.replace(sharing="none")},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_resumed_run_is_the_uninterrupted_one(variant: str, corpora: tuple, tmp_path: Path) -> None:
+    told = settings(**VARIANTS[variant])
+    whole = pretrain(told, *corpora, out=tmp_path / "whole", progress=False)
+    assert whole.history[-1].epoch > 0  # passes the end of an epoch
+    # stopped in the fourth step; then killed after the seventh, whose newest checkpoint is the sixth
+    first = pretrain(told, *corpora, out=tmp_path / "parts", progress=False, on_step=signal_at(4))
+    assert first.stopped == "SIGINT"
+    assert first.checkpoint.name == "step_00000004.safetensors"
+
+    def die(record: StepRecord) -> None:
+        if record.step == 7:
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        pretrain(told, *corpora, out=tmp_path / "parts", resume=True, progress=False, on_step=die)
+    last = pretrain(told, *corpora, out=tmp_path / "parts", resume=True, progress=False)
+
+    assert [r.step for r in last.history] == [7, 8]
+    assert losses(first, last) == [loss for i, loss in enumerate(losses(whole), 1) if i not in (5, 6)]
+    one, two = load_checkpoint(whole.checkpoint), load_checkpoint(last.checkpoint)
+    assert one.tensors.keys() == two.tensors.keys()
+    assert all(torch.equal(x, two.tensors[name]) for name, x in one.tensors.items())
+    assert last.validation == whole.validation[1:]
+    # the log reads as if nothing had happened
+    for name in ("steps.csv", "validation.csv"):
+        columns = ("step", "loss", "depths") if name == "steps.csv" else ("step", "depth", "loss")
+        logs = [[[row[c] for c in columns] for row in rows(tmp_path / part / name)] for part in ("whole", "parts")]
+        assert logs[0] == logs[1]
+        assert len(logs[0]) == (8 if name == "steps.csv" else 6)
+
+
+def test_dropout_and_masks_differ_from_step_to_step(corpora: tuple, tmp_path: Path) -> None:
+    one_batch = settings(steps=4, batch_seconds=60.0, learning_rate=1e-12, weight_decay=0.0, depth="fixed")
+    result = pretrain(one_batch, corpora[0], out=tmp_path, progress=False)
+    assert len(set(losses(result))) == 4
+    assert max(losses(result)) < 1.3 * min(losses(result))
+
+
+def test_training_lowers_the_validation_loss_at_every_depth(corpora: tuple, tmp_path: Path) -> None:
+    told = settings(steps=60, learning_rate=1e-2, validate_every=1, checkpoint_every=1000)
+    result = pretrain(dataclasses.replace(told, validate_every=59), *corpora, out=tmp_path, progress=False)
+    (early, before), (late, after) = pretrain(
+        dataclasses.replace(told, steps=2), *corpora, out=tmp_path / "two", progress=False
+    ).validation
+    assert (early, late) == (1, 2)
+    final = result.validation[-1][1]
+    assert len(final) == 3
+    assert all(y < 0.95 * x for x, y in zip(before, final, strict=True))
+    assert before != after
+
+
+def test_files_of_a_run(corpora: tuple, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = pretrain(settings(keep=2), *corpora, out=out, progress=False)
+    assert [p.name for p in find_checkpoints(out)] == ["step_00000006.safetensors", "step_00000008.safetensors"]
+    assert result.stopped == "steps"
+    assert result.checkpoint == find_checkpoints(out)[-1]
+    log = rows(out / "steps.csv")
+    assert [int(row["step"]) for row in log] == list(range(1, 9))
+    assert [float(row["loss"]) for row in log] == losses(result)
+    assert all(float(row["compute_s"]) > 0 for row in log)
+    sampler = settings().sampler()
+    assert [row["depths"] for row in log] == [str(sampler.depths(step)[0]) for step in range(8)]
+    assert [(row["step"], row["depth"]) for row in rows(out / "validation.csv")] == [
+        (s, d) for s in "48" for d in "123"
+    ]
+    assert list((out / "tensorboard").glob("events*"))
+    again = load_model(out)
+    assert all(torch.equal(x, y) for x, y in zip(again.parameters(), result.model.parameters(), strict=True))
+    # an epoch is all of the speech, cut to a second each
+    epoch = [r for r in result.history if r.epoch == 0]
+    assert sum(r.utterances for r in epoch) <= len(corpora[0])
+    assert sum(r.seconds for r in epoch) <= sum(min(u.seconds, 1.0) for u in corpora[0])
+
+
+def test_sigterm_stops_too_and_handlers_come_back(corpora: tuple, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    result = pretrain(settings(), *corpora, out=tmp_path, progress=False, on_step=signal_at(2, signal.SIGTERM))
+    assert result.stopped == "SIGTERM"
+    assert [r.step for r in result.history] == [1, 2]
+    assert load_checkpoint(tmp_path).meta["step"] == 2
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_second_ctrl_c_ends_at_once(corpora: tuple, tmp_path: Path) -> None:
+    def twice(record: StepRecord) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(settings(), *corpora, out=tmp_path, progress=False, on_step=twice)
+
+
+def test_generators_outside_are_left_alone(corpora: tuple, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    pretrain(settings(steps=2), *corpora, out=tmp_path, progress=False)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
+    """Losses of these training batches (counted from 1) become NaN."""
+    forward, calls = PretrainingModel.forward, iter(range(1, 10_000))
+
+    def spoilt(self: PretrainingModel, *args: object) -> tuple:
+        sums, apart = forward(self, *args)
+        return (sums * float("nan") if self.training and next(calls) in bad else sums), apart
+
+    monkeypatch.setattr(PretrainingModel, "forward", spoilt)
+
+
+def test_a_nan_step_is_left_out(corpora: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, {3, 5})
+    told = settings(checkpoint_every=1, keep=100, config=CONFIG.replace(conv_norm="batch"))
+    with pytest.warns(UserWarning, match=r"left out: its gradient is not finite") as caught:
+        result = pretrain(told, *corpora, out=tmp_path, progress=False)
+    said = [str(w.message) for w in caught if "left out" in str(w.message)]
+    assert [text.split(":")[0] for text in said] == ["step 3 left out", "step 5 left out"]
+    assert "2 such steps so far, 1 in a row" in said[1]
+    assert [r.skipped for r in result.history] == [0, 0, 1, 1, 2, 2, 2, 2]
+    assert [r.loss == r.loss for r in result.history] == [True, True, False, True, False, True, True, True]
+    assert all(torch.isfinite(p).all() for p in result.model.parameters())
+    # a skipped step writes no checkpoint that could push out a good one
+    assert [int(p.stem[5:]) for p in find_checkpoints(tmp_path)] == [1, 2, 4, 6, 7, 8]
+
+
+def test_a_nan_step_changes_nothing(corpora: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = settings(steps=3, config=CONFIG.replace(conv_norm="batch"))
+    spoil(monkeypatch, {3})
+    with pytest.warns(UserWarning, match="left out"):
+        three = pretrain(told, corpora[0], out=tmp_path / "three", progress=False)
+    monkeypatch.undo()
+    two = pretrain(told, corpora[0], out=tmp_path / "two", progress=False, on_step=signal_at(2))
+    state = two.model.state_dict()
+    assert all(torch.equal(x, state[n]) for n, x in three.model.state_dict().items() if "num_batches" not in n)
+
+
+def test_many_nan_steps_in_a_row_end_the_run(corpora: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, set(range(5, 100)))
+    with (
+        pytest.warns(UserWarning, match="20 in a row"),
+        pytest.raises(
+            ValueError, match=r"not finite in 20 steps in a row, up to step 24: lower learning_rate.*step_00000003"
+        ),
+    ):
+        pretrain(settings(steps=50), corpora[0], out=tmp_path, progress=False)
+    assert load_checkpoint(tmp_path).meta["step"] == 3
+
+
+def test_a_time_limit_ends_the_run_with_the_learning_rate(corpora: tuple, tmp_path: Path) -> None:
+    told = settings(steps=100_000, max_minutes=0.03, validate_every=10**6, checkpoint_every=10**6)
+    result = pretrain(told, corpora[0], out=tmp_path, progress=False)
+    assert result.stopped == "minutes"
+    assert 1.8 <= result.history[-1].elapsed_s < 6.0
+    assert result.history[-1].learning_rate < 0.5 * max(r.learning_rate for r in result.history)
+    assert load_checkpoint(tmp_path).meta["step"] == len(result.history)
+
+
+def test_a_finished_run_resumes_to_nothing(corpora: tuple, tmp_path: Path) -> None:
+    pretrain(settings(steps=2), *corpora, out=tmp_path, progress=False)
+    again = pretrain(settings(steps=2), *corpora, out=tmp_path, progress=False, resume=True)
+    assert (again.history, again.stopped) == ([], "steps")
+    assert again.checkpoint.is_file()
+
+
+def test_resume_refuses_other_settings_and_data(corpora: tuple, tmp_path: Path) -> None:
+    pretrain(settings(steps=2), *corpora, out=tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"holds a run already.*resume it, or choose another folder"):
+        pretrain(settings(steps=2), *corpora, out=tmp_path, progress=False)
+    other = settings(steps=3, config=CONFIG.replace(ffn_dim=48), checkpoint_every=1)
+    with pytest.raises(ValueError, match=r"other settings: ffn_dim was 32, now 48; steps was 2, now 3: give the same"):
+        pretrain(other, *corpora, out=tmp_path, progress=False, resume=True)
+    with pytest.raises(ValueError, match=r"other data: it was trained on \d+ utterances"):
+        pretrain(settings(steps=2), corpora[1], out=tmp_path, progress=False, resume=True)
+    newest = find_checkpoints(tmp_path)[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="damaged"):
+        pretrain(settings(steps=2), *corpora, out=tmp_path, progress=False, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps is 0; expected 1 or more"),
+        ({"accumulate": 0}, "accumulate is 0"),
+        ({"keep": 0}, "keep is 0"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; expected a positive"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"clip": -1.0}, "clip is -1.0"),
+        ({"batch_seconds": 0.0}, "batch_seconds is 0.0"),
+        ({"crop_seconds": 0.0}, "crop_seconds is 0.0"),
+        ({"warmup": 1.0}, "warmup is 1.0; expected 0 <= warmup < 1"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"max_minutes": 0.0}, "max_minutes is 0.0"),
+        ({"precision": "half"}, "precision is 'half'; expected one of float32"),
+        ({"depth": "deep"}, "kind is 'deep'"),
+        ({"min_depth": 4}, "low is 4 with num_layers = 3"),
+        ({"distill": 1.0}, "distill is 1.0 with depth='uniform': only depth='sandwich'"),
+    ],
+)
+def test_settings_refuse(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"precision": "float16"}, "'float16' on a CPU"),
+        ({"device": "abacus"}, "device is 'abacus'; expected 'cpu'"),
+        ({"device": "meta"}, "device is 'meta'; expected 'cpu'"),
+        ({"accumulate": 50}, "fewer than accumulate = 50: lower accumulate or batch_seconds"),
+        ({"crop_seconds": None, "batch_seconds": 0.5}, "raise max_seconds"),
+    ],
+)
+def test_a_run_refuses(change: dict, message: str, corpora: tuple, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        pretrain(settings(**change), *corpora, out=tmp_path, progress=False)
+    assert not find_checkpoints(tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said without CUDA")
+def test_cuda_is_refused_where_there_is_none(corpora: tuple, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="sees no CUDA device; use 'cpu'"):
+        pretrain(settings(device="cuda"), *corpora, out=tmp_path, progress=False)
+
+
+def test_learning_rate_rises_and_falls_linearly() -> None:
+    assert [learning_rate_scale(p, 0.1) for p in (0.0, 0.05, 0.1, 0.55, 1.0)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+    assert learning_rate_scale(0.0, 0.0) == 1.0
+    assert learning_rate_scale(1.5, 0.1) == 0.0
+
+
+def test_only_matrices_decay() -> None:
+    model = PretrainingModel(
+        CONFIG.replace(conditioning=("layer_norm", "step", "film")), FeatureSettings(20), ObjectiveSettings()
+    )
+    decayed, kept = ({id(p) for p in group["params"]} for group in make_optimizer(model, 0.1).param_groups)
+    names = {name: id(p) in decayed for name, p in model.named_parameters()}
+    assert len(decayed) + len(kept) == len(names)
+    assert all(names[n] for n in names if n.endswith(("up.weight", "qkv.weight", "depthwise.weight", "project.weight")))
+    assert not any(names[n] for n in names if n.endswith(("bias", "norm.weight", ".u")) or "conditioning" in n)
+
+
+def test_speakers_are_held_out(speech_folder: Path) -> None:
+    path = str(speech_folder)
+    train, validation = load_speech([path], splits=["train"], exclude_speakers=["a"], validation_speakers=["b"])
+    assert (train.speakers, validation.speakers) == (("c", "d"), ("b",))
+    assert train.splits == ("train",)
+    train, validation = load_speech([path])
+    assert len(validation.speakers) == 1
+    assert not set(train.speakers) & set(validation.speakers)
+    assert validation.speakers == hold_out_speakers([load_corpus(path)])
+    train, validation = load_speech([path], validation_speakers=[])
+    assert validation is None
+    assert len(train) == 14
+    train, validation = load_speech([path], exclude_speakers=["a", "b", "c"])
+    assert (train.speakers, validation) == (("d",), None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"splits": ["dev"]}, "no split dev in .*; there are: test, train"),
+        ({"exclude_speakers": ["x"]}, "no speaker x in .*; there are: a, b, c, d"),
+        ({"exclude_speakers": ["a"], "validation_speakers": ["a"]}, "speaker a is both excluded and held out"),
+        ({"exclude_speakers": ["a", "b"], "validation_speakers": ["c", "d"]}, "no speech is left to train on"),
+    ],
+)
+def test_selections_refuse(change: dict, message: str, speech_folder: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_speech([str(speech_folder)], **change)
+
+
+def test_joined_corpora_keep_their_own_audio(speech_folder: Path) -> None:
+    corpus = load_corpus(speech_folder)
+    joined = JoinedCorpus([corpus.select(speakers=["a"]), corpus.select(speakers=["b"]), corpus.select(speakers=["a"])])
+    ids = [u.id for u in joined]
+    assert len(set(ids)) == len(ids) == 4 + 4 + 4
+    assert ids[-1] == "2/u12"
+    for utterance in joined:
+        original = next(u for u in corpus if u.id == utterance.id.removeprefix("2/"))
+        assert torch.equal(joined.audio(utterance), corpus.audio(original))
+
+
+COMMAND = (
+    "pretrain --steps 400 --layers 2 --d-model 16 --heads 2 --kernel 3 --mel-bins 20 --batch-seconds 3 --device cpu"
+)
+
+
+def start(folder: Path, out: Path, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "lcconformer", *COMMAND.split(), "--data", str(folder), "--out", str(out), *more]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for_rows(out: Path, count: int, process: subprocess.Popen) -> None:
+    for _ in range(1200):
+        if (out / "steps.csv").is_file() and (out / "steps.csv").read_text().count("\n") > count:
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    raise AssertionError("no steps within a minute")
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(speech_folder: Path, tmp_path: Path) -> None:
+    process = start(speech_folder, tmp_path)
+    wait_for_rows(tmp_path, 3, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    step = load_checkpoint(tmp_path).meta["step"]
+    assert step == len(rows(tmp_path / "steps.csv"))
+    assert f"checkpoint: {tmp_path}/step_{step:08d}.safetensors" in out
+    assert "stopped by SIGINT; to go on: python -m lcconformer pretrain --steps 400" in err
+    assert err.rstrip().endswith("--resume")
+    assert "Traceback" not in err
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(speech_folder: Path, tmp_path: Path) -> None:
+    process = start(speech_folder, tmp_path, "--checkpoint-every", "2")
+    wait_for_rows(tmp_path, 5, process)
+    process.kill()
+    process.communicate(timeout=60)
+    done = load_checkpoint(tmp_path).meta["step"]
+    assert done >= 4
+    argv = [
+        *COMMAND.split(),
+        "--data",
+        str(speech_folder),
+        "--out",
+        str(tmp_path),
+        "--resume",
+        "--checkpoint-every",
+        "2",
+    ]
+    train, validation = load_speech([str(speech_folder)])
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    told = settings_from(parser.parse_args(argv[1:]))
+    rest = pretrain(told, train, validation, out=tmp_path, resume=True, progress=False, on_step=signal_at(done + 3))
+    assert [r.step for r in rest.history] == [done + 1, done + 2, done + 3]
+    assert [int(row["step"]) for row in rows(tmp_path / "steps.csv")] == list(range(1, done + 4))
+
+
+def run_command(*more: str) -> int:
+    return main([*COMMAND.split(), *more])
+
+
+def test_the_command_runs_and_shows_its_progress(
+    speech_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    code = run_command(
+        *("--data", str(speech_folder), "--data", str(speech_folder), "--out", str(tmp_path / "run"), "--steps", "3"),
+        *("--objective", "best_rq", "--codebook-size", "16", "--subsampling", "conv:2", "--depth", "sandwich"),
+    )
+    out, err = capfd.readouterr()
+    assert code == 0
+    assert "parameters stored" in out
+    assert "step_00000003.safetensors" in out
+    for part in ("step 3/3", "loss ", "depth 2+1", "utterances/s", "validation loss"):
+        assert part in err
+    assert load_model(tmp_path / "run").objective_settings.kind == "best_rq"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--data", "/nowhere"], "no corpus at /nowhere"),
+        (["--heads", "3"], "num_heads is 3; expected a divisor of d_model"),
+        (["--kernel", "4"], "conv_kernel_size is 4"),
+        (["--subsampling", "stack:two"], "--subsampling is 'stack:two'; expected none, stack:FACTOR"),
+        (["--subsampling", "conv:3"], "subsampling_factor is 3"),
+        (["--position", "absolute"], "position is 'absolute'"),
+        (["--conv-norm", "rms"], "conv_norm is 'rms'"),
+        (["--sharing", "half"], "sharing is 'half'"),
+        (["--conditioning", "step,magic"], "conditioning is"),
+        (["--low-freq", "9000"], "need 0 <= low_freq < high_freq"),
+        (["--mel-bins", "400"], "lower num_bins"),
+        (["--dropout", "1"], "dropout is 1.0"),
+        (["--mask-fraction", "2"], "mask_fraction is 2.0"),
+        (["--exclude-speakers", "zed"], "no speaker zed"),
+        (["--steps", "-5"], "steps is -5"),
+    ],
+)
+def test_the_command_says_what_was_wrong(
+    more: list[str], message: str, speech_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    data = [] if "--data" in more else ["--data", str(speech_folder)]
+    assert run_command(*data, "--out", str(tmp_path / "run"), *more) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("lcconformer pretrain: ")
+    assert message in said
+    assert not (tmp_path / "run").exists()
