@@ -480,7 +480,16 @@ def _dropout_args(seed: Tensor | None, p: float) -> dict[str, Any]:
 
 
 def _strides(name: str, x: Tensor) -> dict[str, int]:
-    return dict(zip((f"stride_{name}b", f"stride_{name}t", f"stride_{name}h"), x.stride()))
+    strides = x.stride()[:-1] if x.dim() == 4 else (0, *x.stride()[:-1])  # packed: no batch dimension
+    return dict(zip((f"stride_{name}b", f"stride_{name}t", f"stride_{name}h"), strides))
+
+
+def _sizes(q: Tensor, pos: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
+    """Utterances, frames of the longest, frames in all."""
+    frames = (pos.shape[0] + 1) // 2
+    if cu_seqlens is None:
+        return q.shape[0], frames, q.shape[0] * frames
+    return cu_seqlens.numel() - 1, frames, q.shape[0]
 
 
 def forward(
@@ -491,16 +500,19 @@ def forward(
     u: Tensor,
     v_bias: Tensor,
     lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, T, H, D] and the log2-sum-exp2 of the scaled scores in float32 [H, B*T].
+    """Output, shaped like q, and the log2-sum-exp2 of the scaled scores in float32 [H, frames in all].
 
-    `seed` is an int64 scalar tensor, or None for no dropout; shapes have been checked.
+    q, k, v are [B, T, H, D], or packed [frames in all, H, D] with cu_seqlens [B+1]; `seed` is an int64 tensor of one
+    element, or None for no dropout.  Shapes have been checked.
     """
-    b, t, h, d = q.shape
-    out = q.new_empty(b, t, h, d)
-    lse = q.new_empty(h, b * t, dtype=torch.float32)
+    b, t, rows = _sizes(q, pos, cu_seqlens)
+    h, d = q.shape[-2:]
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(h, rows, dtype=torch.float32)
     q, k, v, pos = (unit_stride(x) for x in (q, k, v, pos))
     config = config_for("forward", arch_of(q), q.dtype, d)
     launch(
@@ -509,9 +521,9 @@ def forward(
         config,
         q,
         q_ptr=q, k_ptr=k, v_ptr=v, pos_ptr=pos, u_ptr=u.contiguous(), v_bias_ptr=v_bias.contiguous(),
-        out_ptr=out, lse_ptr=lse, lengths_ptr=lengths, cu_seqlens_ptr=None,
+        out_ptr=out, lse_ptr=lse, lengths_ptr=lengths, cu_seqlens_ptr=cu_seqlens,
         **_strides("q", q), **_strides("k", k), **_strides("v", v), stride_pt=pos.stride(0), stride_ph=pos.stride(1),
-        T=t, H=h, rows=b * t, scale=math.log2(math.e) / math.sqrt(d), D=d, PRECISION=_precision(q.dtype),
+        T=t, H=h, rows=rows, scale=math.log2(math.e) / math.sqrt(d), D=d, PRECISION=_precision(q.dtype),
         **_dropout_args(seed, dropout_p),
     )  # fmt: skip
     return out, lse
@@ -526,31 +538,34 @@ def backward(
     u: Tensor,
     v_bias: Tensor,
     lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
     seed: Tensor | None,
     out: Tensor,
     lse: Tensor,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, pos, u, v_bias, in their dtypes, from what `forward` returned."""
-    b, t, h, d = q.shape
+    b, t, rows = _sizes(q, pos, cu_seqlens)
+    h, d = q.shape[-2:]
     dout, q, k, v, pos = (unit_stride(x) for x in (dout, q, k, v, pos))
     arch = arch_of(q)
     delta = torch.empty_like(lse)
     delta_config = config_for("delta", arch, q.dtype, d)
     launch(
-        _delta, (cdiv(b * t, delta_config.blocks["BLOCK_M"]), h), delta_config, q,
-        out_ptr=out, dout_ptr=dout, delta_ptr=delta, **_strides("o", dout), T=t, H=h, rows=b * t, D=d,
+        _delta, (cdiv(rows, delta_config.blocks["BLOCK_M"]), h), delta_config, q,
+        out_ptr=out, dout_ptr=dout, delta_ptr=delta, **_strides("o", dout), H=h, rows=rows, D=d,
+        T=t if cu_seqlens is None else rows,
     )  # fmt: skip
     common = {
         "q_ptr": q, "k_ptr": k, "v_ptr": v, "pos_ptr": pos, "u_ptr": u.contiguous(), "v_bias_ptr": v_bias.contiguous(),
-        "dout_ptr": dout, "lse_ptr": lse, "delta_ptr": delta, "lengths_ptr": lengths, "cu_seqlens_ptr": None,
+        "dout_ptr": dout, "lse_ptr": lse, "delta_ptr": delta, "lengths_ptr": lengths, "cu_seqlens_ptr": cu_seqlens,
         **_strides("q", q), **_strides("k", k), **_strides("v", v), **_strides("o", dout),
-        "stride_pt": pos.stride(0), "stride_ph": pos.stride(1), "T": t, "H": h, "rows": b * t,
+        "stride_pt": pos.stride(0), "stride_ph": pos.stride(1), "T": t, "H": h, "rows": rows,
         "scale": math.log2(math.e) / math.sqrt(d), "grad_scale": 1.0 / math.sqrt(d),
         "D": d, "PRECISION": _precision(q.dtype), **_dropout_args(seed, dropout_p),
     }  # fmt: skip
 
-    dq, dk, dv = (q.new_empty(b, t, h, d) for _ in range(3))
+    dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
     config = config_for("backward_query", arch, q.dtype, d)
     launch(_backward_query, (cdiv(t, 2 * config.blocks["BLOCK_N"]), b * h), config, q, dq_ptr=dq, **common)
 

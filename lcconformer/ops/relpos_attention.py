@@ -10,6 +10,7 @@ elements from element T-1 on.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -46,9 +47,17 @@ def relpos_attention_reference(
     v_bias: Tensor | None = None,
     *,
     lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
     """The op in plain PyTorch: the oracle of every kernel, and the fallback."""
+    if cu_seqlens is not None and pos is not None:
+        frame = torch.arange(q.shape[0], device=q.device)
+        row = torch.bucketize(frame, cu_seqlens[1:], right=True)  # utterance of each frame
+        padded = cu_seqlens[:-1, None] + torch.arange((pos.shape[0] + 1) // 2, device=q.device)  # [B, T]
+        q, k, v = (x[padded.clamp(max=q.shape[0] - 1)] for x in (q, k, v))  # [B, T, H, D]
+        out = relpos_attention_reference(q, k, v, pos, u, v_bias, lengths=cu_seqlens.diff(), dropout_p=dropout_p)
+        return out[row, frame - cu_seqlens[row]]
     scale = 1.0 / math.sqrt(q.shape[-1])
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
     if pos is None or u is None or v_bias is None:
@@ -77,6 +86,7 @@ def relpos_attention(
     v_bias: Tensor | None = None,
     *,
     lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
     """Self-attention with relative positions (module docstring), or without (``pos=None``).
@@ -86,26 +96,34 @@ def relpos_attention(
         pos: ``[2T-1, H, D]`` projected embeddings of positions T-1 ... -(T-1); with it go
         u, v_bias: ``[H, D]`` content and position bias.
         lengths: ``[B]`` int64 number of real frames, 0 ... T; later keys are masked.  Length 0 gives zeros.
+        cu_seqlens: ``[B+1]`` int64 or int32; utterance b is the frames ``cu_seqlens[b] ... cu_seqlens[b+1]-1`` of q, k,
+            v, which are then packed, ``[frames, H, D]``; T is that of ``pos``, which a shorter utterance uses the
+            middle of.  Not together with ``lengths``; only with ``pos``.
         dropout_p: probability of dropping an attention weight.
 
     Returns:
-        ``[B, T, H, D]`` in the dtype of ``q``.
+        shaped like ``q``, in its dtype.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not agree.
     """
-    check_shape(OP, "q", q, (None, None, None, None), "[B, T, H, D]")
-    b, t, h, d = q.shape
-    check_shape(OP, "k", k, (b, t, h, d), "[B, T, H, D]")
-    check_shape(OP, "v", v, (b, t, h, d), "[B, T, H, D]")
+    letters = "[B, T, H, D]" if cu_seqlens is None else "[frames, H, D]"
+    check_shape(OP, "q", q, (None,) * (4 if cu_seqlens is None else 3), letters)
+    h, d = q.shape[-2:]
+    check_shape(OP, "k", k, tuple(q.shape), letters)
+    check_shape(OP, "v", v, tuple(q.shape), letters)
     if (pos is None) != (u is None) or (pos is None) != (v_bias is None):
         raise ValueError(f"{OP}: pos, u and v_bias go together; give all three, or none of them")
     if pos is not None and u is not None and v_bias is not None:
-        check_shape(OP, "pos", pos, (max(2 * t - 1, 0), h, d), "[2T-1, H, D]")
+        positions = max(2 * q.shape[1] - 1, 0) if cu_seqlens is None else None
+        check_shape(OP, "pos", pos, (positions, h, d), "[2T-1, H, D]")
         check_shape(OP, "u", u, (h, d), "[H, D]")
         check_shape(OP, "v_bias", v_bias, (h, d), "[H, D]")
     check_same(OP, q=q, k=k, v=v, pos=pos, u=u, v_bias=v_bias)
-    check_lengths(OP, lengths, b, t, q.device)
+    if cu_seqlens is None:
+        check_lengths(OP, lengths, q.shape[0], q.shape[1], q.device)
+    else:
+        _check_packed(q, pos, lengths, cu_seqlens)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{OP}: dropout_p is {dropout_p}; expected 0 <= dropout_p < 1")
 
@@ -116,12 +134,33 @@ def relpos_attention(
             return relpos_attention_reference(q, k, v, lengths=lengths, dropout_p=dropout_p)
         return _plain_attention(q, k, v, lengths, dropout_p)
     if select(OP, q.device.type, {"triton": lambda: _triton_unsupported(q)}) == "torch":
-        return relpos_attention_reference(q, k, v, pos, u, v_bias, lengths=lengths, dropout_p=dropout_p)
-    tensors = (q, k, v, pos, u, v_bias, lengths, dropout_seed(q, dropout_p))
+        options = {"lengths": lengths, "cu_seqlens": cu_seqlens, "dropout_p": dropout_p}
+        return relpos_attention_reference(q, k, v, pos, u, v_bias, **options)
+    tensors = (q, k, v, pos, u, v_bias, lengths, cu_seqlens, dropout_seed(q, dropout_p))
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return RelposAttentionFn.apply(*tensors, dropout_p)
     out, _lse = torch.ops.lcconformer.relpos_attention_fwd(*tensors, dropout_p)
     return out
+
+
+def _check_packed(q: Tensor, pos: Tensor | None, lengths: Tensor | None, cu_seqlens: Tensor) -> None:
+    if pos is None or lengths is not None:
+        raise ValueError(f"{OP}: cu_seqlens goes with pos and without lengths, which it implies")
+    if pos.shape[0] % 2 == 0:
+        raise ValueError(f"{OP}: pos has {pos.shape[0]} rows; expected an odd number, 2T-1")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{OP}: cu_seqlens has dtype {cu_seqlens.dtype}; expected int64 or int32")
+    check_shape(OP, "cu_seqlens", cu_seqlens, (None,), "[B+1]")
+    if cu_seqlens.device != q.device:
+        raise ValueError(f"{OP}: cu_seqlens is on {cu_seqlens.device} but q is on {q.device}; move it there")
+    # values only where looking at them costs no synchronisation, as for lengths
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+        ends, longest = cu_seqlens.tolist(), (pos.shape[0] + 1) // 2
+        steps = [b - a for a, b in pairwise(ends)]
+        if not ends or ends[0] != 0 or ends[-1] != q.shape[0] or any(not 0 <= n <= longest for n in steps):
+            raise ValueError(
+                f"{OP}: cu_seqlens is {ends}; expected 0 ... {q.shape[0]} in steps from 0 to T = {longest}"
+            )
 
 
 def _empty(*tensors: Tensor | None) -> Tensor:
@@ -159,7 +198,8 @@ def _triton_unsupported(q: Tensor) -> list[str]:
 # a program holds whole rows of a head
 MAX_HEAD_DIM = 128
 
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor pos, Tensor u, Tensor v_bias, Tensor? lengths, Tensor? seed"
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor pos, Tensor u, Tensor v_bias, Tensor? lengths, "
+_INPUTS += "Tensor? cu_seqlens, Tensor? seed"
 torch.library.define("lcconformer::relpos_attention_fwd", f"({_INPUTS}, float dropout_p) -> (Tensor out, Tensor lse)")
 torch.library.define(
     "lcconformer::relpos_attention_bwd",
@@ -183,13 +223,13 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
 
 
 @torch.library.register_fake("lcconformer::relpos_attention_fwd")
-def _fwd_fake(q, k, v, pos, u, v_bias, lengths, seed, dropout_p):
-    b, t, h, _d = q.shape
-    return q.new_empty(q.shape), q.new_empty((h, b * t), dtype=torch.float32)
+def _fwd_fake(q, k, v, pos, u, v_bias, lengths, cu_seqlens, seed, dropout_p):
+    *frames, h, _d = q.shape
+    return q.new_empty(q.shape), q.new_empty((h, math.prod(frames)), dtype=torch.float32)
 
 
 @torch.library.register_fake("lcconformer::relpos_attention_bwd")
-def _bwd_fake(dout, q, k, v, pos, u, v_bias, lengths, seed, out, lse, dropout_p):
+def _bwd_fake(dout, q, k, v, pos, u, v_bias, lengths, cu_seqlens, seed, out, lse, dropout_p):
     return tuple(x.new_empty(x.shape) for x in (q, k, v, pos, u, v_bias))
 
 
@@ -197,9 +237,10 @@ class RelposAttentionFn(torch.autograd.Function):
     """Keeps the inputs, the output and the log-sum-exp of each row; weights and dropout come again from those."""
 
     @staticmethod
-    def forward(ctx, q, k, v, pos, u, v_bias, lengths, seed, dropout_p):
-        out, lse = torch.ops.lcconformer.relpos_attention_fwd(q, k, v, pos, u, v_bias, lengths, seed, dropout_p)
-        ctx.save_for_backward(q, k, v, pos, u, v_bias, lengths, seed, out, lse)
+    def forward(ctx, q, k, v, pos, u, v_bias, lengths, cu_seqlens, seed, dropout_p):
+        inputs = (q, k, v, pos, u, v_bias, lengths, cu_seqlens, seed)
+        out, lse = torch.ops.lcconformer.relpos_attention_fwd(*inputs, dropout_p)
+        ctx.save_for_backward(*inputs, out, lse)
         ctx.dropout_p = dropout_p
         return out
 
@@ -207,4 +248,4 @@ class RelposAttentionFn(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         grads = torch.ops.lcconformer.relpos_attention_bwd(dout, *ctx.saved_tensors, ctx.dropout_p)
-        return *grads, None, None, None
+        return *grads, None, None, None, None

@@ -56,10 +56,10 @@ def with_gradients(inputs, dout, lengths, dtype, keep=None, scale=1.0) -> list[T
     return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(dtype))]
 
 
-def run(inputs, dout, lengths=None, seed=None, p=0.0) -> list[Tensor]:
+def run(inputs, dout, lengths=None, seed=None, p=0.0, cu_seqlens=None) -> list[Tensor]:
     """Output and gradients of the kernels."""
-    out, lse = kernels.forward(*inputs, lengths, seed, p)
-    return [out, *kernels.backward(dout, *inputs, lengths, seed, out, lse, p)]
+    out, lse = kernels.forward(*inputs, lengths, cu_seqlens, seed, p)
+    return [out, *kernels.backward(dout, *inputs, lengths, cu_seqlens, seed, out, lse, p)]
 
 
 @pytest.fixture
@@ -196,6 +196,34 @@ def test_dropout_is_the_same_in_forward_and_backward(check, t, h, lengths, dtype
     keep = philox_keep(seed, len(lengths), h, t, p)
     inputs, dout = make_inputs(len(lengths), t, h, 16, dtype)
     check(inputs, dout, lengths, torch.tensor([seed], device=DEVICE), p, keep)
+
+
+@pytest.mark.usefixtures("poisoned")
+@DTYPES
+def test_packed(assert_close, dtype):
+    """Utterances of 40, 0, 70 and 1 frames behind one another; shorter ones use the middle rows of pos."""
+    lengths, longest, h, d = [40, 0, 70, 1], 75, 1, 16
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    n = int(ends[-1])
+    shapes = [(n, 2 * h, d)] * 3 + [(2 * longest - 1, h, d), (h, d), (h, d), (n, h, d)]
+    *inputs, dout = (torch.randn(s, device=DEVICE).to(dtype) for s in shapes)
+    inputs[:3] = [x[:, :h] for x in inputs[:3]]
+
+    def separately(in_dtype):
+        leaves = [x.detach().to(in_dtype, copy=True).requires_grad_() for x in inputs]
+        q, k, v, pos, u, v_bias = leaves
+        outs = []
+        for a, t in zip(ends.tolist(), lengths):
+            rows = pos[longest - t : longest + t - 1] if t else pos[:0]
+            one = [x[a : a + t][None] for x in (q, k, v)]
+            outs.append(oracle(*one, rows, u, v_bias, None)[0] if t else q[:0])
+        out = torch.cat(outs)
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(in_dtype))]
+
+    ref, low = separately(torch.float64), separately(dtype)
+    got = run(inputs, dout, cu_seqlens=ends.to(DEVICE, torch.int32))
+    for i, name in enumerate(("out", *(f"d{n}" for n in NAMES))):
+        assert_close(name, got[i], ref[i], low[i], 2 if i == 0 else 3)
 
 
 def test_deterministic():

@@ -146,6 +146,62 @@ def test_what_triton_cannot_serve_is_said(dtype, d, reason):
         ops.relpos_attention(*make_inputs(dtype, d=d))
 
 
+# --- packed ----------------------------------------------------------------------------------------------------------
+
+
+def _packed(requires_grad=True) -> tuple[list[Tensor], Tensor, list[int]]:
+    lengths = [7, 0, 21, 1]
+    shapes = [(sum(lengths), H, D)] * 3 + [(2 * T - 1, H, D), (H, D), (H, D)]
+    inputs = [torch.randn(s, requires_grad=requires_grad) for s in shapes]
+    return inputs, torch.tensor([0, *lengths]).cumsum(0), lengths
+
+
+def test_packed_reference_is_each_utterance_alone():
+    (q, k, v, pos, u, v_bias), ends, lengths = _packed(False)
+    out = ops.relpos_attention(q, k, v, pos, u, v_bias, cu_seqlens=ends)
+    assert out.shape == q.shape
+    for a, t in zip(ends.tolist(), lengths):
+        if t:
+            alone = (x[None, a : a + t] for x in (q, k, v))
+            want = relpos_attention_reference(*alone, pos[T - t : T + t - 1], u, v_bias)[0]
+            assert torch.allclose(out[a : a + t], want, atol=1e-6)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_packed_triton_equals_the_reference(assert_close):
+    inputs, ends, _ = _packed()
+    out = ops.relpos_attention(*inputs, cu_seqlens=ends)
+    low = relpos_attention_reference(*inputs, cu_seqlens=ends)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    ref = relpos_attention_reference(*exact, cu_seqlens=ends)
+    assert_close("out", out, ref, low, 2)
+    for got, want, eager in zip(gradients(out, inputs), gradients(ref, exact), gradients(low, inputs)):
+        assert_close("gradient", got, want, eager, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"cu_seqlens": torch.tensor([0, 7, 28])},
+            r"cu_seqlens is \[0, 7, 28\]; expected 0 ... 29 in steps from 0 to T = 21",
+        ),
+        ({"cu_seqlens": torch.tensor([0, 7, 29])}, r"in steps from 0 to T = 21"),
+        ({"cu_seqlens": torch.tensor([0, 21, 8, 29])}, r"in steps from 0 to T = 21"),
+        ({"cu_seqlens": torch.tensor([0.0, 29.0])}, r"cu_seqlens has dtype torch.float32"),
+        ({"cu_seqlens": torch.tensor([[0, 29]])}, r"cu_seqlens has shape \[1, 2\]; expected \[B\+1\]"),
+        ({"lengths": torch.tensor([7])}, r"cu_seqlens goes with pos and without lengths"),
+        ({"pos": torch.randn(2 * T, H, D)}, r"pos has 42 rows; expected an odd number"),
+        ({"q": torch.randn(1, 29, H, D)}, r"q has shape \[1, 29, 2, 16\]; expected \[frames, H, D\]"),
+    ],
+)
+def test_bad_packed_input_is_refused(changes, message):
+    inputs, ends, _ = _packed(False)
+    given = dict(zip(("q", "k", "v", "pos", "u", "v_bias"), inputs)) | {"cu_seqlens": ends} | changes
+    with pytest.raises(ValueError, match=message):
+        ops.relpos_attention(**given)
+
+
 # --- without positions -----------------------------------------------------------------------------------------------
 
 
@@ -232,7 +288,7 @@ def test_opcheck(permuted, with_options):
         q, k, v, dout = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, dout))
         pos = pos.transpose(0, 1).contiguous().transpose(0, 1)
     lengths, seed, p = (torch.tensor([5, 2]), torch.tensor([3]), 0.25) if with_options else (None, None, 0.0)
-    inputs = (q, k, v, pos, u, v_bias, lengths, seed)
+    inputs = (q, k, v, pos, u, v_bias, lengths, None, seed)
     torch.library.opcheck(torch.ops.lcconformer.relpos_attention_fwd.default, (*inputs, p))
     out, lse = torch.ops.lcconformer.relpos_attention_fwd(*inputs, p)
     torch.library.opcheck(torch.ops.lcconformer.relpos_attention_bwd.default, (dout, *inputs, out, lse, p))
@@ -243,7 +299,7 @@ def test_fake_tensors_of_a_gpu():
 
     with FakeTensorMode():
         inputs = [torch.empty(x.shape, device="cuda", dtype=torch.bfloat16) for x in make_inputs()]
-        out, lse = torch.ops.lcconformer.relpos_attention_fwd(*inputs, None, None, 0.0)
+        out, lse = torch.ops.lcconformer.relpos_attention_fwd(*inputs, None, None, None, 0.0)
     assert (out.shape, out.dtype, out.device.type) == ((B, T, H, D), torch.bfloat16, "cuda")
     assert (lse.shape, lse.dtype) == ((H, B * T), torch.float32)
 
