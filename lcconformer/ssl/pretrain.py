@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shlex
 import sys
 from typing import Any
 
+import torch.distributed as dist
+
 from ..config import ConformerConfig
+from .checkpoint import find_checkpoints
 from .distributed import join_ranks
 from .model import FeatureSettings
 from .objectives import OBJECTIVES, ObjectiveSettings
@@ -150,6 +154,12 @@ def settings_from(args: argparse.Namespace) -> PretrainSettings:
     )
 
 
+def _launcher() -> list[str]:
+    if dist.is_torchelastic_launched():
+        return ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m"]
+    return ["python", "-m"]
+
+
 def run(args: argparse.Namespace) -> int:
     settings = settings_from(args)
     ranks = join_ranks(settings.device)
@@ -167,11 +177,14 @@ def run(args: argparse.Namespace) -> int:
             f"{train}\nheld out for validation: {held}\n{model.encoder.summary()}\n"
             f"loops a step: {settings.sampler().mean_depth(settings.steps):.2f} of {settings.config.num_layers}"
         )
+        if args.resume:
+            found = find_checkpoints(args.out)
+            print(f"going on from {found[-1]}" if found else f"no checkpoint in {args.out} yet: starting at step 1")
     result = pretrain(settings, train, validation, out=args.out, resume=args.resume)
     if ranks.first:
         print(f"checkpoint: {result.checkpoint}")
         if result.stopped in _EXIT:
-            command = shlex.join(["python", "-m", "lcconformer", *sys.argv[1:]])
+            command = shlex.join([*_launcher(), "lcconformer", *sys.argv[1:]])
             again = command if args.resume else f"{command} --resume"
             print(f"stopped by {result.stopped}; to go on: {again}", file=sys.stderr)
     return _EXIT.get(result.stopped, 0)

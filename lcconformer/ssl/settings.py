@@ -114,10 +114,10 @@ class PretrainSettings:
 class StepRecord:
     """One optimizer step.
 
-    step: counted from 1. depths: loops trained, the deepest first. loss: mean over masked frames and depths. grad_norm:
-    before clipping. utterances, seconds: of all ranks, seconds of real audio. compute_s: forward, backward and update.
-    data_s: waiting for audio. elapsed_s: since the run began, over all its parts. skipped: steps left out so far because
-    their gradient was not finite; this one if ``loss`` or ``grad_norm`` is not.
+    step: counted from 1. depths: loops trained, the deepest first. loss: of the objective, mean over masked frames and
+    depths. grad_norm: before clipping. utterances, seconds: of all ranks, seconds of real audio. compute_s: forward,
+    backward and update. data_s: waiting for audio. elapsed_s: since the run began, over all its parts. skipped: steps left
+    out so far because their gradient was not finite; this one if ``grad_norm`` is not.
     """
 
     step: int

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -56,6 +57,7 @@ def pretrain(
     """Pretrain an encoder; under torchrun, one call in each process.
 
     Ctrl-C and SIGTERM (in the main thread) end the run after the step at hand, with a checkpoint; a second Ctrl-C at once.
+    BatchNorm, where the encoder has it, takes its statistics over each batch of each rank.
 
     Args:
         settings: of the run.
@@ -369,7 +371,7 @@ class _Run:
 
 
 class _StopSignals:
-    """Remembers SIGINT or SIGTERM; a second one has its usual effect."""
+    """Remembers SIGINT or SIGTERM; a second one has its usual effect, except under torchrun, which itself repeats them."""
 
     received = ""
 
@@ -381,8 +383,9 @@ class _StopSignals:
         return self
 
     def _handle(self, number: int, frame: object) -> None:
-        self.received = signal.Signals(number).name
-        signal.signal(number, self._before[number])
+        self.received = self.received or signal.Signals(number).name
+        if not dist.is_torchelastic_launched():
+            signal.signal(number, self._before[number])
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():

@@ -4,6 +4,7 @@ import argparse
 import csv
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -453,6 +454,20 @@ def test_the_command_runs_and_shows_its_progress(
     for part in ("step 3/3", "loss ", "depth 2+1", "utterances/s", "validation loss"):
         assert part in err
     assert load_model(tmp_path / "run").objective_settings.kind == "best_rq"
+
+
+def test_a_corrupt_file_is_left_out_and_named(
+    speech_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(speech_folder, tmp_path / "speech"))
+    content = (folder / "u04.flac").read_bytes()
+    (folder / "u04.flac").write_bytes(content[: len(content) // 2])
+    (folder / "u05.flac").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"skipped audio file \d: u0[45].flac") as caught:
+        assert run_command("--data", str(folder), "--out", str(tmp_path / "run"), "--steps", "2", "--resume") == 0
+    assert sum("skipped audio file" in str(w.message) for w in caught) == 2
+    assert "starting at step 1" in capsys.readouterr().out
+    assert all(float(row["loss"]) > 0 for row in rows(tmp_path / "run" / "steps.csv"))
 
 
 @pytest.mark.parametrize(
