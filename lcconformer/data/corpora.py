@@ -170,9 +170,10 @@ class Corpus(Sequence[Utterance]):
         speakers: Collection[str] | None = None,
         exclude_speakers: Collection[str] = (),
         splits: Collection[str] | None = None,
+        ids: Collection[str] | None = None,
     ) -> Corpus:
-        """The utterances of these speakers and splits (None: all of them), in the same order, sharing audio already in
-        memory.
+        """The utterances of these speakers, splits and ids (None: all of them), in the same order, sharing audio already
+        in memory.
 
         Raises:
             ValueError: a name that the corpus does not have, or nothing is left.
@@ -180,19 +181,22 @@ class Corpus(Sequence[Utterance]):
         for what, wanted, known in (
             ("speaker", {*(speakers or ()), *exclude_speakers}, self.speakers),
             ("split", set(splits or ()), self.splits),
+            ("utterance", set(ids or ()), {u.id for u in self} if ids else ()),
         ):
             unknown = sorted(wanted - set(known))
             if unknown:
-                raise ValueError(f"{self.name} has no {what} {', '.join(unknown)}; it has: {', '.join(known)}")
+                has = f"{len(known)} others" if what == "utterance" else ", ".join(known)
+                raise ValueError(f"{self.name} has no {what} {', '.join(unknown)}; it has: {has}")
         kept = [
             u
             for u in self
             if (speakers is None or u.speaker in speakers)
             and u.speaker not in exclude_speakers
             and (splits is None or u.split in splits)
+            and (ids is None or u.id in ids)
         ]
         if not kept:
-            raise ValueError(f"no utterance of {self.name} is left by this selection of speakers and splits")
+            raise ValueError(f"no utterance of {self.name} is left by this selection")
         return self._replace(kept)
 
     def audio(self, utterance: Utterance) -> torch.Tensor:

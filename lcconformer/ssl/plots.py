@@ -21,7 +21,7 @@ _MEASURES = {
     "cka": "linear CKA\n(1: same up to rotation)",
     "frechet": "Fréchet distance, normalised\n(0: same distribution)",
 }
-_TEXT: dict[str, Any] = {
+_TEXT: Any = {
     "font.size": 11,
     "axes.titlesize": 12,
     "axes.labelsize": 11,

@@ -1,0 +1,309 @@
+"""The demo's report: a summary for the terminal, plots, and one HTML page with the plots inside."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+
+from ..data import PHONES
+from . import plots
+from .output import write_atomically
+from .probe_training import PROBES
+from .probing import LOG_MEL
+
+__all__ = ["format_results", "write_report"]
+
+# the paper's abstract; what it ran on and how it counted is not known to us
+PAPER = {"ratio": "7.8x", "training": "41.9%", "inference": "37.7%"}
+PAPER_NOTE = (
+    "The paper's numbers are those of the abstract of arXiv 2105.00812 (LibriSpeech); its sizes, depths, hardware and "
+    "definition of speed-up are not in it. Time saved is 1 - new/old here."
+)
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.7rem; line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }
+th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #555; }
+img { max-width: 100%; height: auto; } .note { color: #444; font-size: .92rem; } code { font-size: .9em; }
+"""
+_PAGE = Template("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>lcconformer demo</title><style>$style</style></head><body>
+<h1>One Conformer layer, looped $layers times: what it saves and what it costs</h1>
+<p class="note">$where</p>
+$sections
+</body></html>
+""")
+
+
+def write_report(out: Path, results: Mapping[str, Any]) -> Path:
+    """Write ``report.html`` and its plots as PNG files to ``out``; returns the page's path."""
+    images = {name: plots.render(figure) for name, figure in _figures(results).items()}
+    for name, image in images.items():
+        write_atomically(out / f"{name}.png", image)
+    return write_atomically(out / "report.html", _page(results, images).encode())
+
+
+def format_results(results: Mapping[str, Any]) -> str:
+    """The summary and the table of depths, for a terminal."""
+    lines = ["", f"{'':<46}{'this run':>12}{'the paper':>12}"]
+    lines += [f"{name:<46}{value:>12}{paper:>12}" for name, value, paper in _summary(results)]
+    header, rows = _depth_table(results)
+    widths = [max(len(str(row[i])) for row in [*header, *rows]) + 2 for i in range(len(rows[0]))]
+    lines.append("")
+    for row in [*header, *rows]:
+        lines.append("".join(f"{cell:>{width}}" for cell, width in zip(row, widths)))
+    lines += ["", *_remarks(results), PAPER_NOTE]
+    return "\n".join(lines)
+
+
+def _percent(part: float) -> str:
+    return f"{100 * part:.1f}%"
+
+
+def _summary(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(what, this run, the paper)."""
+    parameters, saving, training = results["parameters"], results["saving"], results["training"]
+    sampled, fixed = training.values()
+    rows = [
+        ("parameters, shared", f"{parameters['shared']:,}", ""),
+        ("parameters, a layer of its own per depth", f"{parameters['unshared']:,}", ""),
+        ("  fewer by", f"{parameters['ratio']:.2f}x", PAPER["ratio"]),
+        (f"training time, sampled depth, {sampled['steps']} steps", f"{sampled['seconds']:.1f} s", ""),
+        (f"training time, fixed depth, {fixed['steps']} steps", f"{fixed['seconds']:.1f} s", ""),
+        ("  time saved", _percent(saving["time_saved"]), PAPER["training"]),
+        ("  throughput ratio", f"{saving['throughput_ratio']:.2f}x", ""),
+        ("  loops saved (most that time can be)", _percent(saving["loops_saved"]), ""),
+    ]
+    if results["smallest_depth"]:
+        for probe in PROBES:
+            chosen = results["smallest_depth"][probe]
+            rows += [
+                (
+                    f"smallest depth within 1% of best, {_probe_name(probe)}",
+                    f"{chosen['depth']} of {_layers(results)}",
+                    "",
+                ),
+                ("  inference time saved", _percent(chosen["time_saved"]), PAPER["inference"]),
+                ("  throughput ratio", f"{chosen['throughput_ratio']:.2f}x", ""),
+            ]
+    return rows
+
+
+def _probe_name(probe: str) -> str:
+    return {"linear": "linear probe", "hidden": "hidden-layer probe"}[probe]
+
+
+def _layers(results: Mapping[str, Any]) -> int:
+    return results["setup"]["config"]["num_layers"]
+
+
+def _depth_table(results: Mapping[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
+    """Header rows and a row per depth: held-out loss of the trained models, accuracies of all, time of the first."""
+    training, inference = results["training"], results["inference"]["ms_per_second"]
+    models = list(inference)
+    header = [["", *(f"loss, {name.split()[0]}" for name in training)]]
+    value = (
+        {(r["features"], r["depth"], r["probe"]): r["accuracy"] for r in results["probe"]["rows"]}
+        if results["probe"]
+        else {}
+    )
+    if value:
+        header[0] += [f"{p}, {name.split()[0]}" for p in PROBES for name in models]
+    header[0].append("ms/s")
+    rows = []
+    if value:
+        rows.append(
+            [LOG_MEL, *("" for _ in training)]
+            + [_percent(value[LOG_MEL, None, p]) if i == 0 else "" for p in PROBES for i in range(len(models))]
+            + [""]
+        )
+    for depth in range(0 if value else 1, _layers(results) + 1):
+        row = [str(depth), *(f"{t['held_out_loss'][depth - 1]:.4f}" if depth else "" for t in training.values())]
+        if value:
+            row += [_percent(value[name, depth, p]) for p in PROBES for name in models]
+        row.append(f"{inference[models[0]][str(depth)]:.2f}" if depth else "")
+        rows.append(row)
+    return [["depth", *header[0][1:]]], rows
+
+
+def _remarks(results: Mapping[str, Any]) -> list[str]:
+    batch = results["inference"]["batch"]
+    remarks = [
+        "loss: masked reconstruction on held-out speech; ms/s: median milliseconds of the sampled model's encoder per second "
+        f"of speech, {batch['utterances']} utterances at once, {batch['threads']} threads",
+    ]
+    if results["probe"]:
+        frames = results["probe"]["rows"][0]["frames"]
+        remarks.append(
+            f"percentages: phone frame accuracy of a linear and a one-hidden-layer probe, {len(PHONES)} classes, {frames:,} "
+            "test frames; depth 0 is the front end; 'within 1%' is relative to the best accuracy at depth 1 or more"
+        )
+    else:
+        remarks.append("no phone probes: this speech has no phone alignments")
+    return remarks
+
+
+def _figures(results: Mapping[str, Any]) -> dict[str, Any]:
+    training = results["training"]
+    loss = "L1 on masked frames (standard deviations)" if _reconstructs(results) else "cross-entropy (nats)"
+    steps = max(len(t["loss"]) for t in training.values())
+    figures = {
+        "training_loss": plots.loss_figure(
+            {name: list(zip(t["elapsed"], t["loss"])) for name, t in training.items()}, loss, max(1, steps // 15)
+        ),
+        "held_out_loss": plots.depth_loss_figure({name: t["held_out_loss"] for name, t in training.items()}, loss),
+        "consistency": plots.consistency_figure(
+            {
+                name: {key: np.array(m) for key, m in matrices.items() if key != "summary"}
+                for name, matrices in results["consistency"].items()
+            }
+        ),
+        "inference_time": plots.time_figure(
+            {
+                name: {int(k): v for k, v in by_depth.items()}
+                for name, by_depth in results["inference"]["ms_per_second"].items()
+            }
+        ),
+    }
+    if results["probe"]:
+        rows = results["probe"]["rows"]
+        accuracy: dict[str, dict[str, dict[int, float]]] = {}
+        for row in rows:
+            if row["features"] != LOG_MEL:
+                accuracy.setdefault(row["probe"], {}).setdefault(row["features"], {})[row["depth"]] = row["accuracy"]
+        floor = {row["probe"]: row["accuracy"] for row in rows if row["features"] == LOG_MEL}
+        chosen = {probe: results["smallest_depth"][probe]["depth"] for probe in PROBES}
+        figures["probe_accuracy"] = plots.accuracy_figure(accuracy, floor, chosen)
+    return figures
+
+
+def _reconstructs(results: Mapping[str, Any]) -> bool:
+    return results["setup"]["objective"]["kind"] == "reconstruction"
+
+
+def _page(results: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
+    setup = results["setup"]
+    machine = setup["machine"]
+
+    def image(name: str, text: str) -> str:
+        data = base64.b64encode(images[name]).decode()
+        return f'<p><img alt="{html.escape(text)}" src="data:image/png;base64,{data}"></p>'
+
+    saving, batch = results["saving"], results["inference"]["batch"]
+    parts = ["<h2>In short</h2>", _table([["", "this run", "the paper"]], _summary(results)), _note(PAPER_NOTE)]
+    parts += [
+        "<h2>Training: depth sampled for every step against all loops</h2>",
+        _table(*_training_table(results)),
+        _note(
+            f"The sampled run went through {_percent(saving['loops_saved'])} fewer loops (expected from a uniform law: "
+            f"{_percent(saving['loops_saved_expected'])}); what is not in the loops (features, front end, loss, update) is "
+            f"the rest. Time saved: {_percent(saving['time_saved'])} of wall-clock time, "
+            f"{_percent(saving['cpu_time_saved'])} of processor time. The runs followed each other, so other load on the "
+            "machine may fall on one of them; processor time shows it."
+        ),
+        image("training_loss", "training loss over time"),
+        image("held_out_loss", "held-out loss at every depth"),
+        "<h2>Layer consistency: how alike the hidden states of all pairs of depths are</h2>",
+        image("consistency", "heat maps of cosine similarity, CKA and Fréchet distance between depths"),
+        _table(*_consistency_table(results)),
+        _note(
+            "Mean over pairs of different depths from 1 on. Untrained weights are the control: what they reach, a residual "
+            "stream gives for nothing. Three measures of our own choice; the paper's is not known to us."
+        ),
+    ]
+    header, rows = _depth_table(results)
+    parts.append("<h2>What each depth knows, and what it costs</h2>")
+    if results["probe"]:
+        parts.append(image("probe_accuracy", "phone frame accuracy of the probes by depth"))
+    parts += [
+        image("inference_time", "inference time by depth"),
+        _table(header, rows),
+        *(_note(text) for text in _remarks(results)),
+        "<h2>How this was measured</h2>",
+        _list(
+            f"Encoder: {_config(setup['config'])}.",
+            f"Objective: {setup['objective']['kind'].replace('_', ' ')}; AdamW, peak learning rate "
+            f"{setup['training']['learning_rate']:g}, batches of {setup['training']['batch_seconds']:g} s; seed "
+            f"{setup['training']['seed']}. Both runs start from the same weights and see the same batches and masks.",
+            f"Training speech: {_speech(setup['train'])}. Test speech: {_speech(setup['test'])}.",
+            "Training and test speech share their speaker: accuracies are not comparable with published ones."
+            if setup["train"]["speakers"] == setup["test"]["speakers"] == 1
+            else "Training and test speech share no utterance.",
+            f"Inference time: {batch['utterances']} utterances ({batch['audio_seconds']:.1f} s of speech) in one batch, "
+            f"median of {batch['rounds']} rounds, each of which runs all depths.",
+            f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['threads']} threads; "
+            f"{machine['system']}; Python {machine['python']}, PyTorch {machine['torch']}, lcconformer "
+            f"{machine['lcconformer']}.",
+            f"The whole demo took {setup['wall_seconds']:.0f} s of wall-clock time and {setup['cpu_seconds']:.0f} s of "
+            f"processor time, on {machine['date']}.",
+        ),
+        _note("The same numbers, and more of them, are in results.json beside this page."),
+    ]
+    where = (
+        f"{machine['date']} · {machine['processor']}, {machine['threads']} threads · PyTorch {machine['torch']} · "
+        "every number measured in this run"
+    )
+    return _PAGE.substitute(style=_STYLE, layers=_layers(results), where=html.escape(where), sections="\n".join(parts))
+
+
+def _training_table(results: Mapping[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
+    training = results["training"]
+    rows = [
+        ("steps", "steps", "{:d}"),
+        ("mean loops a step", "mean_depth", "{:.2f}"),
+        ("wall-clock time (s)", "seconds", "{:.1f}"),
+        ("processor time (s)", "cpu_seconds", "{:.1f}"),
+        ("utterances per second", "utterances_per_second", "{:.1f}"),
+        ("speech seen (h)", "speech_hours", "{:.2f}"),
+        ("training loss, mean of the last tenth", "final_loss", "{:.4f}"),
+    ]
+    return [["", *training]], [[title, *(form.format(t[key]) for t in training.values())] for title, key, form in rows]
+
+
+def _consistency_table(results: Mapping[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
+    rows = [
+        [name, *(f"{matrices['summary'][key]:.3f}" for key in ("cosine", "cka", "frechet"))]
+        for name, matrices in results["consistency"].items()
+    ]
+    return [["", "cosine", "CKA", "Fréchet distance"]], rows
+
+
+def _config(config: Mapping[str, Any]) -> str:
+    return (
+        f"N = {config['num_layers']} loops of one layer, width {config['d_model']}, {config['num_heads']} heads, feed-forward "
+        f"{config['ffn_dim']}, kernel {config['conv_kernel_size']}, {config['position']} positions, "
+        f"{config['subsampling_factor']} log-mel frames of 10 ms merged into one"
+    )
+
+
+def _speech(corpus: Mapping[str, Any]) -> str:
+    return (
+        f"{corpus['corpus']}, {corpus['utterances']} utterances, {corpus['minutes']:.1f} minutes, "
+        f"speakers: {corpus['speakers']}"
+    )
+
+
+def _table(header: Sequence[Sequence[str]], rows: Sequence[Sequence[str]]) -> str:
+    def cells(row: Sequence[str], tag: str) -> str:
+        # leading spaces mark what belongs to the line above
+        return "".join(f"<{tag}>{'&nbsp;' * 3 * (c != c.lstrip())}{html.escape(c.strip())}</{tag}>" for c in row)
+
+    head = "".join(f"<tr>{cells(row, 'th')}</tr>" for row in header)
+    body = "\n".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
+    return f"<table><thead>{head}</thead><tbody>\n{body}\n</tbody></table>"
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{html.escape(text)}</p>'
+
+
+def _list(*items: str) -> str:
+    return "<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in items) + "</ul>"
