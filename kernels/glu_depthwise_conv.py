@@ -47,11 +47,11 @@ def _sigmoid(x):
 
 @triton.jit
 def _real_frames(lengths_ptr, b, T):
-    """How many frames of utterance b are real."""
+    """How many frames of utterance b are real; never more than there are."""
     if lengths_ptr is None:
         return tl.cast(T, tl.int32)
     else:
-        return tl.load(lengths_ptr + b).to(tl.int32)
+        return tl.minimum(tl.load(lengths_ptr + b), T).to(tl.int32)
 
 
 @triton.jit
@@ -194,7 +194,7 @@ def _merge_batch_kernel(
         if lengths_ptr is None:
             n = tl.zeros([BLOCK_P], tl.int32) + T
         else:
-            n = tl.load(lengths_ptr + offs_p // tiles, mask=offs_p < P, other=0).to(tl.int32)
+            n = tl.minimum(tl.load(lengths_ptr + offs_p // tiles, mask=offs_p < P, other=0), T).to(tl.int32)
         part_count = tl.minimum(tl.maximum(n - (offs_p % tiles) * TILE, 0), TILE)
         part_count = tl.where(offs_p < P, part_count, 0).to(tl.float32)[:, None] + tl.zeros(
             [BLOCK_P, BLOCK_C], tl.float32
@@ -214,8 +214,8 @@ def _merge_group_kernel(
     part_mean_ptr, part_m2_ptr, lengths_ptr, mean_ptr, var_ptr, T, C, tiles, TILE, GROUP_C, BLOCK_P: tl.constexpr
 ):
     """Mean and variance of one group of one utterance, over its channels and real frames; part_* [B, tiles, C]."""
-    g = tl.program_id(0)
-    b = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(0).to(tl.int64)
+    g = tl.program_id(1)
     n = _real_frames(lengths_ptr, b, T)
     count = tl.zeros([1], tl.float32)
     mean = tl.zeros([1], tl.float32)
@@ -229,7 +229,7 @@ def _merge_group_kernel(
         part_mean = tl.load(part_mean_ptr + at, mask=mask, other=0.0)
         part_m2 = tl.load(part_m2_ptr + at, mask=mask, other=0.0)
         count, mean, m2 = _merge(count, mean, m2, part_count[:, None], part_mean[:, None], part_m2[:, None])
-    at = b * tl.num_programs(0) + g + tl.arange(0, 1)
+    at = b * tl.num_programs(1) + g + tl.arange(0, 1)
     tl.store(mean_ptr + at, mean)
     tl.store(var_ptr + at, m2 / tl.maximum(count, 1.0))
 
@@ -328,8 +328,8 @@ def _norm_bwd_kernel(
 @triton.jit
 def _group_sums_kernel(part_ptr, norm_weight_ptr, sums_ptr, C, chunks, GROUP_C, BLOCK_P: tl.constexpr):
     """sums [B, G, 2] of gamma * (dz, dz * xhat) over a group, from part [B, chunks, 2, C]."""
-    g = tl.program_id(0)
-    b = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(0).to(tl.int64)
+    g = tl.program_id(1)
     acc_dz = tl.zeros([BLOCK_P], tl.float32)
     acc_dzx = tl.zeros([BLOCK_P], tl.float32)
     for start in range(0, chunks * GROUP_C, BLOCK_P):
@@ -340,7 +340,7 @@ def _group_sums_kernel(part_ptr, norm_weight_ptr, sums_ptr, C, chunks, GROUP_C, 
         at = (b * chunks + offs // GROUP_C) * 2 * C + c
         acc_dz += gamma * tl.load(part_ptr + at, mask=mask, other=0.0)
         acc_dzx += gamma * tl.load(part_ptr + at + C, mask=mask, other=0.0)
-    at = (b * tl.num_programs(0) + g) * 2
+    at = (b * tl.num_programs(1) + g) * 2
     tl.store(sums_ptr + at, tl.sum(acc_dz, 0))
     tl.store(sums_ptr + at + 1, tl.sum(acc_dzx, 0))
 
@@ -578,7 +578,7 @@ def forward(
     else:
         mean, var = (x.new_empty((b, num_groups), dtype=torch.float32) for _ in range(2))
         launch(
-            _merge_group_kernel, (num_groups, b), _MERGE_GROUP, x,
+            _merge_group_kernel, (b, num_groups), _MERGE_GROUP, x,
             part_mean, part_m2, lengths, mean, var, t, c, tiles, tile, c // num_groups,
         )  # fmt: skip
     config = norm_config(c, False)
@@ -639,7 +639,7 @@ def backward(
             sums = x.new_empty((b, num_groups, 2), dtype=torch.float32)
             launch(
                 _group_sums_kernel,
-                (num_groups, b),
+                (b, num_groups),
                 _MERGE_GROUP,
                 x,
                 part,

@@ -91,7 +91,8 @@ def feed_forward(
     if torch.is_autocast_enabled(x.device.type):
         # as F.linear would; the residual stream keeps its dtype
         dtype = torch.get_autocast_dtype(x.device.type)
-        w1, b1, w2, b2 = (None if p is None else p.to(dtype) for p in (w1, b1, w2, b2))
+        w1, w2 = w1.to(dtype), w2.to(dtype)
+        b1, b2 = None if b1 is None else b1.to(dtype), None if b2 is None else b2.to(dtype)
         check_same(OP, w1=w1, w2=w2, b1=b1, b2=b2)
     else:
         check_same(OP, x=x, w1=w1, w2=w2, b1=b1, b2=b2)
