@@ -7,15 +7,16 @@
 namespace lcc {
 namespace {
 
-// One warp covers 64 channels, two a lane; each lane makes kRows outputs in a row, so that a value read from shared memory
-// is used kRows times. 16: 32 accumulators + 32 window registers of two channels; fits 128 threads without spills.
-constexpr int kRows = 16;
-constexpr int kWarps = 4;
-constexpr int kFrames = kRows * kWarps;     // frames of a tile
-constexpr int kChannels = 2 * kWarp;        // channels of a tile
+// A lane makes kRows outputs in a row, so that a value read from shared memory is used kRows times.
+// 16: 32 accumulators and 32 window registers of two channels fit 128 threads without spills.
+constexpr int kRows = kGluConvRows;
+constexpr int kFrames = kGluConvFrames;      // of a tile
+constexpr int kChannels = kGluConvChannels;  // of a tile
+constexpr int kWarps = kFrames / kRows;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kMaxWidth = kFrames - 1;
-constexpr int kTargetBlocks = 1024;         // of the backward pass: 132 SMs x 4 resident blocks, twice
+constexpr int kTargetBlocks = 1024;          // of the backward pass: 132 SMs x 3 resident blocks, two and a half times
+static_assert(kChannels == 2 * kWarp, "a lane owns two channels");
+static_assert(glu_depthwise_conv_backward_shared(kGluConvMaxWidth) <= (99 << 10), "sm_86, sm_89 and sm_120 have 99 KiB");
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
@@ -272,11 +273,10 @@ void forward_as(const GluDepthwiseConv& op, T* y, T* conv) {
     const char* name = "glu_depthwise_conv_forward";
     const std::int64_t blocks = op.batch * ceil_div(op.frames, kFrames) * ceil_div(op.channels, kChannels);
     if (blocks == 0) return;
-    const size_t rows = kFrames + op.width - 1 + op.width;
     const bool x_paired = rows_paired(static_cast<const T*>(op.x), op.x_batch, op.x_frame, op.channels);
     const bool y_paired = rows_paired(y, op.channels) && rows_paired(conv);
-    launch(name, op.device, forward<T>, dim3(grid_size(name, blocks)), dim3(kThreads), rows * kWarp * sizeof(float2),
-           op.stream, op, y, conv, x_paired, y_paired);
+    launch(name, op.device, forward<T>, dim3(grid_size(name, blocks)), dim3(kThreads),
+           glu_depthwise_conv_forward_shared(op.width), op.stream, op, y, conv, x_paired, y_paired);
 }
 
 template <class T>
@@ -285,12 +285,11 @@ void backward_as(const GluDepthwiseConv& op, const GluDepthwiseConvGradients& g)
     const auto channel_tiles = static_cast<unsigned>(ceil_div(op.channels, kChannels));
     if (channel_tiles == 0) return;
     if (g.slots > 0) {
-        const size_t rows = kFrames - 1 + ceil_div(op.width, kRows) * kRows + kFrames + op.width - 1 + op.width;
         const bool x_paired = rows_paired(static_cast<const T*>(op.x), op.x_batch, op.x_frame, op.channels);
         const bool dy_paired = rows_paired(static_cast<const T*>(g.dy), g.dy_batch, g.dy_frame, op.channels) &&
                                rows_paired(static_cast<const T*>(g.conv));
         launch(name, op.device, backward<T>, dim3(channel_tiles, static_cast<unsigned>(g.slots)), dim3(kThreads),
-               rows * kWarp * sizeof(float2), op.stream, op, g, x_paired, dy_paired,
+               glu_depthwise_conv_backward_shared(op.width), op.stream, op, g, x_paired, dy_paired,
                rows_paired(static_cast<const T*>(g.dx), op.channels));
     }
     launch(name, op.device, reduce<T>, dim3(static_cast<unsigned>(ceil_div(op.channels, kWarp)), op.width + 2u),
@@ -298,7 +297,7 @@ void backward_as(const GluDepthwiseConv& op, const GluDepthwiseConvGradients& g)
 }
 
 void check_sizes(const GluDepthwiseConv& op) {
-    if (op.width % 2 == 0 || op.width < 1 || op.width > kMaxWidth) {
+    if (op.width % 2 == 0 || op.width < 1 || op.width > kGluConvMaxWidth) {
         throw std::invalid_argument("glu_depthwise_conv: K is " + std::to_string(op.width) + "; expected odd, 1 to 63");
     }
 }

@@ -9,9 +9,25 @@
 // utterances or batches, which a block of 64 channels x 64 frames does not see: they follow outside, on z.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace lcc {
+
+// the tile of a block: one warp covers 64 channels, two a lane, and 16 frames; four warps
+constexpr int kGluConvRows = 16;
+constexpr int kGluConvFrames = 4 * kGluConvRows;
+constexpr int kGluConvChannels = 64;
+constexpr int kGluConvMaxWidth = kGluConvFrames - 1;
+
+// bytes of dynamic shared memory of a block, by kernel width: GLU and weights; backward also the gradient
+constexpr std::size_t glu_depthwise_conv_forward_shared(int width) {
+    return (kGluConvFrames + 2 * width - 1) * kGluConvChannels * sizeof(float);
+}
+constexpr std::size_t glu_depthwise_conv_backward_shared(int width) {
+    const int taps = (width + kGluConvRows - 1) / kGluConvRows * kGluConvRows;
+    return (2 * kGluConvFrames - 2 + taps + 2 * width) * kGluConvChannels * sizeof(float);
+}
 
 enum class Element : int { float32 = 0, float16 = 1, bfloat16 = 2 };
 

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +106,3 @@ class Worker:
             self.process.kill()
             self.process.communicate()
             self.process = None
-
-
-@pytest.fixture(scope="session")
-def emulate(emulated_module: Path, gxx: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
-    """``emulate(**case)`` runs one case of emulated_glu_depthwise_conv.py under the sanitizers."""
-    script = HERE / "emulated_glu_depthwise_conv.py"
-    log = tmp_path_factory.mktemp("emulated") / "stderr.txt"
-    worker = Worker([sys.executable, str(script), str(emulated_module)], sanitizer_environment(gxx), log)
-    yield worker
-    worker.close()

@@ -1,6 +1,7 @@
-"""Runs the emulated CUDA kernels through their Python glue, case by case, beside a float64 oracle.
+"""The CUDA kernels of glu_depthwise_conv through their Python glue, case by case, beside a float64 oracle.
 
-A process of its own, under AddressSanitizer: `python emulated_glu_depthwise_conv.py MODULE`, cases on stdin.
+Run as a program, `python cases_glu_depthwise_conv.py MODULE`, it takes cases from stdin and the kernels from an emulated
+module: a process of its own, since it runs under AddressSanitizer.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +21,7 @@ from torch.nn import functional as F
 from lcconformer.ops import _cuda_glu_depthwise_conv as glue
 
 EPS = 1e-5
+UTILITIES = ("test_schema", "test_faketensor")
 LEAVES = ("x", "weight", "bias", "norm_weight", "norm_bias")
 
 
@@ -76,15 +79,15 @@ def gradients(inputs: dict[str, Tensor | None], dy: Tensor, function: Any) -> di
     return {"y": out.detach(), **{n: g.detach() for n, g in grads.items() if g is not None}}
 
 
-def run(case: dict[str, Any], emulated: Any) -> dict[str, Any]:
-    """{tensor: {error, low, scale}} and whether another schedule gave the same bits."""
+def run(case: dict[str, Any], device: str, reseed: Callable[[int], None]) -> dict[str, Any]:
+    """{tensor: {error, low, floor}}, and whether a second run, in another schedule, gave the same bits."""
     torch.manual_seed(case["seed"])
-    inputs = make_inputs(**case)
+    inputs = {n: None if p is None else p.to(device) for n, p in make_inputs(**case).items()}
     x, lengths = inputs["x"], case["lengths"]
     assert x is not None
     b, t, c = x.shape[0], x.shape[1], x.shape[2] // 2
-    lengths = None if lengths is None else torch.tensor(lengths)
-    dy = torch.randn(b, t, c).to(x.dtype)
+    lengths = None if lengths is None else torch.tensor(lengths, device=device)
+    dy = torch.randn(b, t, c).to(x)
 
     def as_dtype(dtype: torch.dtype | None) -> dict[str, Tensor | None]:
         return {n: None if p is None else p.detach().clone().to(dtype or p.dtype) for n, p in inputs.items()}
@@ -100,7 +103,7 @@ def run(case: dict[str, Any], emulated: Any) -> dict[str, Any]:
 
     outs = []
     for seed in (case["seed"], case["seed"] + 1):
-        emulated.set_seed(seed)
+        reseed(seed)
         given = as_dtype(None)
         storage = given["x"]
         assert storage is not None
@@ -109,7 +112,7 @@ def run(case: dict[str, Any], emulated: Any) -> dict[str, Any]:
                 storage[i, n:] = float("nan")  # padding must not be looked at
         grad = dy
         if case["strided"]:  # frames and utterances apart, rows at odd elements, gradient with frames before utterances
-            wide = torch.full((b, t + 1, 2 * c + 3), float("nan"), dtype=x.dtype)
+            wide = x.new_full((b, t + 1, 2 * c + 3), float("nan"))
             wide[:, :t, 1 : 2 * c + 1] = storage
             given["x"] = wide[:, :t, 1 : 2 * c + 1]
             grad = dy.transpose(0, 1).contiguous().transpose(0, 1)
@@ -127,16 +130,52 @@ def run(case: dict[str, Any], emulated: Any) -> dict[str, Any]:
     return worst
 
 
+def opcheck() -> dict[str, str]:
+    """Of both operators, with every optional tensor and with none; the failures."""
+    torch.manual_seed(0)
+    x, weight, bias = (
+        torch.randn(2, 9, 10).transpose(0, 1).contiguous().transpose(0, 1),
+        torch.randn(5, 3),
+        torch.randn(5),
+    )
+    lengths, scale, shift = torch.tensor([9, 4]), torch.rand(5), torch.randn(5)
+    failed = {}
+    for given in ((bias, lengths, scale, shift), (None,) * 4):
+        conv, dy = torch.randn(2, 9, 5), torch.randn(2, 5, 9).transpose(1, 2)
+        calls = {
+            "fwd": (torch.ops.lcconformer.glu_depthwise_conv_cuda_fwd, (x, weight, *given, True)),
+            "fwd, nothing saved": (torch.ops.lcconformer.glu_depthwise_conv_cuda_fwd, (x, weight, *given, False)),
+            "bwd": (torch.ops.lcconformer.glu_depthwise_conv_cuda_bwd, (dy, x, weight, *given, conv)),
+        }
+        for name, (operator, args) in calls.items():
+            result = torch.library.opcheck(operator, args, test_utils=UTILITIES, raise_exception=False)
+            failed |= {f"{name}: {test}": str(got) for test, got in result.items() if got != "SUCCESS"}
+    return failed
+
+
+def refusal(width: int) -> dict[str, str]:
+    """What a kernel width that the op would not let through meets in the launcher."""
+    try:
+        glue.glu_depthwise_conv_cuda(torch.randn(1, 4, 4), torch.randn(2, width), *[None] * 6, EPS)
+    except ValueError as error:
+        return {"error": str(error)}
+    return {"error": ""}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     emulated = load(sys.argv[1])
     for line in sys.stdin:
         case = json.loads(line)
+        if "opcheck" in case or "width" in case:
+            glue._kernels = lambda: emulated
+            print(json.dumps(opcheck() if "opcheck" in case else refusal(case["width"])), flush=True)
+            continue
         kernels = SimpleNamespace(**{name: getattr(emulated, name) for name in dir(emulated)})
-        if case["slots"]:
+        if case["slots"]:  # fewer blocks than the launcher would ask for: each walks over several tiles
             kernels.glu_depthwise_conv_slots = lambda *_, n=case["slots"]: n
         glue._kernels = lambda kernels=kernels: kernels
-        print(json.dumps(run(case, emulated)), flush=True)
+        print(json.dumps(run(case, "cpu", emulated.set_seed)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,123 @@
+"""What nvcc makes of every CUDA kernel, without a GPU: ``python csrc/resources.py bench/results/cuda_resources.json``.
+
+One row per kernel, element type and architecture: registers a thread, bytes of stack and spills, static shared memory.
+Dynamic shared memory depends on the kernel width and is listed once. The exit status is 1 if a row breaks its budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import toolchain
+
+CSRC = Path(__file__).resolve().parent
+# shared memory a block may use (bytes) and registers of a multiprocessor are the same on every part of an architecture
+SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+WIDTHS = (3, 15, 31, 63)
+# registers at which three blocks of 128 threads share a multiprocessor, as the launch bounds ask; nothing may spill
+BUDGET = {"registers": 168, "stack": 0, "spills": 0}
+ELEMENTS = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
+
+
+def kernels(nvcc: toolchain.Nvcc, source: Path, arch: int) -> list[dict[str, object]]:
+    """Rows of one source for compute capability ``arch``.
+
+    Raises:
+        RuntimeError: it does not compile, or ptxas prints something else.
+    """
+    with tempfile.TemporaryDirectory() as tmp:
+        flags = ["-std=c++17", "-O3", f"-I{CSRC}", *toolchain.gencode([str(arch)]), "-Xptxas=-v", "--cubin"]
+        result = toolchain.run([nvcc.path, *flags, source, "-o", f"{tmp}/kernels.cubin"], timeout=600)
+    if result.returncode:
+        raise RuntimeError(f"{source.name} for sm_{arch}: {toolchain.first_error(result.stderr)}")
+    rows = []
+    for part in result.stderr.split("Compiling entry function ")[1:]:
+        symbol = re.match(r"'(\w+)'", part)
+        used = re.search(r"Used (\d+) registers", part)
+        stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        # ..._GLOBAL__N__<hash of the file>7forwardI6__halfEE...: a length, the name, the element type
+        name = re.search(r"\d(forward|backward|reduce)I(\w+?)EE", symbol[1]) if symbol else None
+        if used is None or stack is None or name is None:
+            raise RuntimeError(f"{source.name} for sm_{arch}: cannot read what ptxas says: {part[:300]}")
+        shared = re.search(r"(\d+) bytes smem", part)
+        rows.append(
+            {
+                "kernel": f"{source.stem}.{name[1]}",
+                "element": ELEMENTS[name[2]],
+                "arch": arch,
+                "registers": int(used[1]),
+                "stack": int(stack[1]),
+                "spills": int(stack[2]) + int(stack[3]),
+                "static_shared": int(shared[1]) if shared else 0,
+            }
+        )
+    return sorted(rows, key=lambda row: (row["kernel"], row["element"]))
+
+
+def dynamic_shared(compiler: str) -> dict[str, dict[str, int]]:
+    """{kernel: {width: bytes}}, as the headers compute it."""
+    directions = ("forward", "backward")
+    prints = "".join(
+        f'std::printf("{d} {w} %zu\\n", lcc::glu_depthwise_conv_{d}_shared({w}));' for d in directions for w in WIDTHS
+    )
+    program = f'#include <cstdio>\n#include "cuda/glu_depthwise_conv.h"\nint main() {{ {prints} }}\n'
+    with tempfile.TemporaryDirectory() as tmp:
+        Path(tmp, "shared.cpp").write_text(program)
+        command = [compiler, "-std=c++17", f"-I{CSRC}", f"{tmp}/shared.cpp", "-o", f"{tmp}/shared"]
+        subprocess.run(command, check=True)
+        lines = subprocess.run([f"{tmp}/shared"], check=True, capture_output=True, text=True).stdout.split("\n")
+    sizes: dict[str, dict[str, int]] = {f"glu_depthwise_conv.{d}": {} for d in directions}
+    for direction, width, size in (line.split() for line in lines if line):
+        sizes[f"glu_depthwise_conv.{direction}"][width] = int(size)
+    return sizes
+
+
+def collect(nvcc: toolchain.Nvcc, compiler: str, archs: list[int]) -> dict[str, object]:
+    """The whole report."""
+    rows = [row for source in sorted(CSRC.glob("cuda/*.cu")) for arch in archs for row in kernels(nvcc, source, arch)]
+    return {"nvcc": nvcc.version, "kernels": rows, "dynamic_shared": dynamic_shared(compiler)}
+
+
+def violations(report: dict) -> list[str]:
+    """The budgets that the report breaks, in words."""
+    found = []
+    for row in report["kernels"]:
+        where = f"{row['kernel']} {row['element']} sm_{row['arch']}"
+        found += [f"{where}: {row[key]} {key} > {limit}" for key, limit in BUDGET.items() if row[key] > limit]
+        for width, size in report["dynamic_shared"].get(row["kernel"], {}).items():
+            total, limit = size + row["static_shared"], SHARED_MEMORY[row["arch"]]
+            if total > limit:
+                found.append(f"{where}: {total} bytes of shared memory at K = {width} > {limit}")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="file to write (JSON)")
+    args = parser.parse_args()
+    nvcc, compiler = toolchain.find_nvcc(), shutil.which("c++")
+    if isinstance(nvcc, str) or compiler is None:
+        parser.error(nvcc if isinstance(nvcc, str) else "no C++ compiler on PATH")
+    report = collect(nvcc, compiler, sorted(SHARED_MEMORY))
+    part = args.out.with_name(args.out.name + ".part")
+    rows = ",\n  ".join(json.dumps(row) for row in report["kernels"])
+    head = {key: value for key, value in report.items() if key != "kernels"}
+    part.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "kernels": [\n  {rows}\n ]\n}}\n')
+    os.replace(part, args.out)
+    for row in report["kernels"]:
+        print("{kernel:28} {element:9} sm_{arch:<4} {registers:3} registers, {spills} bytes spilled".format(**row))
+    broken = violations(report)
+    print("\n".join(broken), file=sys.stderr)
+    return int(bool(broken))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

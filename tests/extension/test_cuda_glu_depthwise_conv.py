@@ -1,0 +1,136 @@
+"""The CUDA kernels of glu_depthwise_conv against a float64 oracle.
+
+The same grid twice: emulated on the CPU, under sanitizers and in random schedules, and on a GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from lcconformer.ops import _cuda_glu_depthwise_conv as glue
+
+from . import cases_glu_depthwise_conv as cases
+from .conftest import Worker, sanitizer_environment
+
+FRAMES = (1, 7, 63, 65, 127, 203)
+WIDTHS = (1, 3, 31, 63)
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@pytest.fixture(scope="session")
+def worker(emulated_module, gxx, tmp_path_factory):
+    log = tmp_path_factory.mktemp("emulated") / "stderr.txt"
+    worker = Worker([sys.executable, cases.__file__, str(emulated_module)], sanitizer_environment(gxx), log)
+    yield worker
+    worker.close()
+
+
+@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def run(request):
+    """``run(**case)`` -> errors; see ``cases.run``."""
+    if request.param == "emulated":
+        return request.getfixturevalue("worker")
+    torch.backends.cudnn.allow_tf32 = False  # eager float32 is to be float32
+    return lambda **case: cases.run(case, "cuda", lambda _seed: None)
+
+
+def check(run: Any, **case: Any) -> None:
+    """max |out - ref| <= r * max |low - ref| + two roundings of the largest value; and the same bits in any schedule."""
+    case = {"b": 2, "c": 5, "k": 31, "dtype": "float32", "lengths": None, "norm": "none", "bias": True,
+            "strided": False, "slots": 0, "seed": 0, **case}  # fmt: skip
+    answer = run(**case)
+    for name, got in answer["tensors"].items():
+        bound = (2 if name == "y" else 3) * got["low"] + got["floor"]
+        assert got["error"] <= bound, f"{name}: error {got['error']:.3g} > {bound:.3g}; eager has {got['low']:.3g}"
+    assert answer["same_bits"], "the result depends on the schedule"
+
+
+@pytest.mark.parametrize("k", WIDTHS)
+@pytest.mark.parametrize("t", FRAMES)
+def test_odd_shapes(run, t, k):
+    check(run, t=t, k=k, lengths=[t // 2, t])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("c", [1, 2, 65, 130])
+def test_channels_and_dtypes(run, c, dtype):
+    check(run, t=67, c=c, dtype=dtype, lengths=[67, 40])
+
+
+@pytest.mark.parametrize("k", [33, 47, 49])
+def test_widths_around_the_groups_of_taps(run, k):
+    check(run, t=70, k=k)
+
+
+@pytest.mark.parametrize("lengths", [[0, 65], [0, 0], [64, 1], [65, 65]])
+def test_lengths(run, lengths):
+    check(run, t=65, lengths=lengths)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_folded_batch_norm(run, bias, dtype):
+    check(run, t=65, c=6, norm="batch", bias=bias, dtype=dtype, lengths=[65, 30])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("c", [5, 6])
+def test_strided_input_and_gradient(run, c, dtype):
+    check(run, t=66, c=c, k=7, dtype=dtype, strided=True, lengths=[66, 9])
+
+
+@pytest.mark.parametrize(("b", "t"), [(0, 5), (2, 0)])
+def test_nothing_to_do(run, b, t):
+    check(run, b=b, t=t)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_blocks_that_walk_over_several_tiles(run, slots):
+    check(run, t=200, slots=slots, lengths=[130, 200])  # 8 tiles
+
+
+@pytest.mark.gpu
+def test_replays_in_a_cuda_graph():
+    inputs = {
+        n: p if p is None else p.cuda() for n, p in cases.make_inputs(2, 70, 8, 31, "float16", "none", True).items()
+    }
+    x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
+    lengths = torch.tensor([70, 33], device="cuda")
+    args = (x, weight, bias, lengths, None, None, None, None, 1e-5)
+    glue.glu_depthwise_conv_cuda(*args)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = glue.glu_depthwise_conv_cuda(*args)
+    x.copy_(torch.randn_like(x))
+    lengths.copy_(torch.tensor([5, 70]))
+    graph.replay()
+    torch.testing.assert_close(out, glue.glu_depthwise_conv_cuda(*args), rtol=0, atol=0)
+
+
+def test_schemas_and_fakes_hold(worker):
+    assert worker(opcheck=True) == {}
+
+
+def test_widths_outside_of_the_kernel_are_refused(worker):
+    assert "K is 65; expected odd, 1 to 63" in worker(width=65)["error"]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"norm": "layer"}, "norm='layer' is not fused"),
+        ({"norm": "batch", "training": True}, "norm='batch' in training is not fused"),
+        ({"activation": "gelu"}, "activation 'gelu' is not fused"),
+        ({"dtype": torch.float64}, "dtype torch.float64"),
+        ({}, "device type 'cpu'"),
+    ],
+)
+def test_reasons_against_the_kernel(options, reason):
+    options = {"norm": "none", "training": False, "activation": "silu", "dtype": torch.float32, **options}
+    x = torch.zeros(1, 1, 2, dtype=options.pop("dtype"))
+    assert any(reason in r for r in glue.cuda_unsupported(x, **options))
