@@ -100,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _option(group, "--position", config.position, "of attention: relative, rotary or none")
     _option(group, "--conv-norm", config.conv_norm, "in the convolution module: layer, batch, group or none")
     text = "frames merged into one: none, stack:FACTOR, conv:2 or conv:4"
-    _option(group, "--subsampling", "none", text, metavar="KIND[:FACTOR]")
+    _option(group, "--subsampling", "stack:4", text, metavar="KIND[:FACTOR]")
 
     group = parser.add_argument_group("features")
     _option(group, "--mel-bins", default.features.num_bins, "log-mel filters")

@@ -68,11 +68,13 @@ def pretrain(
         progress: show a bar on the standard error.
 
     Raises:
-        ValueError: ``out`` holds a run and ``resume`` is False; or the checkpoint is damaged, or of other settings or data;
-            or batches that do not fit; or a gradient that was not finite 20 times in a row.
+        ValueError: ``out`` is a file, or holds a run and ``resume`` is False; the checkpoint is damaged, or of other
+            settings or data; batches do not fit; a gradient that was not finite 20 times in a row.
         ImportError: tqdm is missing and ``progress`` is True.
     """
     folder = Path(out)
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; give the folder of a run, or one to be made")
     found = find_checkpoints(folder)
     if found and not resume:
         raise ValueError(f"{folder} holds a run already ({found[-1].name}): resume it, or choose another folder")

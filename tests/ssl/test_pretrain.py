@@ -3,6 +3,7 @@
 import argparse
 import csv
 import dataclasses
+import itertools
 import os
 import shutil
 import signal
@@ -16,9 +17,10 @@ import torch
 
 from lcconformer import ConformerConfig
 from lcconformer.__main__ import main
-from lcconformer.data import Corpus, load_corpus
+from lcconformer.data import BatchLoader, Corpus, frame_count, load_corpus
 from lcconformer.ssl import FeatureSettings, ObjectiveSettings, PretrainingModel, load_checkpoint, load_model
 from lcconformer.ssl.checkpoint import find_checkpoints
+from lcconformer.ssl.masking import draw_masks
 from lcconformer.ssl.optim import learning_rate_scale, make_optimizer
 from lcconformer.ssl.pretrain import add_arguments, settings_from
 from lcconformer.ssl.settings import PretrainResult, PretrainSettings, StepRecord
@@ -120,11 +122,42 @@ def test_a_resumed_run_is_the_uninterrupted_one(variant: str, corpora: tuple, tm
         assert len(logs[0]) == (8 if name == "steps.csv" else 6)
 
 
-def test_dropout_and_masks_differ_from_step_to_step(corpora: tuple, tmp_path: Path) -> None:
-    one_batch = settings(steps=4, batch_seconds=60.0, learning_rate=1e-12, weight_decay=0.0, depth="fixed")
-    result = pretrain(one_batch, corpora[0], out=tmp_path, progress=False)
-    assert len(set(losses(result))) == 4
-    assert max(losses(result)) < 1.3 * min(losses(result))
+@pytest.mark.parametrize(("dropout", "masks", "distinct"), [(0.1, False, 4), (0.0, True, 4), (0.0, False, 1)])
+def test_dropout_and_masks_differ_from_step_to_step(
+    dropout: float, masks: bool, distinct: int, corpora: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not masks:
+        monkeypatch.setattr("lcconformer.ssl.training.draw_masks", lambda *a, **k: draw_masks(*a, **{**k, "step": 0}))
+    # every step has all of the same speech and changes next to nothing
+    told = settings(
+        steps=4, batch_seconds=60.0, crop_seconds=None, learning_rate=1e-12, weight_decay=0.0, depth="fixed"
+    )
+    told = dataclasses.replace(told, config=CONFIG.replace(dropout=dropout))
+    speech = corpora[0].select(speakers=["a"])
+    result = pretrain(told, speech, out=tmp_path, progress=False)
+    assert len({round(loss, 5) for loss in losses(result)}) == distinct
+
+
+def test_every_masked_frame_of_a_step_weighs_the_same(corpora: tuple, tmp_path: Path) -> None:
+    told = settings(steps=1, accumulate=3, depth="fixed", config=CONFIG.replace(dropout=0.0), clip=1e9)
+    record = pretrain(told, corpora[0], out=tmp_path, progress=False).history[0]
+
+    with torch.random.fork_rng():
+        torch.manual_seed(told.seed)
+        model = told.build_model()
+    loader = BatchLoader(corpora[0], max_seconds=told.batch_seconds, crop_seconds=told.crop_seconds, seed=told.seed)
+    total, frames, counts = torch.zeros(()), 0, set()
+    for batch in itertools.islice(loader.epoch(0), 3):
+        lengths = frame_count(batch.lengths).tolist()
+        masks = draw_masks(batch.ids, lengths, seed=0, step=0, fraction=0.15, span=7, factor=2)
+        sums, _ = model(batch.audio, batch.lengths, masks, (3,))
+        total, frames = total + sums[0], frames + masks.num_chosen
+        counts.add(masks.num_chosen)
+    assert len(counts) > 1  # or the mean of means would do as well
+    (total / frames).backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert record.loss == pytest.approx(float(total.detach()) / frames, rel=1e-5)
+    assert record.grad_norm == pytest.approx(float(norm), rel=1e-4)
 
 
 def test_training_lowers_the_validation_loss_at_every_depth(corpora: tuple, tmp_path: Path) -> None:
@@ -264,6 +297,8 @@ def test_resume_refuses_other_settings_and_data(corpora: tuple, tmp_path: Path) 
         pretrain(other, *corpora, out=tmp_path, progress=False, resume=True)
     with pytest.raises(ValueError, match=r"other data: it was trained on \d+ utterances"):
         pretrain(settings(steps=2), corpora[1], out=tmp_path, progress=False, resume=True)
+    with pytest.raises(ValueError, match=r"steps.csv is a file; give the folder of a run, or one to be made"):
+        pretrain(settings(steps=2), *corpora, out=tmp_path / "steps.csv", progress=False)
     newest = find_checkpoints(tmp_path)[-1]
     newest.write_bytes(newest.read_bytes()[:1000])
     with pytest.raises(ValueError, match="damaged"):
