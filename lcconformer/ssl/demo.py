@@ -255,7 +255,7 @@ def _train(
         report(record.step / settings.steps, note)
 
     result = pretrain(settings, train, test, out=folder, on_step=on_step, progress=False)
-    if result.stopped == "SIGINT":
+    if result.stopped != "steps":
         raise KeyboardInterrupt
     history = result.history
     last = history[-max(1, len(history) // 10) :]
