@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Key", "from_peer", "to_peer", "use_peer_names"]
+__all__ = ["STATISTICS", "Key", "from_peer", "to_peer", "use_peer_names", "weight_and_bias"]
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""Buffers of a BatchNorm."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,14 @@ class Key:
     ours: str
     theirs: tuple[str, ...]
     pointwise: bool = False
+
+
+def weight_and_bias(ours: str, *theirs: str, pointwise: bool = False) -> tuple[Key, Key]:
+    """Both keys of a module; several of theirs are packed into one of ours."""
+    return (
+        Key(f"{ours}.weight", tuple(f"{name}.weight" for name in theirs), pointwise),
+        Key(f"{ours}.bias", tuple(f"{name}.bias" for name in theirs)),
+    )
 
 
 def from_peer(keys: tuple[Key, ...], state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
