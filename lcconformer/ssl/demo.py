@@ -117,7 +117,7 @@ class Stages:
         self.name = ""
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[Callable[[float, str], None]]:
+    def stage(self, name: str) -> Iterator[Callable[..., None]]:
         """Within it, call ``report(part of the stage done, a word on it)``."""
         self.name = name
 
@@ -197,6 +197,10 @@ def run_demo(
         if aligned:
             with stages.stage("probes") as report:
                 for number, (name, model) in enumerate(models.items()):
+
+                    def part_done(part: float, number: int = number) -> None:
+                        report((number + part) / len(models))
+
                     rows += probe_model(
                         model,
                         train,
@@ -205,13 +209,13 @@ def run_demo(
                         settings=plan.probe,
                         name=name,
                         log_mel=number == 0,
-                        progress=lambda part, number=number: report((number + part) / len(models)),
+                        progress=part_done,
                     )
         speech = times[SAMPLED].audio_seconds
         for row in rows:
             if row["features"] != LOG_MEL and row["depth"]:
                 row["ms_per_second"] = 1e3 * times[row["features"]].seconds[row["depth"]] / speech
-        results = {
+        results: dict[str, Any] = {
             "parameters": _parameters(config),
             "training": training,
             "saving": _saving(training, n),
@@ -245,7 +249,7 @@ def run_demo(
 
 
 def _train(
-    settings: PretrainSettings, train: Corpus, test: Corpus, folder: Path, report: Callable[[float, str], None]
+    settings: PretrainSettings, train: Corpus, test: Corpus, folder: Path, report: Callable[..., None]
 ) -> tuple[Any, dict[str, Any]]:
     cpu = [time.process_time()]
 
