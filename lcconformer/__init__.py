@@ -4,16 +4,19 @@ from .config import ConformerConfig
 from .conformer import Conformer
 from .depth import DepthSampler, ExitRule
 from .encoder import ConformerEncoder
+from .interop.accelerate import AccelerationReport, accelerate
 from .layer import ConformerLayer
 from .ops._backend import backend
 
 __version__ = "0.1.0"
 __all__ = [
+    "AccelerationReport",
     "Conformer",
     "ConformerConfig",
     "ConformerEncoder",
     "ConformerLayer",
     "DepthSampler",
     "ExitRule",
+    "accelerate",
     "backend",
 ]

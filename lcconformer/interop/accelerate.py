@@ -110,7 +110,9 @@ def accelerate(model: nn.Module) -> AccelerationReport:
         >>> model = Wav2Vec2ConformerForCTC.from_pretrained(name)
         >>> print(lcconformer.accelerate(model))
     """
-    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    # how often each parameter and each module appears: a parameter of a layer must appear with the layer, nowhere else
+    places = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    places.update(id(m) for _, m in model.named_modules(remove_duplicate=False))
     made: dict[int, nn.Module | str] = {}  # a layer that appears twice stays one layer
     replaced, kept = [], []
     for path, module in list(model.named_modules(remove_duplicate=False)):
@@ -120,7 +122,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
         if id(module) not in made:
             try:
                 need(path, "it is the model itself; put it inside a module")
-                made[id(module)] = _adapt(module, qualified, owners)
+                made[id(module)] = _adapt(module, qualified, places)
             except Unsupported as reason:
                 made[id(module)] = str(reason)
         result = made[id(module)]
@@ -143,7 +145,7 @@ def _is_conformer_layer(module: nn.Module) -> bool:
     )
 
 
-def _adapt(module: nn.Module, qualified: str, owners: Counter[int]) -> nn.Module:
+def _adapt(module: nn.Module, qualified: str, places: Counter[int]) -> nn.Module:
     peer = _PEERS.get(qualified)
     if peer is None:
         bases = [
@@ -162,7 +164,7 @@ def _adapt(module: nn.Module, qualified: str, owners: Counter[int]) -> nn.Module
         raise Unsupported(f"unknown structure: {error}") from error
     with torch.device("meta"):
         layer = ConformerLayer(described.config)
-    _move_weights(peer.keys, module, layer, owners)
+    _move_weights(peer.keys, module, layer, places)
 
     inference_only = described.inference_only or described.dropouts.why_not()
     need(
@@ -181,11 +183,11 @@ def _adapt(module: nn.Module, qualified: str, owners: Counter[int]) -> nn.Module
     return adapter
 
 
-def _move_weights(keys: tuple[Key, ...], module: nn.Module, layer: ConformerLayer, owners: Counter[int]) -> None:
+def _move_weights(keys: tuple[Key, ...], module: nn.Module, layer: ConformerLayer, places: Counter[int]) -> None:
     parameters = dict(module.named_parameters())
     for name, p in parameters.items():
         need(type(p) is nn.Parameter, f"{name} is a {type(p).__name__}")
-        need(owners[id(p)] == 1, f"{name} is shared with another module")
+        need(places[id(p)] == places[id(module)], f"{name} is shared with another module")
     kinds = {(p.dtype, p.device) for p in parameters.values()}
     need(len(kinds) == 1, f"parameters of several kinds ({', '.join(sorted(f'{d} on {v}' for d, v in kinds))})")
     state: dict[str, Tensor] = module.state_dict()

@@ -19,7 +19,7 @@ __all__ = [
     "activation_of",
     "check_convolutions",
     "common_eps",
-    "lengths_of_keys",
+    "lengths_of_padding",
     "lengths_of_scores_mask",
     "need",
     "need_types",
@@ -145,16 +145,16 @@ def _insist(condition: Tensor) -> None:
         torch._assert_async(condition, _MASK)
 
 
-def lengths_of_keys(keep: Tensor) -> Tensor:
-    """Lengths ``[B]`` int64 from ``keep [B, T]`` bool, True at real frames.
+def lengths_of_padding(mask: Tensor) -> Tensor:
+    """Lengths ``[B]`` int64 from ``mask [B, T]`` bool, True at padding.
 
     Raises:
-        ValueError: frames other than the first ones are kept (on a CUDA device: an assertion there).
+        ValueError: anything but the last frames is padding (on a CUDA device: an assertion there).
     """
-    if keep.dtype != torch.bool or keep.dim() != 2:
-        raise ValueError(f"the padding mask is {keep.dtype} {list(keep.shape)}; expected bool [B, T]")
-    lengths = keep.sum(-1)
-    _insist((keep == frame_mask(lengths, keep.shape[1])).all())
+    if mask.dtype != torch.bool or mask.dim() != 2:
+        raise ValueError(f"the padding mask is {mask.dtype} {list(mask.shape)}; expected bool [B, T]")
+    lengths = (~mask).sum(-1)
+    _insist((mask != frame_mask(lengths, mask.shape[1])).all())
     return lengths
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..config import ConformerConfig
 from ..layer import ConformerLayer
-from .adapter import Described, Dropouts, check_convolutions, common_eps, lengths_of_keys, need, need_types
+from .adapter import Described, Dropouts, check_convolutions, common_eps, lengths_of_padding, need, need_types
 from .keys import STATISTICS, Key, use_peer_names, weight_and_bias
 
 __all__ = ["LAYER_KEYS", "TorchaudioConformerLayer", "describe"]
@@ -98,5 +98,5 @@ class TorchaudioConformerLayer(nn.Module):
         use_peer_names(self, LAYER_KEYS, {"layer.": ""})
 
     def forward(self, input: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-        lengths = None if key_padding_mask is None else lengths_of_keys(~key_padding_mask)
+        lengths = None if key_padding_mask is None else lengths_of_padding(key_padding_mask)
         return self.layer(input.transpose(0, 1), lengths).transpose(0, 1)
