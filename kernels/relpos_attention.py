@@ -38,6 +38,7 @@ from ._common import (
     dropout_scale,
     dropout_threshold,
     launch,
+    nearest_arch,
     next_power_of_2,
     unit_stride,
 )
@@ -455,12 +456,18 @@ def _backward_position(
 
 
 def config_for(kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> LaunchConfig:
+    """Tiles and warps, chosen for their registers: `python -m lcconformer.kernels.report` shows what each costs."""
     blocks = {"BLOCK_D": max(16, next_power_of_2(head_dim))}
     if kernel == "delta":
         return LaunchConfig(4, 1, blocks | {"BLOCK_M": 64})
+    wide = head_dim > 64
+    # products of 64 rows are what sm_90 and sm_100 have instructions for; elsewhere wide heads take half the tile
+    half = dtype == torch.float32 or (wide and nearest_arch(arch) not in (90, 100))
     if kernel in ("forward", "backward_query"):
-        return LaunchConfig(4, 2, blocks | {"BLOCK_N": 32})
-    return LaunchConfig(4, 2, blocks | {"BLOCK_M": 32, "BLOCK_N": 64})
+        return LaunchConfig(4, 2, blocks | {"BLOCK_N": 16 if half else 32})
+    # the same accumulators for keys, values and positions, whatever the number of queries
+    tile = {"BLOCK_M": 16 if dtype == torch.float32 else 32, "BLOCK_N": 32 if half else 64}
+    return LaunchConfig(4, 1 if wide or half else 2, blocks | tile)
 
 
 def _precision(dtype: torch.dtype) -> str:

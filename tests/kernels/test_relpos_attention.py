@@ -82,6 +82,15 @@ def check(assert_close):
     return compare
 
 
+@pytest.fixture
+def _large_tiles(monkeypatch):
+    """float32 in the tiles of float16: the interpreter pays per tile."""
+    if DEVICE == "cuda":
+        return
+    config = kernels.config_for
+    monkeypatch.setattr(kernels, "config_for", lambda kernel, arch, _, d: config(kernel, arch, torch.float16, d))
+
+
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 
 # T, H, D, lengths
@@ -99,10 +108,18 @@ CASES = [
 
 @DTYPES
 @pytest.mark.parametrize(("t", "h", "d", "lengths"), CASES)
-@pytest.mark.usefixtures("poisoned")
+@pytest.mark.usefixtures("poisoned", "_large_tiles")
 def test_equals_the_oracle(check, t, h, d, lengths, dtype):
     b = 1 if lengths is None else len(lengths)
     check(*make_inputs(b, t, h, d, dtype), lengths)
+
+
+@pytest.mark.parametrize(("d", "dtype"), [(16, torch.float32), (128, torch.float16)])
+def test_tiles_elsewhere(check, monkeypatch, d, dtype):
+    """Those of float32, and those of wide heads where there is no product of 64 rows."""
+    monkeypatch.setattr(kernels, "arch_of", lambda x: 86)
+    assert kernels.config_for("forward", 86, dtype, d).blocks["BLOCK_N"] == 16
+    check(*make_inputs(2, 67, 1, d, dtype), [67, 34])
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -113,6 +130,7 @@ def test_an_utterance_without_frames_gives_zeros():
         assert (x == 0).all()
 
 
+@pytest.mark.usefixtures("_large_tiles")
 def test_padding_is_not_read():
     """Keys and values beyond the length may hold anything, and get no gradient."""
     inputs, dout = make_inputs(1, 70, 1, 16, torch.float32)
@@ -187,6 +205,7 @@ def philox_keep(seed: int, b: int, h: int, t: int, p: float) -> Tensor:
     return torch.from_numpy((half >= dropout_threshold(p)).reshape(b, h, t, t)).to(DEVICE)
 
 
+@pytest.mark.usefixtures("_large_tiles")
 @pytest.mark.parametrize(
     ("t", "h", "lengths", "dtype"), [(70, 1, [33, 70], torch.float32), (9, 2, [9, 4], torch.float16)]
 )
@@ -198,7 +217,7 @@ def test_dropout_is_the_same_in_forward_and_backward(check, t, h, lengths, dtype
     check(inputs, dout, lengths, torch.tensor([seed], device=DEVICE), p, keep)
 
 
-@pytest.mark.usefixtures("poisoned")
+@pytest.mark.usefixtures("poisoned", "_large_tiles")
 @DTYPES
 def test_packed(assert_close, dtype):
     """Utterances of 40, 0, 70 and 1 frames behind one another; shorter ones use the middle rows of pos."""

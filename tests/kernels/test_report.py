@@ -1,0 +1,101 @@
+"""Every shipped kernel configuration compiled ahead of time, without a GPU: shared memory, spills, tensor cores."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+from lcconformer.kernels import report
+from lcconformer.kernels._common import INTERPRETED, SHARED_MEMORY, AotConfig, LaunchConfig
+
+
+def run_report(*args: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: interpreted kernels cannot be compiled."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "lcconformer.kernels.report", *args]
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+def rows(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+
+
+def config(**changes: object) -> AotConfig:
+    given = {
+        "name": "op",
+        "kernel": None,
+        "signature": {},
+        "constexprs": {},
+        "dtype": "bf16",
+        "launch": LaunchConfig(4, 2),
+    }
+    return AotConfig(**(given | {"tensor_cores": True, "spill_budget": 64} | changes))
+
+
+def resources(**changes: object) -> report.Resources:
+    given = {"registers": 100, "stack": 0, "shared": 1024, "instructions": 500, "tensor_core": 8}
+    return report.Resources(**(given | {"tensor_core_kind": "HGMMA"} | changes))
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes", "found"),
+    [
+        (90, {}, []),
+        (90, {"stack": 64}, []),
+        (90, {"stack": 72}, ["stack 72 > 64"]),
+        (86, {"shared": 99 * 1024}, []),
+        (86, {"shared": 99 * 1024 + 1}, ["shared memory 101377 > 101376"]),
+        (80, {"tensor_core": 0, "tensor_core_kind": ""}, ["no tensor-core instructions"]),
+        (80, {"tensor_core_kind": "HMMA"}, []),
+        (90, {"tensor_core_kind": "HMMA"}, ["HMMA in place of HGMMA"]),
+    ],
+)
+def test_violations(arch, changes, found):
+    assert report.violations(config(), arch, resources(**changes)) == found
+
+
+def test_float32_may_do_without_hgmma():
+    assert report.violations(config(dtype="fp32"), 90, resources(tensor_core_kind="HMMA")) == []
+
+
+def test_every_op_ships_kernels():
+    ops = ("feed_forward", "glu_depthwise_conv", "relpos_attention", "residual_layer_norm")
+    assert set(ops) <= set(report.kernel_modules())
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU is here: kernels are compiled")
+def test_interpreted_kernels_are_not_compiled():
+    with pytest.raises(RuntimeError, match="unset it"):
+        report.compile_config(config(), 90)
+
+
+def test_attention_on_hopper():
+    """The shape of the base model: no more than 64 bytes of spills in the forward, and warpgroup products throughout."""
+    done = run_report("--op", "relpos_attention", "--arch", "90", "--match", "D=64 bf16", "--jobs", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = {row[0]: row for row in rows(done.stdout)}
+    assert len(table) == 5
+    for name, row in table.items():
+        if "delta" not in name:
+            assert row[9].endswith("HGMMA"), row
+    assert int(table["relpos_attention.forward D=64"][6]) <= 64
+
+
+def test_no_such_match_is_an_empty_table():
+    done = run_report("--match", "nothing is called so")
+    assert done.returncode == 0
+    assert rows(done.stdout) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", sorted(SHARED_MEMORY))
+def test_budgets(arch):
+    """All ops, all shipped configurations."""
+    done = run_report("--arch", str(arch), "--jobs", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(rows(done.stdout)) > 50
