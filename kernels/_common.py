@@ -155,7 +155,7 @@ def dropout_keep(seed, stream, major, rows, col_start, threshold, BLOCK_N: tl.co
     cols8 = col_start // 8 + tl.arange(0, BLOCK_N // 8)
     zero = rows[:, None] * 0 + cols8[None, :] * 0  # [M, BLOCK_N / 8]
     r0, r1, r2, r3 = tl.philox(seed, zero + cols8[None, :], zero + rows[:, None], zero + major, zero + stream, 7)
-    t = threshold.to(tl.uint32)
+    t = tl.cast(threshold, tl.uint32)
     lo = tl.join(tl.join((r0 & 0xFFFF) >= t, (r2 & 0xFFFF) >= t), tl.join((r1 & 0xFFFF) >= t, (r3 & 0xFFFF) >= t))
     hi = tl.join(tl.join((r0 >> 16) >= t, (r2 >> 16) >= t), tl.join((r1 >> 16) >= t, (r3 >> 16) >= t))
     # [M, BLOCK_N / 8, word / 2, word % 2, half] -> [M, BLOCK_N]
