@@ -1,4 +1,4 @@
-"""lcconformer.ops.residual_layer_norm, forward and training: ``pytest bench/bench_residual_layer_norm.py --benchmark-only``."""
+"""lcconformer.ops.residual_layer_norm: ``pytest bench/bench_residual_layer_norm.py --benchmark-only``."""
 
 MODES = ("residual_layer_norm:forward", "residual_layer_norm:training")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from lcconformer.bench.case import Case, parse_shapes
 from lcconformer.bench.gate import Gate
 from lcconformer.bench.providers import Provider, choose

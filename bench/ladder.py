@@ -42,6 +42,8 @@ def _fused(case: Case, gate: Gate, sharing: str, graphs: bool) -> tuple[Runner, 
     """lcconformer on the first backend that can serve the case."""
     reasons = []
     for backend in lcconformer.ops._backend.BACKENDS:
+        if backend == "triton" and case.device == "cpu":
+            continue  # interpreted at best
         build = library if sharing == "all" else _unshared
         provider = Provider("lcconformer", backend, build, _here(backend), forced=backend, graphs=graphs)
         try:

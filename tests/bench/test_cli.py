@@ -1,0 +1,101 @@
+"""The command, in process."""
+
+import json
+
+import pytest
+from lcconformer.bench import cli, ladder, suite
+from lcconformer.bench.case import Case
+from lcconformer.bench.roofline import Ceilings
+
+from lcconformer.__main__ import main
+
+TINY = ["bench", "--device", "cpu", "--threads", "1", "--d-model", "32", "--layers", "2", "--rounds", "1"]
+
+
+@pytest.fixture(autouse=True)
+def known_ceilings(monkeypatch):
+    monkeypatch.setattr(suite, "measure_ceilings", lambda case: Ceilings(0.1, 10.0))
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_table_rows_and_plots(mode, tmp_path, capsys):
+    arguments = ["--mode", mode, "--shapes", "1x8,2x8", "--providers", "eager,lcconformer:torch", "--depth", "2,1"]
+    files = ["--json", str(tmp_path / "out.json"), "--plot", str(tmp_path)]
+    assert main([*TINY, *arguments, *files]) == 0
+    out = capsys.readouterr().out
+    assert f"{mode}, B = 2, T = 8, d = 32, N = 2, float32, on " in out
+    assert "1 threads" in out
+    assert "lcconformer:torch depth 1" in out
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert len(rows) == 6
+    for kind in ("scaling", "speedup", "roofline"):
+        assert (tmp_path / f"{mode}-d32-float32-{kind}.png").stat().st_size > 10_000
+
+
+def test_ops(tmp_path, capsys):
+    assert main([*TINY, "--mode", "ops", "--shapes", "1x8", "--providers", "eager,lcconformer:torch"]) == 0
+    out = capsys.readouterr().out
+    for op in ("relpos_attention", "glu_depthwise_conv", "feed_forward", "residual_layer_norm"):
+        assert f"{op}:training, B = 1, T = 8" in out
+
+
+def test_interruption_keeps_finished_rows(tmp_path, monkeypatch, capsys):
+    real = cli.run_case
+
+    def run_case(case, *args, **kwargs):
+        if case.frames == 9:
+            raise KeyboardInterrupt
+        return real(case, *args, **kwargs)
+
+    monkeypatch.setattr(cli, "run_case", run_case)
+    path = tmp_path / "out.json"
+    assert main([*TINY, "--shapes", "1x8,1x9,1x10", "--providers", "eager", "--json", str(path)]) == 130
+    assert [row["frames"] for row in json.loads(path.read_text())["rows"]] == [8]
+    assert "inference, B = 1, T = 8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_ladder_multiplies_up(mode, capsys):
+    case = Case(mode, 1, 8, d_model=32, layers=3, depth=3, kernel=7)
+    rungs, backend = ladder.climb(case, depth=2, seconds=0.0, rounds=2)
+    assert backend in ("torch", "cpu")
+    assert len(rungs) == 4
+    lines = ladder._lines(rungs)
+    product = 1.0
+    for (_, _, factor, total, saved), rung in zip(lines, rungs):
+        product *= float(factor[:-1])
+        assert float(total[:-1]) == pytest.approx(rungs[0].ms / rung.ms, abs=0.006)
+        assert float(total[:-1]) == pytest.approx(product, rel=0.05)
+        assert float(saved[:-1]) == pytest.approx(100 * (1 - rung.ms / rungs[0].ms), abs=0.06)
+
+
+def test_ladder_states_both_definitions_and_the_paper(capsys):
+    assert main([*TINY, "--ladder", "--shapes", "1x8"]) == 0
+    out = capsys.readouterr().out
+    assert "shallow inference, 1 of 2 loops" in out
+    for text in ("7.8x fewer parameters", "41.9%", "37.7%", "throughput ratio", "1 - new / old", "2.0x fewer"):
+        assert text in out
+
+
+def test_shallow_depth_saves_what_the_paper_saves():
+    assert [ladder.shallow_depth(n) for n in (1, 8, 12, 16)] == [1, 5, 8, 10]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cuda"], "torch sees no CUDA device"),
+        (["--ladder", "--mode", "ops"], "use --mode inference or training"),
+        (["--compare", "HEAD", "--mode", "ops"], "encoders only"),
+        (["--compare", "no-such-ref"], "no-such-ref"),
+        (["--import", "/nowhere/at/all"], "does not exist"),
+    ],
+)
+def test_errors_say_what_to_do(arguments, message, capsys):
+    if "cuda" in arguments:
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("there is a CUDA device here")
+    assert main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
