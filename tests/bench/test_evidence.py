@@ -2,12 +2,13 @@
 
 import pytest
 from lcconformer.bench import evidence
+from lcconformer.bench.case import OPS
 
 CASES = {
     "tests.ops.test_feed_forward.test_gradcheck": "reference",
     "tests.kernels.test_relpos_attention.test_forward[7]": "interpreted",
-    "tests.kernels.test_compiled.test_resources[relpos_attention-90]": "compiled",
-    "tests.extension.test_cuda_glu_depthwise_conv.test_emulated[3]": "emulated",
+    "tests.kernels.test_report.test_shipped[relpos_attention-90]": "compiled",
+    "tests.extension.test_cuda_glu_depthwise_conv.test_odd_shapes[emulated-3-7]": "emulated",
     "tests.test_config.test_feed_forward": None,
     "tests.kernels.test_common.test_launch": None,
 }
@@ -40,6 +41,13 @@ def test_places_decide_the_step(report, tmp_path):
         ("glu_depthwise_conv", "emulated"),
     }
     assert evidence.load(table) == found
+
+
+def test_a_test_of_all_kernels_counts_for_every_op(report, tmp_path):
+    found = evidence.record_report(
+        report({"tests.kernels.test_report.test_budgets[90]": "passed"}), path=tmp_path / "e.json"
+    )
+    assert {op: list(entries) for op, entries in found.items()} == dict.fromkeys(OPS, ["compiled"])
 
 
 def test_outcomes_are_counted_and_other_steps_stay(report, tmp_path):
