@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lcconformer import ConformerConfig, ConformerEncoder, ConformerLayer, ExitRule
+from lcconformer import ConformerConfig, ConformerEncoder, ConformerLayer, ExitRule, backend
 
 BASE = ConformerConfig(d_model=16, num_heads=2, ffn_dim=24, num_layers=4, conv_kernel_size=5, dropout=0.0)
 SHARINGS = ["all", "none", "sequence:2", "cycle:2", "middle_cycle:1", "prelude_core_coda:1,2,0", (0, 1, 1, 0)]
@@ -290,14 +290,14 @@ def test_parameter_ratio_of_the_paper():
 @pytest.mark.parametrize("position", ["relative", "rotary", "none"])
 @pytest.mark.parametrize("sharing", ["all", "none"])
 def test_flops(position, sharing):
-    """Against PyTorch's own counter on a run of each depth."""
+    """Against PyTorch's own counter on a run of each depth, of the references: it cannot look into fused kernels."""
     from torch.utils.flop_counter import FlopCounterMode
 
     encoder = make_encoder(position=position, sharing=sharing).eval()
     frames = 13
     flops = encoder.summary(frames).flops
     for depth in range(1, 5):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with backend("torch"), FlopCounterMode(display=False) as counter, torch.no_grad():
             encoder(torch.randn(1, frames, 16), depth=depth)
         # the reference forms the scores of all 2T-1 positions of a row, of which T are wanted and counted
         unused = depth * 2 * frames * (frames - 1) * 16 if position == "relative" else 0

@@ -340,6 +340,9 @@ def test_left_alone_transformers(wav2vec2_model, parakeet_model, transformers):
     model.config.output_attentions = True
     assert "config.output_attentions: ours never forms the weights" in only_reason(model)
     assert "activation NewGELUActivation" in only_reason(wav2vec2_model(hidden_act="gelu_new"))
+    model = wav2vec2_model()
+    model(torch.randn(1, 400), output_hidden_states=True)  # transformers hooks the attention modules on first use
+    assert "self_attn has hooks, which would no longer run; accelerate before adding them" in only_reason(model)
     model = wav2vec2_model(dropout=0.1, activation_dropout=0.0).train()
     assert "dropout differs within the feed-forward modules (0.0, 0.1)" in only_reason(model)
     assert "call model.eval() first" in only_reason(parakeet_model().train())
