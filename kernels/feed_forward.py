@@ -237,7 +237,7 @@ def _aot(name: str, kernel: Any, dtype: str, dropout: bool) -> AotConfig:
     scalars = dict.fromkeys(("M", "N", "rows_each", "threshold", "stride_xm", "stride_dm"), "i32")
     scalars |= dict.fromkeys(("scale", "keep_scale"), "fp32")
     return AotConfig(
-        name=name + (" dropout" if dropout else ""),
+        name=f"feed_forward.{name}{' dropout' if dropout else ''}",
         kernel=kernel,
         signature=constexpr_signature(kernel, pointers, scalars, constexprs),
         constexprs=constexprs,

@@ -701,7 +701,7 @@ def _aot(name: str, kernel: Any, dtype: str, launch_config: LaunchConfig, **cons
     constexprs = {n: 1 for n in ("stride_xc", "stride_dc") if n in kernel.arg_names} | constexprs
     constexprs |= launch_config.blocks
     return AotConfig(
-        name=name,
+        name=f"glu_depthwise_conv.{name}",
         kernel=kernel,
         signature=constexpr_signature(kernel, pointers, scalars, constexprs),
         constexprs=constexprs,
@@ -713,36 +713,35 @@ def _aot(name: str, kernel: Any, dtype: str, launch_config: LaunchConfig, **cons
 
 
 def aot_configs(arch: int) -> Iterator[AotConfig]:
-    """Every kernel at the tiles of T = 400 and, where tiles depend on them, of short inputs and of each width."""
+    """Every kernel at the tiles of T = 400, of short inputs and of each width; float16 is as wide as bfloat16."""
     no_norm: dict[str, Any] = dict.fromkeys(("norm_weight_ptr", "norm_bias_ptr"))
     no_running: dict[str, Any] = dict.fromkeys(("running_mean_ptr", "running_var_ptr"))
     no_parts: dict[str, Any] = dict.fromkeys(("part_mean_ptr", "part_m2_ptr"))
+    none = {"NORM": NONE.value, **no_norm, **no_running, **no_parts}
+    stats = {"NORM": STATS.value, **no_norm, **no_running}
+    layer = {"NORM": LAYER.value, **no_running, **no_parts}
+    plain, short = conv_config(256, 400, False), conv_config(256, 100, False)
+    pointwise = norm_config(256, False)
+    # what holds frames in registers, in both widths
     for dtype in ("bf16", "fp32"):
-        plain, short = conv_config(256, 400, False), conv_config(256, 100, False)
-        none = {"NORM": NONE.value, **no_norm, **no_running, **no_parts}
-        stats = {"NORM": STATS.value, **no_norm, **no_running}
         yield _aot("conv_fwd none", _conv_fwd_kernel, dtype, plain, **none)
-        yield _aot("conv_fwd none short", _conv_fwd_kernel, dtype, short, **none)
-        yield _aot("conv_fwd running", _conv_fwd_kernel, dtype, plain, NORM=RUNNING.value, **no_parts)
-        yield _aot("conv_fwd statistics", _conv_fwd_kernel, dtype, plain, **stats)
-        layer = {"NORM": LAYER.value, **no_running, **no_parts}
         for c in (256, 512, 1024, 2048):
             yield _aot(f"conv_fwd layer C={c}", _conv_fwd_kernel, dtype, conv_config(c, 400, True), **layer)
-        yield _aot("input_bwd", _input_bwd_kernel, dtype, plain)
-        yield _aot("input_bwd short", _input_bwd_kernel, dtype, short)
-        for k in (7, 31):
-            yield _aot(f"weight_bwd K={k}", _weight_bwd_kernel, dtype, weight_config(k))
-        pointwise = norm_config(256, False)
-        yield _aot("norm_fwd", _norm_fwd_kernel, dtype, pointwise)
-        yield _aot(
-            "norm_bwd none", _norm_bwd_kernel, dtype, pointwise, NORM=NONE.value, part_ptr=None, **no_norm
-        )  # fmt: skip
-        yield _aot("norm_bwd running", _norm_bwd_kernel, dtype, pointwise, NORM=RUNNING.value, GROUP_C=1)
-        yield _aot("norm_bwd statistics", _norm_bwd_kernel, dtype, pointwise, NORM=STATS.value)
-        yield _aot("stats_bwd batch", _stats_bwd_kernel, dtype, pointwise, BATCH=True, GROUP_C=1)
-        yield _aot("stats_bwd group", _stats_bwd_kernel, dtype, pointwise, BATCH=False)
-        for c in (256, 512, 1024, 2048):
             yield _aot(f"norm_bwd layer C={c}", _norm_bwd_kernel, dtype, norm_config(c, True), NORM=LAYER.value)
+        yield _aot("input_bwd", _input_bwd_kernel, dtype, plain)
+        yield _aot("weight_bwd K=31", _weight_bwd_kernel, dtype, weight_config(31))
+    dtype = "bf16"
+    yield _aot("conv_fwd none short", _conv_fwd_kernel, dtype, short, **none)
+    yield _aot("conv_fwd running", _conv_fwd_kernel, dtype, plain, NORM=RUNNING.value, **no_parts)
+    yield _aot("conv_fwd statistics", _conv_fwd_kernel, dtype, plain, **stats)
+    yield _aot("input_bwd short", _input_bwd_kernel, dtype, short)
+    yield _aot("weight_bwd K=7", _weight_bwd_kernel, dtype, weight_config(7))
+    yield _aot("norm_fwd", _norm_fwd_kernel, dtype, pointwise)
+    yield _aot("norm_bwd none", _norm_bwd_kernel, dtype, pointwise, NORM=NONE.value, part_ptr=None, **no_norm)
+    yield _aot("norm_bwd running", _norm_bwd_kernel, dtype, pointwise, NORM=RUNNING.value, GROUP_C=1)
+    yield _aot("norm_bwd statistics", _norm_bwd_kernel, dtype, pointwise, NORM=STATS.value)
+    yield _aot("stats_bwd batch", _stats_bwd_kernel, dtype, pointwise, BATCH=True, GROUP_C=1)
+    yield _aot("stats_bwd group", _stats_bwd_kernel, dtype, pointwise, BATCH=False)
     yield _aot("merge_batch", _merge_batch_kernel, "fp32", _MERGE_BATCH)
     yield _aot("merge_group", _merge_group_kernel, "fp32", _MERGE_GROUP)
     yield _aot("group_sums", _group_sums_kernel, "fp32", _MERGE_GROUP)

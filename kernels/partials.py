@@ -34,11 +34,12 @@ def sum_rows(part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def aot_configs(arch: int) -> Iterator[AotConfig]:
+    """The reduce, into either width of weights."""
     for dtype in (torch.float32, torch.bfloat16):
         pointers = {"part_ptr": "*fp32", "out_ptr": f"*{TRITON_DTYPE[dtype]}"}
         scalars = {"P": "i32", "N": "i32"}
         yield AotConfig(
-            name=f"sum_rows {TRITON_DTYPE[dtype]}",
+            name="partials.sum_rows",
             kernel=_sum_rows_kernel,
             signature=constexpr_signature(_sum_rows_kernel, pointers, scalars, _CONFIG.blocks),
             constexprs=_CONFIG.blocks,

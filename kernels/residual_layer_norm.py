@@ -224,7 +224,7 @@ def _aot(name: str, kernel: Any, dtype: str, width: int, **constexprs: Any) -> A
     scalars = {n: "i32" for n in _INTEGERS if n not in constexprs}
     scalars |= dict.fromkeys(("alpha", "keep_scale", "eps"), "fp32")
     return AotConfig(
-        name=f"{name} D={width}",
+        name=f"residual_layer_norm.{name} D={width}",
         kernel=kernel,
         signature=constexpr_signature(kernel, pointers, scalars, constexprs),
         constexprs=constexprs,
