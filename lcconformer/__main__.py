@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, FileNotFoundError, NotImplementedError, ImportError) as error:
+    except (ValueError, OSError, NotImplementedError, ImportError) as error:
         # the message says what was wrong, what was got and what to do; a traceback would hide it
         print(f"lcconformer {args.command}: {error}", file=sys.stderr)
         return 2
