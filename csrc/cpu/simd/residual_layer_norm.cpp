@@ -1,0 +1,127 @@
+// A residual addition and the LayerNorm after it, row by row, forward and backward; feed_forward takes its norm from here.
+#include "../kernels.h"
+#include "dropout.h"
+#include "memory.h"
+#include "threads.h"
+
+namespace lcc {
+namespace LCC_SIMD {
+namespace {
+
+constexpr int64_t PARTS = 64;  // partial sums of the parameters' gradients
+
+int64_t random_size(const LayerNorm& a) { return a.dropout.seed ? round_up(a.D, DROPOUT_PAD) / 2 : 0; }  // in floats
+
+template <typename T>
+void forward(const LayerNorm& a) {
+    int64_t row = round_up(a.D, W);
+    int64_t thread_memory = Scratch::padded(row + random_size(a));
+    Scratch scratch(a.threads * thread_memory);
+    float* memory = scratch.take(a.threads * thread_memory);
+#pragma omp parallel num_threads(a.threads)
+    {
+        float* buffer = memory + thread_number() * thread_memory;  // a row of s
+        uint16_t* random = reinterpret_cast<uint16_t*>(buffer + row);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < a.M; i++) {
+            const T* x = static_cast<const T*>(a.x) + i * a.x_stride;
+            T* n = static_cast<T*>(a.n) + i * a.D;
+            if (a.dropout.seed) random_row(random, a.D, *a.dropout.seed, 0, 0, (uint32_t)i, 0);
+            vec sums = {}, squares = {};
+            for (int64_t d = 0; d < a.D; d += W) {
+                vec s = load_at(x, d, a.D);
+                if (a.y) {
+                    vec y = load_at(static_cast<const T*>(a.y) + i * a.y_stride, d, a.D) * a.alpha;
+                    if (a.dropout.seed) y *= dropout_factor(random + d, a.dropout);
+                    // the norm is that of s as stored
+                    T* stored = static_cast<T*>(a.s) + i * a.D;
+                    store_at(stored, s + y, d, a.D);
+                    s = load_at(stored, d, a.D);
+                }
+                store(buffer + d, s);
+                sums += s;
+            }
+            float mean = sum(sums) / a.D;
+            for (int64_t d = 0; d < a.D; d += W) {
+                vec centred = first_lanes(load(buffer + d) - mean, a.D - d);
+                squares += centred * centred;
+            }
+            float rstd = 1.0f / sqrtf(sum(squares) / a.D + a.eps);
+            for (int64_t d = 0; d < a.D; d += W) {
+                vec normal = (load(buffer + d) - mean) * rstd;
+                store_at(n, normal * load_at(a.weight, d, a.D) + load_at(a.bias, d, a.D), d, a.D);
+            }
+            if (a.mean) {
+                a.mean[i] = mean;
+                a.rstd[i] = rstd;
+            }
+        }
+    }
+}
+
+template <typename T>
+void backward(const LayerNorm& a) {
+    int64_t row = round_up(a.D, W), each = imax(1, cdiv(a.M, PARTS)), parts = cdiv(a.M, each);
+    int64_t thread_memory = Scratch::padded(row + random_size(a));
+    Scratch scratch(Scratch::padded(parts * 2 * row) + a.threads * thread_memory);
+    float* sums = scratch.take(parts * 2 * row);
+    float* memory = scratch.take(a.threads * thread_memory);
+#pragma omp parallel num_threads(a.threads)
+    {
+        float* buffer = memory + thread_number() * thread_memory;  // dn * weight
+        uint16_t* random = reinterpret_cast<uint16_t*>(buffer + row);
+#pragma omp for schedule(static)
+        for (int64_t part = 0; part < parts; part++) {
+            float* dweight = sums + part * 2 * row;
+            float* dbias = dweight + row;
+            for (int64_t i = part * each; i < imin((part + 1) * each, a.M); i++) {
+                const T* x = static_cast<const T*>(a.x) + i * a.x_stride;
+                const T* dn = static_cast<const T*>(a.dn) + i * a.dn_stride;
+                const T* ds = static_cast<const T*>(a.ds) + i * a.ds_stride;
+                float mean = a.mean[i], rstd = a.rstd[i];
+                vec total = {}, total_normal = {};
+                for (int64_t d = 0; d < a.D; d += W) {
+                    vec normal = (load_at(x, d, a.D) - mean) * rstd, grad = load_at(dn, d, a.D);
+                    store(dweight + d, load(dweight + d) + grad * normal);
+                    store(dbias + d, load(dbias + d) + grad);
+                    grad *= load_at(a.weight, d, a.D);
+                    store(buffer + d, grad);
+                    total += grad;
+                    total_normal += grad * normal;
+                }
+                float mean_grad = sum(total) / a.D, mean_normal = sum(total_normal) / a.D;
+                if (a.dy && a.dropout.seed) random_row(random, a.D, *a.dropout.seed, 0, 0, (uint32_t)i, 0);
+                for (int64_t d = 0; d < a.D; d += W) {
+                    vec normal = (load_at(x, d, a.D) - mean) * rstd;
+                    vec dx = (load(buffer + d) - mean_grad - normal * mean_normal) * rstd + load_at(ds, d, a.D);
+                    store_at(static_cast<T*>(a.dx) + i * a.D, dx, d, a.D);
+                    if (a.n) {
+                        vec n = normal * load_at(a.weight, d, a.D) + load_at(a.bias, d, a.D);
+                        store_at(static_cast<T*>(a.n) + i * a.D, n, d, a.D);
+                    }
+                    if (!a.dy) continue;
+                    vec dy = dx * a.alpha;
+                    if (a.dropout.seed) dy *= dropout_factor(random + d, a.dropout);
+                    store_at(static_cast<T*>(a.dy) + i * a.D, dy, d, a.D);
+                }
+            }
+        }
+    }
+    for (int64_t d = 0; d < a.D; d += W) {
+        vec dweight = {}, dbias = {};
+        for (int64_t part = 0; part < parts; part++) {
+            dweight += load(sums + part * 2 * row + d);
+            dbias += load(sums + part * 2 * row + row + d);
+        }
+        store_at(a.dparams, dweight, d, a.D);
+        store_at(a.dparams + a.D, dbias, d, a.D);
+    }
+}
+
+}  // namespace
+
+void layer_norm_forward(const LayerNorm& a) { a.bf16 ? forward<bf16>(a) : forward<float>(a); }
+void layer_norm_backward(const LayerNorm& a) { a.bf16 ? backward<bf16>(a) : backward<float>(a); }
+
+}  // namespace LCC_SIMD
+}  // namespace lcc
