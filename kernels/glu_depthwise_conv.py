@@ -474,13 +474,15 @@ def _weight_bwd_kernel(
 def conv_config(channels: int, frames: int, layer: bool) -> LaunchConfig:
     """Tiles of the sliding kernels: two channels a thread keep R = 16 frames in about 125 registers, unspilled.
 
-    LayerNorm needs all channels of a frame in one program; short inputs take R = 8 for twice the programs.
+    LayerNorm needs all channels of a frame in one program, beyond 1024 four a thread with half the window; short
+    inputs take R = 8 for twice the programs.
     """
     block_c = max(64, next_power_of_2(channels)) if layer else 64
     block_r = 8 if frames < 256 or block_c > 1024 else 16
     block_s = max(1, 256 // block_c)
     warps = min(16, max(4, block_c * block_s // 64))
-    return LaunchConfig(warps, 1, {"BLOCK_S": block_s, "BLOCK_R": block_r, "BLOCK_C": block_c, "TAPS": 8})
+    taps = 4 if block_c > 1024 else 8
+    return LaunchConfig(warps, 1, {"BLOCK_S": block_s, "BLOCK_R": block_r, "BLOCK_C": block_c, "TAPS": taps})
 
 
 def weight_config(kernel_size: int) -> LaunchConfig:

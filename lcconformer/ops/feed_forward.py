@@ -72,6 +72,7 @@ def feed_forward(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not agree.
+        NotImplementedError: a forced backend cannot serve them.
     """
     check_shape(OP, "x", x, (None, None, None), "[B, T, D]")
     d = x.shape[-1]

@@ -136,6 +136,7 @@ def glu_depthwise_conv(
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit.
+        NotImplementedError: a forced backend cannot serve them.
     """
     check_shape(OP, "weight", weight, (None, None), "[C, K]")
     c, k = weight.shape
@@ -209,6 +210,10 @@ def glu_depthwise_conv(
 # --- fused -----------------------------------------------------------------------------------------------------------
 
 
+# one program owns all channels of a frame
+_MAX_LAYER_CHANNELS = 2048
+
+
 def _triton_unsupported(x: Tensor, norm: str, activation: str, norm_weight: Tensor | None) -> list[str]:
     reasons = triton_reasons(x)
     if activation != "silu":
@@ -218,10 +223,6 @@ def _triton_unsupported(x: Tensor, norm: str, activation: str, norm_weight: Tens
     if norm != "none" and norm_weight is not None and norm_weight.dtype == torch.float64:
         reasons.append("norm_weight is float64")
     return reasons
-
-
-# one program owns all channels of a frame
-_MAX_LAYER_CHANNELS = 2048
 
 
 @torch.no_grad()

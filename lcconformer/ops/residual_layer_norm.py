@@ -60,6 +60,7 @@ def residual_layer_norm(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not agree.
+        NotImplementedError: a forced backend cannot serve them.
     """
     if x.dim() == 0:
         raise ValueError(f"{OP}: x has no dimensions; expected [..., D]")
@@ -85,6 +86,10 @@ def residual_layer_norm(
 # --- fused -----------------------------------------------------------------------------------------------------------
 
 
+# a program owns whole rows
+MAX_WIDTH = 8192
+
+
 def _triton_unsupported(x: Tensor, weight: Tensor) -> list[str]:
     reasons = triton_reasons(x)
     if x.shape[-1] > MAX_WIDTH:
@@ -93,9 +98,6 @@ def _triton_unsupported(x: Tensor, weight: Tensor) -> list[str]:
         reasons.append("weight is float64")
     return reasons
 
-
-# a program owns whole rows
-MAX_WIDTH = 8192
 
 torch.library.define(
     "lcconformer::residual_layer_norm_fwd",

@@ -180,6 +180,12 @@ def test_shipped_tiles_of_long_inputs(check):
     check(inputs, torch.randn(1, 261, 5, device=DEVICE), [250], "layer")
 
 
+def test_shipped_tiles_of_wide_inputs(check):
+    """Beyond 1024 channels LayerNorm takes four of them a thread."""
+    inputs = make_inputs(1, 10, 1100, 5, "layer", torch.float32)
+    check(inputs, torch.randn(1, 10, 1100, device=DEVICE), [9], "layer")
+
+
 @pytest.mark.parametrize("norm", ["layer", "batch"])
 @pytest.mark.usefixtures("_wide")
 def test_strides(check, norm):
