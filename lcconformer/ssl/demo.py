@@ -36,7 +36,7 @@ from .output import describe_machine, write_json
 from .probe_training import PROBES
 from .probing import LOG_MEL, TOLERANCE, ProbeSettings, accuracies, probe_model, smallest_depth
 from .report import format_results, write_report
-from .settings import PretrainSettings, StepRecord
+from .settings import PretrainResult, PretrainSettings, StepRecord
 from .sources import hold_out_speakers
 from .timing import time_depths
 from .training import pretrain
@@ -48,7 +48,7 @@ _MINUTES = 5.0
 # of the time of a whole demo, what the two trainings may take; the rest measures
 _TRAINING = 0.6
 _MOST_TRAIN_MINUTES, _MOST_TEST_MINUTES = 60.0, 5.0  # of speech
-_STEPS_PER_MINUTE = 60  # at most, so that machines that are fast enough all run the same steps
+_STEPS_PER_MINUTE = 120  # at most, so that machines that are fast enough all run the same steps
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ class DemoPlan:
 def default_plan(steps: int) -> DemoPlan:
     """The small encoder of the demo, its training over ``steps`` steps, and its probes."""
     config = ConformerConfig(
-        d_model=144,
+        d_model=128,
         num_heads=4,
-        ffn_dim=576,
+        ffn_dim=512,
         num_layers=8,
         conv_kernel_size=15,
         dropout=0.0,
@@ -86,15 +86,16 @@ def default_plan(steps: int) -> DemoPlan:
         objective=ObjectiveSettings("reconstruction"),
         depth="uniform",
         steps=steps,
-        learning_rate=3e-3,
+        learning_rate=1e-3,
         warmup=0.1,
-        batch_seconds=30.0,
+        batch_seconds=20.0,
         crop_seconds=15.0,
         device="cpu",
         validate_every=steps,
         checkpoint_every=steps,
     )
-    return DemoPlan(settings, ProbeSettings(max_frames=60_000, hidden=128, epochs=4))
+    # in proportion, so that a machine with time for fewer steps measures on fewer frames too
+    return DemoPlan(settings, ProbeSettings(max_frames=min(60_000, 100 * steps), hidden=128, epochs=4))
 
 
 class Stages:
@@ -250,17 +251,15 @@ def run_demo(
 
 def _train(
     settings: PretrainSettings, train: Corpus, test: Corpus, folder: Path, report: Callable[..., None]
-) -> tuple[Any, dict[str, Any]]:
-    cpu = [time.process_time()]
+) -> tuple[PretrainResult, dict[str, Any]]:
+    cpu: list[float] = []  # processor time at the end of each step; the first one also warms up
 
     def on_step(record: StepRecord) -> None:
         cpu.append(time.process_time())
         note = f"step {record.step}/{settings.steps}  loss {record.loss:.3f}  loops {record.depths[0]}"
         report(record.step / settings.steps, note)
 
-    result = pretrain(settings, train, test, out=folder, on_step=on_step, progress=False)
-    if result.stopped != "steps":
-        raise KeyboardInterrupt
+    result = _to_the_end(pretrain(settings, train, test, out=folder, on_step=on_step, progress=False))
     history = result.history
     last = history[-max(1, len(history) // 10) :]
     return result, {
@@ -276,6 +275,13 @@ def _train(
         "elapsed": [r.elapsed_s for r in history],
         "held_out_loss": list(result.validation[-1][1]),
     }
+
+
+def _to_the_end(result: PretrainResult) -> PretrainResult:
+    """The result, unless the run was told to stop: pretraining keeps what it has, a demo has no use for half a run."""
+    if result.stopped != "steps":
+        raise KeyboardInterrupt
+    return result
 
 
 def _parameters(config: ConformerConfig) -> dict[str, Any]:
@@ -379,7 +385,7 @@ def _measure_step(train: Corpus) -> float:
     """Seconds of a step through all loops here, the lesser of the last two of four."""
     settings = dataclasses.replace(default_plan(4).settings, depth="fixed")
     with tempfile.TemporaryDirectory() as folder:
-        history = pretrain(settings, train, out=folder, progress=False).history
+        history = _to_the_end(pretrain(settings, train, out=folder, progress=False)).history
     return min(r.compute_s + r.data_s for r in history[-2:])
 
 

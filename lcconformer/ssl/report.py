@@ -260,7 +260,7 @@ def _training_table(results: Mapping[str, Any]) -> tuple[list[list[str]], list[l
         ("steps", "steps", "{:d}"),
         ("mean loops a step", "mean_depth", "{:.2f}"),
         ("wall-clock time (s)", "seconds", "{:.1f}"),
-        ("processor time (s)", "cpu_seconds", "{:.1f}"),
+        ("processor time after the first step (s)", "cpu_seconds", "{:.1f}"),
         ("utterances per second", "utterances_per_second", "{:.1f}"),
         ("speech seen (h)", "speech_hours", "{:.2f}"),
         ("training loss, mean of the last tenth", "final_loss", "{:.4f}"),
