@@ -244,6 +244,35 @@ def test_wav2vec2_conformer_checkpoints_activations(wav2vec2_model):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_wav2vec2_conformer_compiles_and_exports(wav2vec2_model):
+    """Layers in one graph for every T; and with them the encoder exports, whose own relative shift the exporter refuses."""
+    model = wav2vec2_model()
+    accelerate(model)
+    encoder = model.wav2vec2_conformer.encoder
+    torch._dynamo.reset()
+    compiled = torch.compile(encoder.layers[0], backend="eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for frames in (13, 20):
+            x = torch.randn(2, frames, 24)
+            keep = (torch.arange(frames) < torch.tensor([[frames], [6]]))[:, None, None].expand(2, 1, frames, frames)
+            table = encoder.embed_positions(x)
+            with torch.compiler.set_stance("default" if frames == 13 else "fail_on_recompile"):
+                got = compiled(x, attention_mask=keep, relative_position_embeddings=table)
+            want = encoder.layers[0](x, attention_mask=keep, relative_position_embeddings=table)
+            torch.testing.assert_close(got, want)
+
+        def data(frames):
+            return torch.randn(2, frames, 24), torch.arange(frames) < torch.tensor([[frames], [6]])
+
+        frames = torch.export.Dim("T", min=3, max=512)
+        program = torch.export.export(
+            encoder, data(13), dynamic_shapes={"hidden_states": {1: frames}, "attention_mask": {1: frames}}
+        ).module()
+        x, keep = data(31)
+        want = encoder(x.clone(), keep).last_hidden_state
+        torch.testing.assert_close(program(x.clone(), keep).last_hidden_state, want)
+
+
 def test_attention_weights_are_refused(wav2vec2_model):
     model = wav2vec2_model()
     accelerate(model)

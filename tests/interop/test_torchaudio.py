@@ -193,6 +193,16 @@ def test_masked_padding_makes_a_batch_equal_single_utterances(torchaudio_conform
             assert (peer_batch[i, :n] - peer_alone).abs().max() > 1e-3
 
 
+def test_exports_with_dynamic_frames():
+    """As torchaudio's cannot, which reads the longest length on the host."""
+    ours = Conformer(16, 4, 32, 2, 7).eval()
+    frames = torch.export.Dim("T", min=3, max=512)
+    inputs = torch.randn(2, 13, 16), torch.tensor([13, 5])
+    program = torch.export.export(ours, inputs, dynamic_shapes={"input": {1: frames}, "lengths": None}).module()
+    x, lengths = torch.randn(2, 31, 16), torch.tensor([20, 5])
+    torch.testing.assert_close(program(x, lengths)[0], ours(x, lengths)[0])
+
+
 @pytest.mark.parametrize("group", [False, True])
 @pytest.mark.parametrize("first", [False, True])
 def test_dropout_is_applied_in_training_only(group, first):
