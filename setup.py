@@ -152,7 +152,8 @@ class BuildExtension(build_ext):
                 raise BuildFailed(f"LCCONFORMER_CUDA=1, but {compiler}")
             say(f"{compiler}: installing without the compiled extension (PyTorch and Triton still serve every op)")
             # a module of an earlier build would not fit these sources
-            (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
+            for stale in (target, ROOT / self.get_ext_filename(ext.name)):
+                stale.unlink(missing_ok=True)
             return
         nvcc = "switched off by LCCONFORMER_CUDA=0" if CUDA_SWITCH == "0" else toolchain.find_nvcc()
         if isinstance(nvcc, str):

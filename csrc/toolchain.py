@@ -134,7 +134,8 @@ def architectures(nvcc: Nvcc) -> list[str]:
         if arch not in known or int(match[1]) < 8:
             if not asked:
                 continue
-            usable = ", ".join(sorted((k for k in known if int(re.sub(r"\D", "", k)) >= 80), key=lambda k: (len(k), k)))
+            number = {k: int(re.sub(r"\D", "", k)) for k in known}
+            usable = ", ".join(sorted((k for k in known if number[k] >= 80), key=lambda k: (number[k], k)))
             raise ValueError(f"LCCONFORMER_CUDA_ARCHS: CUDA {nvcc.version} cannot build {item}; it can build {usable}")
         if (arch + (match[4] or "")) not in archs:
             archs.append(arch + (match[4] or ""))
