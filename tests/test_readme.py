@@ -21,7 +21,11 @@ def test_python_blocks_run(text):
 
 
 @pytest.mark.parametrize(
-    ("marker", "ends"), [("<!-- demo command -->", "python -m lcconformer demo"), ("<!-- test command -->", "pytest -n auto --dist loadfile")]
+    ("marker", "ends"),
+    [
+        ("<!-- demo command -->", "python -m lcconformer demo"),
+        ("<!-- test command -->", "pytest -n auto --dist loadfile"),
+    ],
 )
 def test_commands_stand_behind_their_markers(text, marker, ends):
     command = re.search(re.escape(marker) + r"\n```bash\n(.+)\n```", text).group(1)
