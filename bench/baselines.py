@@ -99,7 +99,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, table: Tensor | None) -> Tensor:
         q, k, v = (t.unflatten(-1, self.split) for t in self.qkv(self.norm(x)).chunk(3, -1))
-        relative = (None, None, None)
+        relative: tuple = (None, None, None)
         if self.relative:
             relative = (self.pos(table).unflatten(-1, self.split), self.u.to(q.dtype), self.v_bias.to(q.dtype))
         y = self.attention(q, k, v, *relative, dropout_p=self.drop.p if self.training else 0.0)

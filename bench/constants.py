@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import shutil
 import subprocess
@@ -79,7 +80,7 @@ def _products(device: str, d_model: int, tokens: Sequence[int]) -> dict[str, flo
         for name, (n, k) in PRODUCTS.items():
             x = torch.randn(m, k * d_model, device=device).to(dtype)
             w = torch.randn(n * d_model, k * d_model, device=device).to(dtype)
-            ms = _median_ms(lambda x=x, w=w: F.linear(x, w), device)
+            ms = _median_ms(functools.partial(F.linear, x, w), device)
             rates[f"{name}, d={d_model}, {m} frames"] = 2 * m * n * k * d_model**2 / ms / 1e9
     return rates
 
@@ -104,7 +105,7 @@ def _depthwise(device: str, d_model: int, shape: tuple[int, int]) -> dict[str, f
             return torch.autograd.grad(y, [x, weight], y)
 
         moved = x.nbytes
-        ms, both_ms = _median_ms(lambda f=forward: f(), device), _median_ms(both, device)
+        ms, both_ms = _median_ms(forward, device), _median_ms(both, device)
         rates[f"forward, {layout}, B={b} T={t} d={d_model}"] = 2 * moved / ms / 1e6
         rates[f"forward and backward, {layout}, B={b} T={t} d={d_model}"] = 5 * moved / both_ms / 1e6
     return rates

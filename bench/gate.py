@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,6 +143,7 @@ class Gate:
     def _run(self, provider: Provider, depth: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """The plain version on the checked utterances."""
         case = self.case
+        module: Any
         if case.op:
             module = BASELINE_OPS[case.op](case)
             # parameters rounded as the providers have them

@@ -19,6 +19,18 @@ __all__ = ["BASELINE_OPS", "LIBRARY_OPS", "SDPA_OPS"]
 class _Op(nn.Module):
     """Parameters by name; ``function(module, x)`` does the work."""
 
+    weight: Tensor
+    bias: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+    pos: Tensor
+    u: Tensor
+    v_bias: Tensor
+
     def __init__(self, case: Case, function: Callable, **shapes: tuple[int, ...]) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(2)

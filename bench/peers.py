@@ -83,7 +83,7 @@ def wav2vec2(case: Case) -> nn.Module:
     from transformers import Wav2Vec2ConformerConfig
     from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import Wav2Vec2ConformerEncoder
 
-    config = Wav2Vec2ConformerConfig(
+    config: Any = Wav2Vec2ConformerConfig(
         hidden_size=case.d_model,
         num_hidden_layers=case.layers,
         num_attention_heads=case.num_heads,
@@ -96,9 +96,9 @@ def wav2vec2(case: Case) -> nn.Module:
         attention_dropout=case.dropout,
         conformer_conv_dropout=case.dropout,
         layerdrop=0.0,
-        attn_implementation="sdpa",
     )
-    model = Wav2Vec2ConformerEncoder(config)
+    config._attn_implementation = "sdpa"
+    model: Any = Wav2Vec2ConformerEncoder(config)
     model.layer_norm = nn.Identity()
     # created by the class, never used by its forward
     del model.pos_conv_embed
@@ -110,7 +110,7 @@ def parakeet(case: Case) -> nn.Module:
     _import_transformers()
     from transformers import ParakeetEncoder, ParakeetEncoderConfig
 
-    config = ParakeetEncoderConfig(
+    config: Any = ParakeetEncoderConfig(
         hidden_size=case.d_model,
         num_hidden_layers=case.layers,
         num_attention_heads=case.num_heads,
@@ -121,9 +121,9 @@ def parakeet(case: Case) -> nn.Module:
         attention_dropout=case.dropout,
         layerdrop=0.0,
         scale_input=False,
-        attn_implementation="sdpa",
     )
-    model = ParakeetEncoder(config)
+    config._attn_implementation = "sdpa"
+    model: Any = ParakeetEncoder(config)
     model.subsampling = _PassThrough()
     return _Call(model, model.layers)
 

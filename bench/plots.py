@@ -27,7 +27,6 @@ COLOURS = {
     "lcconformer:cpu": "#be123c",
     "lcconformer:triton": "#e11d48",
     "lcconformer:cuda": "#881337",
-    "lcconformer:torch+graphs": "#f9a8d4",
     "lcconformer:triton+graphs": "#db2777",
     "lcconformer:cuda+graphs": "#9333ea",
 }
@@ -89,7 +88,7 @@ def plot(rows: Sequence[Row], results: Results, folder: Path) -> list[Path]:
 def _series(rows: Sequence[Row], along: str) -> tuple[int, dict[str, list[Row]]] | None:
     """Rows by label along ``"frames"`` or ``"batch"``, at the value of the other one that has the most points."""
     other = "batch" if along == "frames" else "frames"
-    values = {getattr(r, other): set() for r in rows}
+    values: dict[int, set[int]] = {getattr(r, other): set() for r in rows}
     for r in rows:
         values[getattr(r, other)].add(getattr(r, along))
     fixed = max(values, key=lambda v: (len(values[v]), v))

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -206,7 +207,7 @@ PROVIDERS: tuple[Provider, ...] = (
         note="BatchNorm, no dropout on residual branches",
     ),
     *(_library(b) for b in reversed(lcconformer.ops._backend.BACKENDS)),
-    *(_library(b, graphs=True) for b in ("torch", "triton", "cuda")),
+    *(_library(b, graphs=True) for b in ("triton", "cuda")),
 )
 # minutes of compilation for a few percent: only by name
 _ON_REQUEST = {"compile:max-autotune"}
@@ -256,7 +257,7 @@ def record_backends() -> Iterator[dict[str, str]]:
 
 def build(provider: Provider, case: Case, state: dict[str, Tensor] | None) -> nn.Module:
     """The provider's module on the case's device, with these weights in every layer, compiled if it is a compiled one."""
-    module = provider.build(case)
+    module: Any = provider.build(case)
     # transformers keeps rates of positions in a buffer that a cast to half precision would spoil
     rates = {name: buffer.clone() for name, buffer in module.named_buffers() if name.endswith("inv_freq")}
     if state is not None:
@@ -265,4 +266,12 @@ def build(provider: Provider, case: Case, state: dict[str, Tensor] | None) -> nn
     for name, buffer in rates.items():
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, buffer.to(case.device))
-    return module if provider.compile is None else torch.compile(module, **provider.compile)
+    if provider.compile is None:
+        return module
+    if case.op or case.device == "cuda":
+        compiled: Any = torch.compile(module, **provider.compile)
+        return compiled
+    # on a CPU, where compiling takes minutes and launches cost little: one graph, which all layers share
+    for layer in module.layers:
+        layer.compile(**provider.compile)
+    return module

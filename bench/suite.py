@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -85,6 +86,7 @@ def run_case(
     ceilings = ceilings_of(case, results)
     gate = Gate(case)
     ready: dict[str, Runner] = {}
+    memory: dict[str, float | None] = {}
     for provider in providers:
         own = [case.layers]
         if provider.name == "lcconformer" and not case.op:
@@ -93,7 +95,9 @@ def run_case(
             step(f"{case}: checking {provider}")
             label = f"{provider} depth {depth}"
             try:
-                ready[label] = prepare(provider, case.replace(depth=depth), gate)
+                runner = prepare(provider, case.replace(depth=depth), gate)
+                memory[label] = _peak_memory(runner)
+                ready[label] = runner
             except Skip as skip:
                 if results.skip(str(provider), str(case), str(skip)):
                     say(f"skipped  {provider}: {skip}")
@@ -106,13 +110,13 @@ def run_case(
                 results.skip(str(provider), str(case), f"failed: {reason}")
                 say(f"FAILED   {provider} on {case}: {reason}")
     step(f"{case}: timing")
-    memory = {label: _peak_memory(runner) for label, runner in ready.items()}
     timings = time_interleaved(ready, case.device, seconds, rounds)
     eager = next((timings[label].median for label, runner in ready.items() if runner.provider.name == "eager"), None)
     rows = [_row(runner, timings[label], memory[label], eager, ceilings) for label, runner in ready.items()]
     results.add(rows)
     ready.clear()
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
     gc.collect()
     if case.device == "cuda":
         torch.cuda.empty_cache()
