@@ -30,6 +30,9 @@ from ._common import (
 from .partials import sum_rows
 from .residual_layer_norm import layer_norm, layer_norm_backward, rows_of
 
+# what changes with T, B or K: specialised on ones and multiples of 16 it would compile again for new lengths
+RUNTIME = ("M", "rows_each", "threshold")
+
 # dropout streams
 HIDDEN = tl.constexpr(0)
 OUTPUT = tl.constexpr(1)
@@ -40,7 +43,7 @@ _CONFIG = LaunchConfig(num_warps=4, num_stages=1, blocks={"BLOCK_M": 16, "BLOCK_
 
 @triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * x))
+    return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
@@ -61,7 +64,7 @@ def _add_bias(x, bias_ptr, offs_n, N):
         return x + tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _activation_fwd_kernel(
     u_ptr, bias_ptr, seed_ptr, g_ptr, M, N, threshold, keep_scale, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
@@ -76,7 +79,7 @@ def _activation_fwd_kernel(
     tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _activation_bwd_kernel(
     dg_ptr, u_ptr, bias_ptr, seed_ptr, du_ptr, g_ptr, part_ptr, M, N, rows_each, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -104,7 +107,7 @@ def _activation_bwd_kernel(
     tl.store(part_ptr + program.to(tl.int64) * N + offs_n, tl.sum(acc, 0), mask=offs_n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _residual_fwd_kernel(
     z_ptr, bias_ptr, x_ptr, stride_xm, seed_ptr, out_ptr, M, N, scale, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -122,7 +125,7 @@ def _residual_fwd_kernel(
     tl.store(out_ptr + wide * N + offs_n[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _residual_bwd_kernel(
     dout_ptr, stride_dm, seed_ptr, dz_ptr, part_ptr, M, N, rows_each, scale, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

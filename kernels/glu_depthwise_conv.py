@@ -34,6 +34,9 @@ from ._common import (
 )
 from .partials import sum_rows
 
+# what changes with T, B or K: specialised on ones and multiples of 16 it would compile again for new lengths
+RUNTIME = ("T", "K", "P", "tiles", "TILE", "chunks", "chunk", "lane")
+
 NONE, RUNNING, LAYER, STATS = (tl.constexpr(i) for i in range(4))
 
 
@@ -42,7 +45,7 @@ NONE, RUNNING, LAYER, STATS = (tl.constexpr(i) for i in range(4))
 
 @triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * x))
+    return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
@@ -98,7 +101,7 @@ def _slide(
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _conv_fwd_kernel(
     x_ptr, stride_xb, stride_xt, stride_xc, taps_ptr, bias_ptr, lengths_ptr,
     norm_weight_ptr, norm_bias_ptr, running_mean_ptr, running_var_ptr,
@@ -179,7 +182,7 @@ def _merge(count, mean, m2, part_count, part_mean, part_m2):
     return count + n, mean + delta * (n / total), m2 + spread + delta * delta * (count * n / total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _merge_batch_kernel(
     part_mean_ptr, part_m2_ptr, lengths_ptr, mean_ptr, var_ptr, count_ptr, T, C, tiles, P, TILE,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -209,7 +212,7 @@ def _merge_batch_kernel(
     tl.store(count_ptr + offs_c, count, mask=offs_c < 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _merge_group_kernel(
     part_mean_ptr, part_m2_ptr, lengths_ptr, mean_ptr, var_ptr, T, C, tiles, TILE, GROUP_C, BLOCK_P: tl.constexpr
 ):
@@ -234,7 +237,7 @@ def _merge_group_kernel(
     tl.store(var_ptr + at, m2 / tl.maximum(count, 1.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _norm_fwd_kernel(
     y_ptr, mean_ptr, var_ptr, stride_sb, GROUP_C, norm_weight_ptr, norm_bias_ptr, out_ptr, T, C, tiles, eps,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -259,7 +262,7 @@ def _norm_fwd_kernel(
 # --- backward --------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _norm_bwd_kernel(
     dout_ptr, stride_db, stride_dt, stride_dc, y_ptr, mean_ptr, var_ptr, stride_sb, GROUP_C,
     norm_weight_ptr, norm_bias_ptr, dy_ptr, part_ptr, T, C, chunks, chunk, eps,
@@ -325,7 +328,7 @@ def _norm_bwd_kernel(
         tl.store(part_ptr + at + C, tl.sum(sum_dzx, 0), mask=mask_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _group_sums_kernel(part_ptr, norm_weight_ptr, sums_ptr, C, chunks, GROUP_C, BLOCK_P: tl.constexpr):
     """sums [B, G, 2] of gamma * (dz, dz * xhat) over a group, from part [B, chunks, 2, C]."""
     b = tl.program_id(0).to(tl.int64)
@@ -345,7 +348,7 @@ def _group_sums_kernel(part_ptr, norm_weight_ptr, sums_ptr, C, chunks, GROUP_C, 
     tl.store(sums_ptr + at + 1, tl.sum(acc_dzx, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _stats_bwd_kernel(
     dout_ptr, stride_db, stride_dt, stride_dc, y_ptr, mean_ptr, var_ptr, stride_sb, GROUP_C,
     norm_weight_ptr, norm_bias_ptr, lengths_ptr, sums_ptr, count_ptr, dy_ptr, T, C, tiles, eps,
@@ -387,7 +390,7 @@ def _stats_bwd_kernel(
     tl.store(dy_ptr + at, (rstd * (dz * gamma - through_stats)).to(dy_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _input_bwd_kernel(
     dy_ptr, x_ptr, stride_xb, stride_xt, stride_xc, taps_ptr, lengths_ptr, dx_ptr, g_ptr,
     T, C, K, tiles,
@@ -423,7 +426,7 @@ def _input_bwd_kernel(
         tl.store(dx_ptr + at + C, (dvalue * value * (1.0 - s)).to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _weight_bwd_kernel(
     dy_ptr, g_ptr, part_weight_ptr, part_bias_ptr, T, C, K, chunks, lane,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, TAPS: tl.constexpr, STEP: tl.constexpr,

@@ -10,11 +10,14 @@ import triton.language as tl
 
 from ._common import TRITON_DTYPE, AotConfig, LaunchConfig, cdiv, constexpr_signature, launch
 
+# what changes with T, B or K: specialised on ones and multiples of 16 it would compile again for new lengths
+RUNTIME = ("P",)
+
 # [32, 64] floats over 4 warps: each lane adds 16 rows before the block's tree
 _CONFIG = LaunchConfig(num_warps=4, num_stages=1, blocks={"BLOCK_P": 32, "BLOCK_N": 64})
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _sum_rows_kernel(part_ptr, out_ptr, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)

@@ -51,7 +51,10 @@ def check(assert_close, tensors, dout, keep=None, **kwargs):
     ref = eager(tensors, dout, torch.float64, ref_keep, scale)
     low = eager(tensors, dout, dout.dtype, low_keep, scale)
     for name, value in ref.items():
-        assert_close(name, out[name], value, low[name], 2 if name == "out" else 3)
+        # a sum over rows rounds like its terms
+        sums = name not in ("out", "dx")
+        magnitude = dout.shape[:-1].numel() ** 0.5 * dout.abs().max().item() if sums else 0.0
+        assert_close(name, out[name], value, low[name], 2 if name == "out" else 3, magnitude)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])

@@ -17,7 +17,7 @@ EPS = 1e-5
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
     # sigmoid of a large negative number, 1 / (1 + inf)
-    pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
 ]
 GRADS = ("dx", "dweight", "dbias", "dnorm_weight", "dnorm_bias")
 
@@ -116,9 +116,8 @@ def check(assert_close):
         assert_close("out", out, ref, low, 2)
         assert grads.keys() == ref_grads.keys()
         for name, grad in grads.items():
-            # a bias before these norms has (nearly) no gradient: its scale is that of the sums that cancel
-            cancels = name == "dbias" and norm in ("batch", "group")
-            scale = ref_grads["dnorm_bias"].abs().max().item() if cancels else 0.0
+            # a sum over frames rounds like its terms
+            scale = 0.0 if name == "dx" else dout.shape[:2].numel() ** 0.5 * dout.abs().max().item()
             assert_close(name, grad, ref_grads[name], low_grads[name], 3, scale)
 
     return compare

@@ -46,7 +46,11 @@ def check(assert_close, args, keep=None, **kwargs):
     ref = eager(*args, torch.float64, keep, alpha)
     low = eager(*args, args[0].dtype, keep, alpha)
     for name, value in out.items():
-        assert_close(name, value, ref[name], low[name], 3 if name.startswith("d") else 2)
+        # a sum over rows rounds like its terms
+        scale = (
+            args[-1].shape[:-1].numel() ** 0.5 * args[-1].abs().max().item() if name in ("dweight", "dbias") else 0.0
+        )
+        assert_close(name, value, ref[name], low[name], 3 if name.startswith("d") else 2, scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])

@@ -24,7 +24,8 @@ SHORT = {"BLOCK_R": 2, "TAPS": 2, "STEP": 2}
 
 
 def variants(config: AotConfig) -> Iterator[AotConfig]:
-    integers = [n for n, kind in config.signature.items() if kind == "i32"]
+    fixed = {p.name for p in config.kernel.params if p.do_not_specialize}
+    integers = [n for n, kind in config.signature.items() if kind == "i32" and n not in fixed]
     ones = dict.fromkeys(integers, 1)
     # LayerNorm always has its bias
     absent = [n for n in OPTIONAL if n in config.signature and not (n == "bias_ptr" and "layer_norm" in config.name)]
