@@ -86,7 +86,7 @@ def default_plan(steps: int) -> DemoPlan:
         objective=ObjectiveSettings("reconstruction"),
         depth="uniform",
         steps=steps,
-        learning_rate=1e-3,
+        learning_rate=5e-4,
         warmup=0.1,
         batch_seconds=20.0,
         crop_seconds=15.0,
@@ -94,8 +94,9 @@ def default_plan(steps: int) -> DemoPlan:
         validate_every=steps,
         checkpoint_every=steps,
     )
-    # in proportion, so that a machine with time for fewer steps measures on fewer frames too
-    return DemoPlan(settings, ProbeSettings(max_frames=min(60_000, 100 * steps), hidden=128, epochs=4))
+    # a machine with time for fewer steps measures on fewer frames; the probes' own steps stay as many, they need them
+    frames = min(60_000, 100 * steps)
+    return DemoPlan(settings, ProbeSettings(max_frames=frames, hidden=128, epochs=round(240_000 / frames)))
 
 
 class Stages:
@@ -192,7 +193,7 @@ def run_demo(
                 report(number / len(models))
 
         with stages.stage("inference time"):
-            times = {name: time_depths(model, test, depths[1:], rounds=plan.rounds) for name, model in models.items()}
+            times = time_depths(models, test, depths[1:], rounds=plan.rounds)
 
         rows: list[dict[str, Any]] = []
         if aligned:

@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
             rows += probe_model(
                 which, train, test, depths, settings=settings, name=name, log_mel=number == 0, progress=progress
             )
-    times = time_depths(model, test, [k for k in depths if k])
+    times = time_depths({"checkpoint": model}, test, [k for k in depths if k])["checkpoint"]
     for row in rows:
         row["seconds"] = times.seconds.get(row["depth"]) if row["features"] == "checkpoint" else None
     chosen = {p: smallest_depth(accuracies(rows, "checkpoint", p)) for p in PROBES} if times.seconds else {}

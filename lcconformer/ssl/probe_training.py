@@ -65,7 +65,7 @@ def train_probes(
     classes: int,
     hidden: int = 256,
     epochs: int = 10,
-    batch_frames: int = 1024,
+    batch_frames: int = 512,
     learning_rate: float = 2e-3,
     seed: int = 0,
     progress: Callable[[], object] | None = None,

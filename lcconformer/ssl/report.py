@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import datetime
 import html
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
@@ -30,7 +32,8 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 60rem; m
 h1 { font-size: 1.7rem; line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }
-th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #555; }
+th:first-child, td:first-child { text-align: left; white-space: nowrap; }
+th[colspan] { text-align: center; } thead th { border-bottom: 2px solid #555; }
 img { max-width: 100%; height: auto; } .note { color: #444; font-size: .92rem; } code { font-size: .9em; }
 """
 _PAGE = Template("""<!doctype html>
@@ -53,14 +56,20 @@ def write_report(out: Path, results: Mapping[str, Any]) -> Path:
 
 def format_results(results: Mapping[str, Any]) -> str:
     """The summary and the table of depths, for a terminal."""
-    lines = ["", f"{'':<46}{'this run':>12}{'the paper':>12}"]
-    lines += [f"{name:<46}{value:>12}{paper:>12}" for name, value, paper in _summary(results)]
+    lines = ["", f"{'':<54}{'this run':>11}{'the paper':>11}"]
+    lines += [f"{name:<54}{value:>11}{paper:>11}" for name, value, paper in _summary(results)]
     header, rows = _depth_table(results)
-    widths = [max(len(str(row[i])) for row in [*header, *rows]) + 2 for i in range(len(rows[0]))]
-    lines.append("")
-    for row in [*header, *rows]:
+    widths = [max(len(row[i]) for row in [*header[1:], *rows]) + 2 for i in range(len(rows[0]))]
+    # a group's name stands above its first column and runs over the next ones
+    groups = ""
+    for at, name in enumerate(header[0]):
+        if name:
+            groups = f"{groups:<{sum(widths[:at]) + 2}}{name}"
+    lines += ["", groups]
+    for row in [*header[1:], *rows]:
         lines.append("".join(f"{cell:>{width}}" for cell, width in zip(row, widths)))
-    lines += ["", *_remarks(results), PAPER_NOTE]
+    for text in [*_remarks(results), PAPER_NOTE]:
+        lines += ["", *textwrap.wrap(text, 100)]
     return "\n".join(lines)
 
 
@@ -80,7 +89,7 @@ def _summary(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         (f"training time, fixed depth, {fixed['steps']} steps", f"{fixed['seconds']:.1f} s", ""),
         ("  time saved", _percent(saving["time_saved"]), PAPER["training"]),
         ("  throughput ratio", f"{saving['throughput_ratio']:.2f}x", ""),
-        ("  loops saved (most that time can be)", _percent(saving["loops_saved"]), ""),
+        ("  loops saved", _percent(saving["loops_saved"]), ""),
     ]
     if results["smallest_depth"]:
         for probe in PROBES:
@@ -109,15 +118,17 @@ def _depth_table(results: Mapping[str, Any]) -> tuple[list[list[str]], list[list
     """Header rows and a row per depth: held-out loss of the trained models, accuracies of all, time of the first."""
     training, inference = results["training"], results["inference"]["ms_per_second"]
     models = list(inference)
-    header = [["", *(f"loss, {name.split()[0]}" for name in training)]]
-    value = (
-        {(r["features"], r["depth"], r["probe"]): r["accuracy"] for r in results["probe"]["rows"]}
-        if results["probe"]
-        else {}
+    groups, names = (
+        ["", "held-out loss", *[""] * (len(training) - 1)],
+        ["depth", *(name.split()[0] for name in training)],
     )
-    if value:
-        header[0] += [f"{p}, {name.split()[0]}" for p in PROBES for name in models]
-    header[0].append("ms/s")
+    value: dict[tuple[str, int | None, str], float] = {}
+    if results["probe"]:
+        value = {(r["features"], r["depth"], r["probe"]): r["accuracy"] for r in results["probe"]["rows"]}
+        for probe in PROBES:
+            groups += [_probe_name(probe), *[""] * (len(models) - 1)]
+            names += [name.split()[0] for name in models]
+    header = [[*groups, "time"], [*names, "ms/s"]]
     rows = []
     if value:
         rows.append(
@@ -131,7 +142,7 @@ def _depth_table(results: Mapping[str, Any]) -> tuple[list[list[str]], list[list
             row += [_percent(value[name, depth, p]) for p in PROBES for name in models]
         row.append(f"{inference[models[0]][str(depth)]:.2f}" if depth else "")
         rows.append(row)
-    return [["depth", *header[0][1:]]], rows
+    return header, rows
 
 
 def _remarks(results: Mapping[str, Any]) -> list[str]:
@@ -192,6 +203,7 @@ def _reconstructs(results: Mapping[str, Any]) -> bool:
 def _page(results: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
     setup = results["setup"]
     machine = setup["machine"]
+    date = datetime.datetime.fromisoformat(machine["date"]).strftime("%Y-%m-%d %H:%M UTC")
 
     def image(name: str, text: str) -> str:
         data = base64.b64encode(images[name]).decode()
@@ -211,7 +223,7 @@ def _page(results: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         ),
         image("training_loss", "training loss over time"),
         image("held_out_loss", "held-out loss at every depth"),
-        "<h2>Layer consistency: how alike the hidden states of all pairs of depths are</h2>",
+        "<h2>Layer consistency: how alike the depths are</h2>",
         image("consistency", "heat maps of cosine similarity, CKA and Fréchet distance between depths"),
         _table(*_consistency_table(results)),
         _note(
@@ -243,12 +255,12 @@ def _page(results: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
             f"{machine['system']}; Python {machine['python']}, PyTorch {machine['torch']}, lcconformer "
             f"{machine['lcconformer']}.",
             f"The whole demo took {setup['wall_seconds']:.0f} s of wall-clock time and {setup['cpu_seconds']:.0f} s of "
-            f"processor time, on {machine['date']}.",
+            f"processor time, on {date}.",
         ),
         _note("The same numbers, and more of them, are in results.json beside this page."),
     ]
     where = (
-        f"{machine['date']} · {machine['processor']}, {machine['threads']} threads · PyTorch {machine['torch']} · "
+        f"{date} · {machine['processor']}, {machine['threads']} threads · PyTorch {machine['torch']} · "
         "every number measured in this run"
     )
     return _PAGE.substitute(style=_STYLE, layers=_layers(results), where=html.escape(where), sections="\n".join(parts))
@@ -292,12 +304,18 @@ def _speech(corpus: Mapping[str, Any]) -> str:
 
 
 def _table(header: Sequence[Sequence[str]], rows: Sequence[Sequence[str]]) -> str:
-    def cells(row: Sequence[str], tag: str) -> str:
+    def cell(tag: str, text: str, span: int = 1) -> str:
         # leading spaces mark what belongs to the line above
-        return "".join(f"<{tag}>{'&nbsp;' * 3 * (c != c.lstrip())}{html.escape(c.strip())}</{tag}>" for c in row)
+        indent = "&nbsp;" * 3 * (text != text.lstrip())
+        return f"<{tag}{f' colspan={span}' * (span > 1)}>{indent}{html.escape(text.strip())}</{tag}>"
 
-    head = "".join(f"<tr>{cells(row, 'th')}</tr>" for row in header)
-    body = "\n".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
+    head = ""
+    for row in header:
+        # a name over several columns is followed by empty cells
+        starts = [i for i, text in enumerate(row) if text or i == 0]
+        spans = [end - start for start, end in zip(starts, [*starts[1:], len(row)])]
+        head += "<tr>" + "".join(cell("th", row[i], span) for i, span in zip(starts, spans)) + "</tr>"
+    body = "\n".join("<tr>" + "".join(cell("td", text) for text in row) + "</tr>" for row in rows)
     return f"<table><thead>{head}</thead><tbody>\n{body}\n</tbody></table>"
 
 

@@ -1,10 +1,10 @@
-"""Inference time at every depth, measured so that drift of the machine falls on all depths alike."""
+"""Inference time at every depth, measured so that drift of the machine falls on all depths and models alike."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,13 +33,15 @@ class DepthTimes:
 
 
 @torch.no_grad()
-def time_depths(model: PretrainingModel, corpus: Corpus, depths: Sequence[int], *, rounds: int = 9) -> DepthTimes:
-    """Time the encoder, from log-mel features to hidden state, on one batch of a corpus's utterances of median length.
+def time_depths(
+    models: Mapping[str, PretrainingModel], corpus: Corpus, depths: Sequence[int], *, rounds: int = 9
+) -> dict[str, DepthTimes]:
+    """Time encoders, from log-mel features to hidden state, on one batch of a corpus's utterances of median length.
 
-    Every round runs all depths, in alternating order, after one round that is not counted.
+    Every round runs all depths of all models, in alternating order, after one round that is not counted.
 
     Args:
-        model: in evaluation mode; its device is used.
+        models: by name, in evaluation mode; their devices are used.
         corpus: of the utterances; up to 8, cropped to 15 s.
         depths: 1 ... N.
         rounds: measurements a depth.
@@ -47,7 +49,6 @@ def time_depths(model: PretrainingModel, corpus: Corpus, depths: Sequence[int], 
     Raises:
         ValueError: none of those utterances is usable.
     """
-    device = model.features.window.device
     by_length = sorted(corpus, key=lambda u: (u.num_samples, u.id))
     start = max(0, (len(by_length) - _UTTERANCES) // 2)
     audio: list[Tensor] = []
@@ -58,27 +59,38 @@ def time_depths(model: PretrainingModel, corpus: Corpus, depths: Sequence[int], 
             corpus.skipped.add(utterance.source, str(error))
     if not audio:
         raise ValueError(f"no audio to measure inference time on in {corpus.name}; Corpus.skipped says why")
-    lengths = torch.tensor([len(a) for a in audio], device=device)
-    mel, frames = model.features(pad_sequence(audio, batch_first=True).to(device), lengths)
+    lengths = torch.tensor([len(a) for a in audio])
+    batch = pad_sequence(audio, batch_first=True)
+    runs = {(name, depth): _run(model, batch, lengths, depth) for name, model in models.items() for depth in depths}
+    measured: dict[tuple[str, int], list[float]] = {key: [] for key in runs}
+    for number in range(rounds + 1):
+        for key in runs if number % 2 else reversed(runs):
+            began = time.perf_counter()
+            runs[key]()
+            seconds = time.perf_counter() - began
+            if number:
+                measured[key].append(seconds)
+    return {
+        name: DepthTimes(
+            {depth: statistics.median(measured[name, depth]) for depth in depths},
+            len(audio),
+            float(lengths.sum()) / SAMPLE_RATE,
+            rounds,
+            torch.get_num_threads(),
+        )
+        for name in models
+    }
+
+
+def _run(model: PretrainingModel, audio: Tensor, lengths: Tensor, depth: int) -> Callable[[], None]:
+    """A call that runs the encoder to ``depth`` on features computed here, and waits for it."""
+    device = model.features.window.device
+    mel, frames = model.features(audio.to(device), lengths.to(device))
     mel = mel.to(next(model.encoder.parameters()).dtype)
 
-    def once(depth: int) -> float:
-        began = time.perf_counter()
+    def run() -> None:
         model.encoder(mel, frames, depth=depth)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - began
 
-    measured: dict[int, list[float]] = {depth: [] for depth in depths}
-    for number in range(rounds + 1):
-        for depth in depths if number % 2 else reversed(depths):
-            seconds = once(depth)
-            if number:
-                measured[depth].append(seconds)
-    return DepthTimes(
-        {depth: statistics.median(times) for depth, times in measured.items()},
-        len(audio),
-        float(lengths.sum()) / SAMPLE_RATE,
-        rounds,
-        torch.get_num_threads(),
-    )
+    return run
