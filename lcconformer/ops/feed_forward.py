@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from ._backend import select
 from ._checks import check_same, check_shape
+from ._cpu import cpu_reasons
+from ._fused import fused_kernels
 from ._triton import dropout_seed, triton_reasons
 from .glu_depthwise_conv import ACTIVATIONS
 from .residual_layer_norm import MAX_WIDTH
@@ -101,15 +103,19 @@ def feed_forward(
         if p.device != x.device:
             raise ValueError(f"{OP}: {name} is on {p.device} but x is on {x.device}; move them to one device")
 
-    candidates = {"triton": lambda: _triton_unsupported(x, norm_weight, w1, activation)}
-    if select(OP, x.device.type, candidates) == "torch":
+    candidates = {
+        "triton": lambda: _triton_unsupported(x, norm_weight, w1, activation),
+        "cpu": lambda: _cpu_unsupported(x, w1, activation),
+    }
+    backend = select(OP, x.device.type, candidates)
+    if backend == "torch":
         return feed_forward_reference(
             x, norm_weight, norm_bias, w1, b1, w2, b2, scale=scale, activation=activation, dropout_p=dropout_p, eps=eps
         )
     tensors = (x, norm_weight, norm_bias, w1, b1, w2, b2, dropout_seed(x, dropout_p))
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in tensors):
-        return FeedForwardFn.apply(*tensors, scale, dropout_p, eps)
-    return torch.ops.lcconformer.feed_forward_fwd(*tensors, scale, dropout_p, eps)[0]
+        return FeedForwardFn.apply(*tensors, scale, dropout_p, eps, backend)
+    return torch.ops.lcconformer.feed_forward_fwd(*tensors, scale, dropout_p, eps, backend=backend)[0]
 
 
 # --- fused -----------------------------------------------------------------------------------------------------------
@@ -126,42 +132,48 @@ def _triton_unsupported(x: Tensor, norm_weight: Tensor, w1: Tensor, activation: 
     return reasons
 
 
+def _cpu_unsupported(x: Tensor, w1: Tensor, activation: str) -> list[str]:
+    reasons = cpu_reasons(x)
+    if activation != "silu":
+        reasons.append(f"activation {activation!r} is not fused, only 'silu' is")
+    if x.dtype != w1.dtype:
+        reasons.append(f"x is {x.dtype} and the weights are {w1.dtype} (autocast)")
+    return reasons
+
+
 torch.library.define(
     "lcconformer::feed_forward_fwd",
     "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? seed, "
-    "float scale, float dropout_p, float eps) -> (Tensor out, Tensor mean, Tensor rstd, Tensor u)",
+    "float scale, float dropout_p, float eps, *, str backend='triton') "
+    "-> (Tensor out, Tensor mean, Tensor rstd, Tensor u)",
 )
 torch.library.define(
     "lcconformer::feed_forward_bwd",
     "(Tensor dout, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor w1, Tensor? b1, Tensor w2, Tensor mean, "
-    "Tensor rstd, Tensor u, Tensor? seed, float scale, float dropout_p) "
+    "Tensor rstd, Tensor u, Tensor? seed, float scale, float dropout_p, *, str backend='triton') "
     "-> (Tensor dx, Tensor dnorm, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
 )
 
 
 @torch.library.impl("lcconformer::feed_forward_fwd", ("CPU", "CUDA"))
-def _fwd(*args: Any) -> tuple[Tensor, ...]:
-    from lcconformer.kernels import feed_forward as kernels
-
-    return kernels.forward(*args)
+def _fwd(*args: Any, backend: str = "triton") -> tuple[Tensor, ...]:
+    return fused_kernels(OP, backend).forward(*args)
 
 
 @torch.library.impl("lcconformer::feed_forward_bwd", ("CPU", "CUDA"))
-def _bwd(*args: Any) -> tuple[Tensor, ...]:
-    from lcconformer.kernels import feed_forward as kernels
-
-    return kernels.backward(*args)
+def _bwd(*args: Any, backend: str = "triton") -> tuple[Tensor, ...]:
+    return fused_kernels(OP, backend).backward(*args)
 
 
 @torch.library.register_fake("lcconformer::feed_forward_fwd")
-def _fwd_fake(x, norm_weight, norm_bias, w1, b1, w2, b2, seed, scale, dropout_p, eps):
+def _fwd_fake(x, norm_weight, norm_bias, w1, b1, w2, b2, seed, scale, dropout_p, eps, *, backend="triton"):
     rows = x.shape[0] * x.shape[1]
     mean, rstd = (x.new_empty((rows,), dtype=torch.float32) for _ in range(2))
     return x.new_empty(x.shape), mean, rstd, w1.new_empty((rows, w1.shape[0]))
 
 
 @torch.library.register_fake("lcconformer::feed_forward_bwd")
-def _bwd_fake(dout, x, norm_weight, norm_bias, w1, b1, w2, mean, rstd, u, seed, scale, dropout_p):
+def _bwd_fake(dout, x, norm_weight, norm_bias, w1, b1, w2, mean, rstd, u, seed, scale, dropout_p, *, backend="triton"):
     f, d = w1.shape
     dnorm = norm_weight.new_empty((2, d))
     dw1, db1 = w1.new_empty((f, d)), w1.new_empty((f,))
@@ -172,19 +184,21 @@ class FeedForwardFn(torch.autograd.Function):
     """Keeps x, the statistics of its rows and the up-projection; the rest comes again."""
 
     @staticmethod
-    def forward(ctx, x, norm_weight, norm_bias, w1, b1, w2, b2, seed, scale, dropout_p, eps):
+    def forward(ctx, x, norm_weight, norm_bias, w1, b1, w2, b2, seed, scale, dropout_p, eps, backend):
         out, mean, rstd, u = torch.ops.lcconformer.feed_forward_fwd(
-            x, norm_weight, norm_bias, w1, b1, w2, b2, seed, scale, dropout_p, eps
+            x, norm_weight, norm_bias, w1, b1, w2, b2, seed, scale, dropout_p, eps, backend=backend
         )
         ctx.save_for_backward(x, norm_weight, norm_bias, w1, b1, w2, mean, rstd, u, seed)
-        ctx.options = (scale, dropout_p)
+        ctx.options, ctx.backend = (scale, dropout_p), backend
         ctx.has_b1, ctx.has_b2 = b1 is not None, b2 is not None
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        dx, dnorm, dw1, db1, dw2, db2 = torch.ops.lcconformer.feed_forward_bwd(dout, *ctx.saved_tensors, *ctx.options)
+        dx, dnorm, dw1, db1, dw2, db2 = torch.ops.lcconformer.feed_forward_bwd(
+            dout, *ctx.saved_tensors, *ctx.options, backend=ctx.backend
+        )
         dnorm_weight, dnorm_bias = dnorm
         db1, db2 = db1 if ctx.has_b1 else None, db2 if ctx.has_b2 else None
-        return (dx, dnorm_weight, dnorm_bias, dw1, db1, dw2, db2, None, None, None, None)
+        return (dx, dnorm_weight, dnorm_bias, dw1, db1, dw2, db2, None, None, None, None, None)

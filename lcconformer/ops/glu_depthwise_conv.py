@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from ._backend import select
 from ._checks import check_lengths, check_same, check_shape, frame_mask
+from ._cpu import cpu_reasons
+from ._fused import fused_kernels
 from ._triton import triton_reasons
 
 __all__ = ["ACTIVATIONS", "glu_depthwise_conv", "glu_depthwise_conv_reference"]
@@ -173,8 +175,15 @@ def glu_depthwise_conv(
             raise ValueError(f"{OP}: {name} is on {p.device} but x is on {x.device}; move them to one device")
     check_lengths(OP, lengths, x.shape[0], x.shape[1], x.device)
 
-    chosen = select(OP, x.device.type, {"triton": lambda: _triton_unsupported(x, norm, activation, norm_weight)})
-    if chosen == "torch":
+    backend = select(
+        OP,
+        x.device.type,
+        {
+            "triton": lambda: _triton_unsupported(x, norm, activation, norm_weight),
+            "cpu": lambda: _cpu_unsupported(x, activation),
+        },
+    )
+    if backend == "torch":
         return glu_depthwise_conv_reference(
             x,
             weight,
@@ -199,15 +208,24 @@ def glu_depthwise_conv(
     tensors = (x, weight, bias, lengths, norm_weight, norm_bias, running_mean, running_var)
     options = (norm, num_groups, training, eps)
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in tensors):
-        out, mean, var, count = GluDepthwiseConvFn.apply(*tensors, *options)
+        out, mean, var, count = GluDepthwiseConvFn.apply(*tensors, *options, backend)
     else:
-        out, _y, mean, var, count = torch.ops.lcconformer.glu_depthwise_conv_fwd(*tensors, *options, False)
+        out, _y, mean, var, count = torch.ops.lcconformer.glu_depthwise_conv_fwd(
+            *tensors, *options, False, backend=backend
+        )
     if training:
         _update_running(running_mean, running_var, mean, var, count, momentum)
     return out
 
 
 # --- fused -----------------------------------------------------------------------------------------------------------
+
+
+def _cpu_unsupported(x: Tensor, activation: str) -> list[str]:
+    reasons = cpu_reasons(x)
+    if activation != "silu":
+        reasons.append(f"activation {activation!r} is not fused, only 'silu' is")
+    return reasons
 
 
 # one program owns all channels of a frame
@@ -237,34 +255,46 @@ def _update_running(running_mean, running_var, mean, var, count, momentum):
 torch.library.define(
     "lcconformer::glu_depthwise_conv_fwd",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? lengths, Tensor? norm_weight, Tensor? norm_bias, "
-    "Tensor? running_mean, Tensor? running_var, str norm, int num_groups, bool training, float eps, bool save) "
+    "Tensor? running_mean, Tensor? running_var, str norm, int num_groups, bool training, float eps, bool save, "
+    "*, str backend='triton') "
     "-> (Tensor out, Tensor y, Tensor mean, Tensor var, Tensor count)",
 )
 torch.library.define(
     "lcconformer::glu_depthwise_conv_bwd",
     "(Tensor dout, Tensor x, Tensor weight, Tensor? lengths, Tensor? norm_weight, Tensor? norm_bias, Tensor y, "
-    "Tensor mean, Tensor var, Tensor count, str norm, int num_groups, bool training, float eps) "
+    "Tensor mean, Tensor var, Tensor count, str norm, int num_groups, bool training, float eps, "
+    "*, str backend='triton') "
     "-> (Tensor dx, Tensor dtaps, Tensor dbias, Tensor dnorm)",
 )
 
 
 @torch.library.impl("lcconformer::glu_depthwise_conv_fwd", ("CPU", "CUDA"))
-def _fwd(*args: Any) -> tuple[Tensor, ...]:
-    from lcconformer.kernels import glu_depthwise_conv as kernels
-
-    return kernels.forward(*args)
+def _fwd(*args: Any, backend: str = "triton") -> tuple[Tensor, ...]:
+    return fused_kernels(OP, backend).forward(*args)
 
 
 @torch.library.impl("lcconformer::glu_depthwise_conv_bwd", ("CPU", "CUDA"))
-def _bwd(*args: Any) -> tuple[Tensor, ...]:
-    from lcconformer.kernels import glu_depthwise_conv as kernels
-
-    return kernels.backward(*args)
+def _bwd(*args: Any, backend: str = "triton") -> tuple[Tensor, ...]:
+    return fused_kernels(OP, backend).backward(*args)
 
 
 @torch.library.register_fake("lcconformer::glu_depthwise_conv_fwd")
 def _fwd_fake(
-    x, weight, bias, lengths, norm_weight, norm_bias, running_mean, running_var, norm, num_groups, training, eps, save
+    x,
+    weight,
+    bias,
+    lengths,
+    norm_weight,
+    norm_bias,
+    running_mean,
+    running_var,
+    norm,
+    num_groups,
+    training,
+    eps,
+    save,
+    *,
+    backend="triton",
 ):
     b, t, _ = x.shape
     c = weight.shape[0]
@@ -280,7 +310,24 @@ def _fwd_fake(
 
 
 @torch.library.register_fake("lcconformer::glu_depthwise_conv_bwd")
-def _bwd_fake(dout, x, weight, lengths, norm_weight, norm_bias, y, mean, var, count, norm, num_groups, training, eps):
+def _bwd_fake(
+    dout,
+    x,
+    weight,
+    lengths,
+    norm_weight,
+    norm_bias,
+    y,
+    mean,
+    var,
+    count,
+    norm,
+    num_groups,
+    training,
+    eps,
+    *,
+    backend="triton",
+):
     c, k = weight.shape
     dnorm = x.new_empty((0,)) if norm_weight is None else norm_weight.new_empty((2, c))
     return x.new_empty(x.shape), weight.new_empty((k, c)), weight.new_empty((c,)), dnorm
@@ -304,12 +351,14 @@ class GluDepthwiseConvFn(torch.autograd.Function):
         num_groups,
         training,
         eps,
+        backend,
     ):
         out, y, mean, var, count = torch.ops.lcconformer.glu_depthwise_conv_fwd(
-            x, weight, bias, lengths, norm_weight, norm_bias, running_mean, running_var, norm, num_groups, training, eps, True
+            x, weight, bias, lengths, norm_weight, norm_bias, running_mean, running_var, norm, num_groups, training, eps, True,
+            backend=backend,
         )  # fmt: skip
         ctx.save_for_backward(x, weight, lengths, norm_weight, norm_bias, y, mean, var, count)
-        ctx.options = (norm, num_groups, training, eps)
+        ctx.options, ctx.backend = (norm, num_groups, training, eps), backend
         ctx.has_bias = bias is not None
         ctx.mark_non_differentiable(mean, var, count)
         return out, mean, var, count
@@ -317,6 +366,8 @@ class GluDepthwiseConvFn(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, *_):
-        dx, dtaps, dbias, dnorm = torch.ops.lcconformer.glu_depthwise_conv_bwd(dout, *ctx.saved_tensors, *ctx.options)
+        dx, dtaps, dbias, dnorm = torch.ops.lcconformer.glu_depthwise_conv_bwd(
+            dout, *ctx.saved_tensors, *ctx.options, backend=ctx.backend
+        )
         dnorm_bias, dnorm_weight = dnorm if dnorm.numel() else (None, None)
-        return (dx, dtaps.t(), dbias if ctx.has_bias else None, None, dnorm_weight, dnorm_bias, *[None] * 6)
+        return (dx, dtaps.t(), dbias if ctx.has_bias else None, None, dnorm_weight, dnorm_bias, *[None] * 7)

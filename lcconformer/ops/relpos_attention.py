@@ -21,6 +21,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ._backend import forced_backend, select
 from ._checks import check_lengths, check_same, check_shape, frame_mask
+from ._cpu import cpu_reasons
+from ._fused import fused_kernels
 from ._triton import dropout_seed, triton_reasons
 
 __all__ = ["relative_shift", "relpos_attention", "relpos_attention_reference"]
@@ -133,13 +135,14 @@ def relpos_attention(
         if forced_backend() == "torch":
             return relpos_attention_reference(q, k, v, lengths=lengths, dropout_p=dropout_p)
         return _plain_attention(q, k, v, lengths, dropout_p)
-    if select(OP, q.device.type, {"triton": lambda: _triton_unsupported(q)}) == "torch":
+    backend = select(OP, q.device.type, {"triton": lambda: _triton_unsupported(q), "cpu": lambda: cpu_reasons(q)})
+    if backend == "torch":
         options = {"lengths": lengths, "cu_seqlens": cu_seqlens, "dropout_p": dropout_p}
         return relpos_attention_reference(q, k, v, pos, u, v_bias, **options)
     tensors = (q, k, v, pos, u, v_bias, lengths, cu_seqlens, dropout_seed(q, dropout_p))
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return RelposAttentionFn.apply(*tensors, dropout_p)
-    out, _lse = torch.ops.lcconformer.relpos_attention_fwd(*tensors, dropout_p)
+        return RelposAttentionFn.apply(*tensors, dropout_p, backend)
+    out, _lse = torch.ops.lcconformer.relpos_attention_fwd(*tensors, dropout_p, backend=backend)
     return out
 
 
@@ -200,36 +203,35 @@ MAX_HEAD_DIM = 128
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor pos, Tensor u, Tensor v_bias, Tensor? lengths, "
 _INPUTS += "Tensor? cu_seqlens, Tensor? seed"
-torch.library.define("lcconformer::relpos_attention_fwd", f"({_INPUTS}, float dropout_p) -> (Tensor out, Tensor lse)")
+torch.library.define(
+    "lcconformer::relpos_attention_fwd",
+    f"({_INPUTS}, float dropout_p, *, str backend='triton') -> (Tensor out, Tensor lse)",
+)
 torch.library.define(
     "lcconformer::relpos_attention_bwd",
-    f"(Tensor dout, {_INPUTS}, Tensor out, Tensor lse, float dropout_p) "
+    f"(Tensor dout, {_INPUTS}, Tensor out, Tensor lse, float dropout_p, *, str backend='triton') "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dpos, Tensor du, Tensor dv_bias)",
 )
 
 
 @torch.library.impl("lcconformer::relpos_attention_fwd", ("CPU", "CUDA"))
-def _fwd(*args: Any) -> tuple[Tensor, ...]:
-    from lcconformer.kernels import relpos_attention as kernels
-
-    return kernels.forward(*args)
+def _fwd(*args: Any, backend: str = "triton") -> tuple[Tensor, ...]:
+    return fused_kernels(OP, backend).forward(*args)
 
 
 @torch.library.impl("lcconformer::relpos_attention_bwd", ("CPU", "CUDA"))
-def _bwd(*args: Any) -> tuple[Tensor, ...]:
-    from lcconformer.kernels import relpos_attention as kernels
-
-    return kernels.backward(*args)
+def _bwd(*args: Any, backend: str = "triton") -> tuple[Tensor, ...]:
+    return fused_kernels(OP, backend).backward(*args)
 
 
 @torch.library.register_fake("lcconformer::relpos_attention_fwd")
-def _fwd_fake(q, k, v, pos, u, v_bias, lengths, cu_seqlens, seed, dropout_p):
+def _fwd_fake(q, k, v, pos, u, v_bias, lengths, cu_seqlens, seed, dropout_p, *, backend="triton"):
     *frames, h, _d = q.shape
     return q.new_empty(q.shape), q.new_empty((h, math.prod(frames)), dtype=torch.float32)
 
 
 @torch.library.register_fake("lcconformer::relpos_attention_bwd")
-def _bwd_fake(dout, q, k, v, pos, u, v_bias, lengths, cu_seqlens, seed, out, lse, dropout_p):
+def _bwd_fake(dout, q, k, v, pos, u, v_bias, lengths, cu_seqlens, seed, out, lse, dropout_p, *, backend="triton"):
     return tuple(x.new_empty(x.shape) for x in (q, k, v, pos, u, v_bias))
 
 
@@ -237,15 +239,15 @@ class RelposAttentionFn(torch.autograd.Function):
     """Keeps the inputs, the output and the log-sum-exp of each row; weights and dropout come again from those."""
 
     @staticmethod
-    def forward(ctx, q, k, v, pos, u, v_bias, lengths, cu_seqlens, seed, dropout_p):
+    def forward(ctx, q, k, v, pos, u, v_bias, lengths, cu_seqlens, seed, dropout_p, backend):
         inputs = (q, k, v, pos, u, v_bias, lengths, cu_seqlens, seed)
-        out, lse = torch.ops.lcconformer.relpos_attention_fwd(*inputs, dropout_p)
+        out, lse = torch.ops.lcconformer.relpos_attention_fwd(*inputs, dropout_p, backend=backend)
         ctx.save_for_backward(*inputs, out, lse)
-        ctx.dropout_p = dropout_p
+        ctx.dropout_p, ctx.backend = dropout_p, backend
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        grads = torch.ops.lcconformer.relpos_attention_bwd(dout, *ctx.saved_tensors, ctx.dropout_p)
-        return *grads, None, None, None, None
+        grads = torch.ops.lcconformer.relpos_attention_bwd(dout, *ctx.saved_tensors, ctx.dropout_p, backend=ctx.backend)
+        return *grads, None, None, None, None, None

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from ._backend import select
 from ._checks import check_same, check_shape
+from ._cpu import cpu_reasons
+from ._fused import fused_kernels
 from ._triton import dropout_seed, triton_reasons
 
 __all__ = ["residual_layer_norm", "residual_layer_norm_reference"]
@@ -74,12 +76,14 @@ def residual_layer_norm(
         if p.device != x.device:
             raise ValueError(f"{OP}: {name} is on {p.device} but x is on {x.device}; move them to one device")
 
-    if select(OP, x.device.type, {"triton": lambda: _triton_unsupported(x, weight)}) == "torch":
+    candidates = {"triton": lambda: _triton_unsupported(x, weight), "cpu": lambda: cpu_reasons(x)}
+    backend = select(OP, x.device.type, candidates)
+    if backend == "torch":
         return residual_layer_norm_reference(x, y, weight, bias, alpha=alpha, dropout_p=dropout_p, eps=eps)
     tensors = (x, y, weight, bias, dropout_seed(x, dropout_p))
     if torch.is_grad_enabled() and any(p.requires_grad for p in tensors[:4]):
-        return ResidualLayerNormFn.apply(*tensors, alpha, dropout_p, eps)
-    s, n, _mean, _rstd = torch.ops.lcconformer.residual_layer_norm_fwd(*tensors, alpha, dropout_p, eps)
+        return ResidualLayerNormFn.apply(*tensors, alpha, dropout_p, eps, backend)
+    s, n, _mean, _rstd = torch.ops.lcconformer.residual_layer_norm_fwd(*tensors, alpha, dropout_p, eps, backend=backend)
     return s, n
 
 
@@ -101,39 +105,36 @@ def _triton_unsupported(x: Tensor, weight: Tensor) -> list[str]:
 
 torch.library.define(
     "lcconformer::residual_layer_norm_fwd",
-    "(Tensor x, Tensor y, Tensor weight, Tensor bias, Tensor? seed, float alpha, float dropout_p, float eps) "
+    "(Tensor x, Tensor y, Tensor weight, Tensor bias, Tensor? seed, float alpha, float dropout_p, float eps, "
+    "*, str backend='triton') "
     "-> (Tensor s, Tensor n, Tensor mean, Tensor rstd)",
 )
 torch.library.define(
     "lcconformer::residual_layer_norm_bwd",
     "(Tensor ds, Tensor dn, Tensor s, Tensor mean, Tensor rstd, Tensor weight, Tensor? seed, float alpha, "
-    "float dropout_p) -> (Tensor dx, Tensor dy, Tensor dparams)",
+    "float dropout_p, *, str backend='triton') -> (Tensor dx, Tensor dy, Tensor dparams)",
 )
 
 
 @torch.library.impl("lcconformer::residual_layer_norm_fwd", ("CPU", "CUDA"))
-def _fwd(*args: Any) -> tuple[Tensor, ...]:
-    from lcconformer.kernels import residual_layer_norm as kernels
-
-    return kernels.forward(*args)
+def _fwd(*args: Any, backend: str = "triton") -> tuple[Tensor, ...]:
+    return fused_kernels(OP, backend).forward(*args)
 
 
 @torch.library.impl("lcconformer::residual_layer_norm_bwd", ("CPU", "CUDA"))
-def _bwd(*args: Any) -> tuple[Tensor, ...]:
-    from lcconformer.kernels import residual_layer_norm as kernels
-
-    return kernels.backward(*args)
+def _bwd(*args: Any, backend: str = "triton") -> tuple[Tensor, ...]:
+    return fused_kernels(OP, backend).backward(*args)
 
 
 @torch.library.register_fake("lcconformer::residual_layer_norm_fwd")
-def _fwd_fake(x, y, weight, bias, seed, alpha, dropout_p, eps):
+def _fwd_fake(x, y, weight, bias, seed, alpha, dropout_p, eps, *, backend="triton"):
     rows = math.prod(x.shape[:-1])
     mean, rstd = (x.new_empty((rows,), dtype=torch.float32) for _ in range(2))
     return x.new_empty(x.shape), x.new_empty(x.shape), mean, rstd
 
 
 @torch.library.register_fake("lcconformer::residual_layer_norm_bwd")
-def _bwd_fake(ds, dn, s, mean, rstd, weight, seed, alpha, dropout_p):
+def _bwd_fake(ds, dn, s, mean, rstd, weight, seed, alpha, dropout_p, *, backend="triton"):
     dy = s.new_empty(s.shape if seed is not None or alpha != 1.0 else (0,))
     return s.new_empty(s.shape), dy, weight.new_empty((2, weight.shape[0]))
 
@@ -142,18 +143,21 @@ class ResidualLayerNormFn(torch.autograd.Function):
     """Keeps s and the statistics of its rows; dropout comes again from its seed."""
 
     @staticmethod
-    def forward(ctx, x, y, weight, bias, seed, alpha, dropout_p, eps):
+    def forward(ctx, x, y, weight, bias, seed, alpha, dropout_p, eps, backend):
         s, n, mean, rstd = torch.ops.lcconformer.residual_layer_norm_fwd(
-            x, y, weight, bias, seed, alpha, dropout_p, eps
+            x, y, weight, bias, seed, alpha, dropout_p, eps, backend=backend
         )
         ctx.save_for_backward(s, mean, rstd, weight, seed)
         ctx.options = (alpha, dropout_p)
+        ctx.backend = backend
         ctx.same = seed is None and alpha == 1.0
         return s, n
 
     @staticmethod
     @once_differentiable
     def backward(ctx, ds, dn):
-        dx, dy, dparams = torch.ops.lcconformer.residual_layer_norm_bwd(ds, dn, *ctx.saved_tensors, *ctx.options)
+        dx, dy, dparams = torch.ops.lcconformer.residual_layer_norm_bwd(
+            ds, dn, *ctx.saved_tensors, *ctx.options, backend=ctx.backend
+        )
         dweight, dbias = dparams
-        return (dx, dx if ctx.same else dy, dweight, dbias, None, None, None, None)
+        return (dx, dx if ctx.same else dy, dweight, dbias, None, None, None, None, None)

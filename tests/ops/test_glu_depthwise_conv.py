@@ -134,9 +134,9 @@ def test_empty_batches(b, t, norm, name):
 # --- dispatch --------------------------------------------------------------------------------------------------------
 
 
-def test_auto_on_the_cpu_is_the_reference(monkeypatch):
+def test_without_kernels_auto_on_the_cpu_is_the_reference(monkeypatch):
     monkeypatch.delenv("LCCONFORMER_BACKEND", raising=False)
-    args = arguments(dtype=torch.float32)
+    args = arguments(dtype=torch.float64)
     assert torch.equal(ops.glu_depthwise_conv(**args), glu_depthwise_conv_reference(**args))
 
 

@@ -70,9 +70,9 @@ def test_empty_batches(shape, name):
     assert s.shape == n.shape == shape
 
 
-def test_auto_on_the_cpu_is_the_reference(monkeypatch):
+def test_without_kernels_auto_on_the_cpu_is_the_reference(monkeypatch):
     monkeypatch.delenv("LCCONFORMER_BACKEND", raising=False)
-    args = arguments(device="cpu")
+    args = arguments(device="cpu", dtype=torch.float64)
     for ours, theirs in zip(ops.residual_layer_norm(*args), residual_layer_norm_reference(*args)):
         assert torch.equal(ours, theirs)
 

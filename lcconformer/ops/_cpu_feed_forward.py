@@ -1,0 +1,130 @@
+"""feed_forward on the CPU kernels around library products; as lcconformer.kernels.feed_forward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._cpu import dropout, f32, pointer, rows_of, run
+from ._cpu_linear import matmul_transposed
+from ._cpu_residual_layer_norm import layer_norm, layer_norm_backward
+
+__all__ = ["backward", "forward"]
+
+_HIDDEN, _OUTPUT = 0, 1  # dropout streams
+
+
+def forward(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out like x, mean [M], rstd [M] float32, u [M, F] = LN(x) W1')"""
+    rows = rows_of(x)
+    m, d = rows.shape
+    f = w1.shape[0]
+    drop = dropout(seed, dropout_p)
+    h, mean, rstd = layer_norm(rows, norm_weight, norm_bias, eps)
+    u = matmul_transposed(h, w1)
+    g = torch.empty_like(u)
+    bias = f32(b1)
+    run(
+        "activation_forward",
+        x,
+        u=pointer(u),
+        bias=pointer(bias),
+        out=pointer(g),
+        dropout=drop,
+        stream=_HIDDEN,
+        M=m,
+        N=f,
+    )
+    z = matmul_transposed(g, w2)
+    out = x.new_empty(x.shape)
+    bias = f32(b2)
+    run(
+        "residual_forward",
+        x,
+        u=pointer(z),
+        bias=pointer(bias),
+        x=pointer(rows),
+        x_stride=rows.stride(0),
+        out=pointer(out),
+        scale=scale,
+        dropout=drop,
+        stream=_OUTPUT,
+        M=m,
+        N=d,
+    )
+    return out, mean, rstd, u
+
+
+def backward(
+    dout: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    u: Tensor,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx, (dnorm_weight, dnorm_bias) [2, D], dw1, db1, dw2, db2)"""
+    rows, drows = rows_of(x), rows_of(dout)
+    m, d = rows.shape
+    f = w1.shape[0]
+    drop = dropout(seed, dropout_p)
+
+    dz = x.new_empty((m, d))
+    db2 = x.new_empty((d,), dtype=torch.float32)
+    run(
+        "residual_backward",
+        x,
+        d=pointer(drows),
+        d_stride=drows.stride(0),
+        out=pointer(dz),
+        dbias=pointer(db2),
+        scale=scale,
+        dropout=drop,
+        stream=_OUTPUT,
+        M=m,
+        N=d,
+    )
+    dg = matmul_transposed(dz, w2.t())
+    du, g = torch.empty_like(u), torch.empty_like(u)
+    db1 = x.new_empty((f,), dtype=torch.float32)
+    bias = f32(b1)
+    run(
+        "activation_backward",
+        x,
+        u=pointer(u),
+        d=pointer(dg),
+        bias=pointer(bias),
+        out=pointer(du),
+        g=pointer(g),
+        dbias=pointer(db1),
+        dropout=drop,
+        stream=_HIDDEN,
+        M=m,
+        N=f,
+    )
+    dw2 = torch.mm(dz.t(), g)
+    del g, dg
+    dh = matmul_transposed(du, w1.t())
+    h = torch.empty_like(dh)
+    dx, dnorm = layer_norm_backward(dh, drows, rows, mean, rstd, norm_weight, norm_bias, n=h)
+    dw1 = torch.mm(du.t(), h)
+    return dx.view(x.shape), dnorm, dw1, db1.to(w1.dtype), dw2, db2.to(w2.dtype)

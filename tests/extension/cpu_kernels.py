@@ -1,0 +1,92 @@
+"""What the tests of the CPU kernels share: SIMD levels, threads, gradients, and dropout masks worked out apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lcconformer import _extension
+from lcconformer.ops._backend import backend
+
+if (_reason := _extension.why_missing()) is not None:
+    pytest.skip(f"no compiled extension: {_reason}", allow_module_level=True)
+
+CPU = _extension.load().cpu
+LEVELS: list[str] = CPU.simd_levels()
+FRAMES = (1, 7, 63, 65, 127, 203)
+
+
+@contextmanager
+def kernels(level: str | None = None, threads: int = 2) -> Iterator[None]:
+    """The CPU kernels, with the instructions of ``level``."""
+    before, threads_before = CPU.simd_level(), torch.get_num_threads()
+    CPU.set_simd_level(level or before)
+    torch.set_num_threads(threads)
+    try:
+        with backend("cpu"):
+            yield
+    finally:
+        CPU.set_simd_level(before)
+        torch.set_num_threads(threads_before)
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values, rows apart and starting anywhere, the last dimension dense."""
+    wide = torch.full((*x.shape[:-1], x.shape[-1] + 3), float("nan"), dtype=x.dtype)
+    wide[..., 1:-2] = x
+    return wide[..., 1:-2]
+
+
+def scattered(x: Tensor) -> Tensor:
+    """The same values with no dense dimension."""
+    wide = torch.full((*x.shape, 2), float("nan"), dtype=x.dtype)
+    wide[..., 1] = x
+    return wide[..., 1]
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {"dense": lambda x: x, "strided": strided, "scattered": scattered}
+
+
+def run(
+    f: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    dtype: torch.dtype,
+    layout: str = "dense",
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs, and gradients of all inputs, with inputs and incoming gradients in a dtype and a layout."""
+    lay = LAYOUTS[layout]
+    leaves = [lay(x.to(dtype)).detach().requires_grad_() for x in inputs]
+    out = f(*leaves)
+    outs = [out] if isinstance(out, Tensor) else list(out)
+    gradients = torch.autograd.grad(outs, leaves, [lay(g.to(dtype)) for g in grads])
+    return [o.detach() for o in outs], list(gradients)
+
+
+def _philox(counter: np.ndarray, key: int) -> np.ndarray:
+    """Philox-4x32-7 (Salmon et al. 2011) of ``counter [..., 4]``."""
+    c = [counter[..., i].astype(np.uint64) for i in range(4)]
+    k0, k1 = key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF
+    for _ in range(7):
+        a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        low = np.uint64(0xFFFFFFFF)
+        c = [(b >> np.uint64(32)) ^ c[1] ^ np.uint64(k0), b & low, (a >> np.uint64(32)) ^ c[3] ^ np.uint64(k1), a & low]
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack(c, -1).astype(np.uint32)
+
+
+def keep_factor(seed: int, p: float, rows: int, cols: int, *, stream: int = 0, major: int = 0) -> Tensor:
+    """``[rows, cols]`` float64: 0 where dropped, 1 / (probability of being kept) elsewhere."""
+    counter = np.zeros((rows, -(-cols // 8), 4), np.uint64)
+    counter[..., 0] = np.arange(counter.shape[1])
+    counter[..., 1] = np.arange(rows)[:, None]
+    counter[..., 2], counter[..., 3] = major, stream
+    words = _philox(counter, seed & (2**64 - 1))
+    halves = np.stack([words & 0xFFFF, words >> 16], -1).reshape(rows, -1)[:, :cols]
+    threshold = round(p * 65536)
+    return torch.from_numpy((halves >= threshold) * (65536 / (65536 - threshold)))

@@ -1,0 +1,103 @@
+"""feed_forward on the C++ kernels: every SIMD level, odd widths, dropout, gradients against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lcconformer import ops
+from lcconformer.ops import _cpu_linear
+from lcconformer.ops._triton import dropout_seed
+
+from .cpu_kernels import LEVELS, keep_factor, kernels, run
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def make_inputs(b: int, t: int, d: int, f: int) -> list[Tensor]:
+    shapes = [(b, t, d), (d,), (d,), (f, d), (f,), (d, f), (d,)]
+    x, gamma, beta, w1, b1, w2, b2 = (torch.randn(s, dtype=torch.float64) for s in shapes)
+    return [x, 1 + 0.3 * gamma, beta, w1 / d**0.5, b1, w2 / f**0.5, b2]
+
+
+def reference(x, gamma, beta, w1, b1, w2, b2, hidden=1.0, output=1.0):
+    """With dropout given as factors of the hidden layer and of the output."""
+    h = F.layer_norm(x, x.shape[-1:], gamma, beta)
+    hidden, output = (m.to(x.dtype) if isinstance(m, Tensor) else m for m in (hidden, output))
+    return x + 0.5 * (F.linear(F.silu(F.linear(h, w1, b1)) * hidden, w2, b2) * output)
+
+
+def check(assert_close, inputs, dtype=torch.float32, layout="dense", level=None, masks=(1.0, 1.0), p=0.0) -> None:
+    dout = [torch.randn(inputs[0].shape, dtype=torch.float64)]
+    inputs, dout = ([x.to(dtype).double() for x in xs] for xs in (inputs, dout))
+    with kernels(level):
+        out, grads = run(lambda *x: ops.feed_forward(*x, dropout_p=p), inputs, dout, dtype, layout)
+    low, low_grads = run(lambda *x: reference(*x, *masks), inputs, dout, dtype)
+    ref, ref_grads = run(lambda *x: reference(*x, *masks), inputs, dout, torch.float64)
+    assert_close("out", out[0], ref[0], low[0], 2)
+    for i, (g, ref_g, low_g) in enumerate(zip(grads, ref_grads, low_grads)):
+        assert_close(f"gradient {i}", g, ref_g, low_g, 3)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("d", "f"), [(1, 1), (7, 30), (65, 129), (64, 1100)])
+def test_widths(assert_close, level, d, f):
+    """1,100 columns are two blocks of dropout counters."""
+    check(assert_close, make_inputs(3, 45, d, f), level=level)
+
+
+@pytest.mark.parametrize("layout", ["strided", "scattered"])
+def test_layouts(assert_close, layout):
+    check(assert_close, make_inputs(2, 20, 12, 40), layout=layout)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_bfloat16(assert_close, level):
+    check(assert_close, make_inputs(2, 33, 40, 72), torch.bfloat16, level=level)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_dropout_is_that_of_the_counters(assert_close, level):
+    d, f, p = 20, 1100, 0.25
+    torch.manual_seed(1)
+    inputs = make_inputs(2, 35, d, f)
+    state = torch.get_rng_state()
+    torch.randn(2, 35, d, dtype=torch.float64)  # the incoming gradient of check
+    seed = int(dropout_seed(inputs[0], p))
+    torch.set_rng_state(state)
+    masks = [keep_factor(seed, p, 70, n, stream=stream).view(2, 35, n) for stream, n in enumerate((f, d))]
+    check(assert_close, inputs, level=level, masks=masks, p=p)
+
+
+def test_same_bits_for_any_number_of_threads():
+    """Of what the kernels sum: biases and norm. The library's products make no such promise."""
+    inputs, dout = make_inputs(3, 70, 16, 40), [torch.randn(3, 70, 16)]
+    results = []
+    for threads in (1, 2, 5):
+        with kernels(threads=threads):
+            _, grads = run(ops.feed_forward, inputs, dout, torch.float32)
+        results.append(grads[6])
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_without_onednn_the_products_are_pytorchs(assert_close, monkeypatch):
+    monkeypatch.setattr(_cpu_linear, "_onednn", lambda: False)
+    check(assert_close, make_inputs(2, 9, 8, 24))
+
+
+def test_onednn_is_found_by_trying_it(monkeypatch):
+    class Mkldnn:
+        def __getattr__(self, name):
+            raise AttributeError(name)
+
+    _cpu_linear._onednn.cache_clear()
+    try:
+        assert isinstance(_cpu_linear._onednn(), bool)
+        _cpu_linear._onednn.cache_clear()
+        monkeypatch.setattr(torch.ops, "mkldnn", Mkldnn())
+        assert not _cpu_linear._onednn()
+    finally:
+        monkeypatch.undo()
+        _cpu_linear._onednn.cache_clear()
