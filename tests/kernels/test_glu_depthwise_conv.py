@@ -179,6 +179,16 @@ def test_shipped_tiles_of_long_inputs(check):
     check(inputs, torch.randn(1, 261, 5, device=DEVICE), [250], "layer")
 
 
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_statistics_of_many_tiles(norm, check, monkeypatch):
+    """Two partials a step of the merge, of utterances far apart: what lies between steps counts."""
+    monkeypatch.setattr(kernels, "_MERGE_BATCH", LaunchConfig(4, 1, {"BLOCK_P": 2, "BLOCK_C": 16}))
+    monkeypatch.setattr(kernels, "_MERGE_GROUP", LaunchConfig(4, 1, {"BLOCK_P": 2}))
+    inputs = make_inputs(5, 7, 8, 1, norm, torch.float32)
+    inputs["x"] *= torch.arange(1.0, 6.0, device=DEVICE)[:, None, None]
+    check(inputs, torch.randn(5, 7, 8, device=DEVICE), [7, 3, 0, 5, 7], norm, groups=2)
+
+
 def test_shipped_tiles_of_wide_inputs(check):
     """Beyond 1024 channels LayerNorm takes four of them a thread."""
     inputs = make_inputs(1, 10, 1100, 5, "layer", torch.float32)
