@@ -9,6 +9,23 @@ j-i-1+N of R_{t-1}, or j-i-1+2N of R_{t-2}: always column (j-i-1) mod N.  So the
 result serves this tile and the next M/N: walking along the keys costs one product and one rotation a tile, no more
 MMA work than the content term.  The inverse rotation carries dS back to the coordinates of R.
 
+What else was compiled (sm_90, bf16, D = 64, 4 warps; instructions in the loop are for 64 x 64 scores; not timed):
+
+  forward                                            registers  spilled  shared KiB  instructions
+  no positions at all                                      120     0 B          40           436
+  rotation, 64 x 32 tiles (this file)                      183     0 B          40           782
+  rotation, 64 x 64 tiles                                  255   0-88 B         72           765
+  rotation, 64 x 64, R rounded to fp16 for it              255     0 B          60           840
+  rotation, 64 x 128 tiles                                 255  1168 B         144             -
+  gather through shared memory by flat index               255    40 B          72           740, with bank conflicts
+  the whole band again for every tile (64 x 128, gather)   255   136 B         112          1215
+  scores from a scratch in global memory (pitch 2T-2)      122     0 B          48           580, and a GEMM; 4 T^2 bytes
+                                                                                  written and 2 T^2 read a head
+
+The narrow tile costs 2% more instructions than the square one and leaves room for two blocks on a multiprocessor
+with registers to spare, for dropout (221 registers) and for D = 128 (255, 8 B).  The scratch has the shortest loop, but is
+the traffic that a flash kernel is there to avoid.
+
 Backward, three kernels, none of which writes to another's rows: no atomics, and the same bits every time.
   _backward_query     one program per query tile, walks the keys:          dq
   _backward_key       one program per key tile, walks the queries:         dk, dv, partial du
@@ -463,18 +480,19 @@ def config_for(kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> Lau
     wide = head_dim > 64
     # products of 64 rows are what sm_90 and sm_100 have instructions for; elsewhere wide heads take half the tile
     half = dtype == torch.float32 or (wide and nearest_arch(arch) not in (90, 100))
+    # without tensor cores a product is spread over all warps, so more of them hold less each
+    warps = 8 if head_dim > 32 and dtype == torch.float32 else 4
     if kernel in ("forward", "backward_query"):
-        return LaunchConfig(4, 2, blocks | {"BLOCK_N": 16 if half else 32})
-    # the same accumulators for keys, values and positions, whatever the number of queries
+        return LaunchConfig(warps, 2, blocks | {"BLOCK_N": 16 if half else 32})
+    # accumulators are as large as the keys or positions of a tile, whatever its number of queries
     tile = {"BLOCK_M": 16 if dtype == torch.float32 else 32, "BLOCK_N": 32 if half else 64}
-    return LaunchConfig(4, 1 if wide or half else 2, blocks | tile)
+    return LaunchConfig(warps, 1 if wide or half else 2, blocks | tile)
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """float32 products as PyTorch's own matmuls do them: TF32 if allowed, else three TF32 products, about 1e-6."""
-    if dtype != torch.float32:
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+    """float32 products as PyTorch's own matmuls do them: exact, or TF32 where that is allowed."""
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
 
 
 def _dropout_args(seed: Tensor | None, p: float) -> dict[str, Any]:
@@ -483,6 +501,13 @@ def _dropout_args(seed: Tensor | None, p: float) -> dict[str, Any]:
         "threshold": dropout_threshold(p),
         "keep_scale": dropout_scale(p),
         "DROPOUT": seed is not None,
+    }
+
+
+def _lengths_args(lengths: Tensor | None, cu_seqlens: Tensor | None) -> dict[str, Tensor | None]:
+    return {
+        "lengths_ptr": None if lengths is None else lengths.contiguous(),
+        "cu_seqlens_ptr": None if cu_seqlens is None else cu_seqlens.contiguous(),
     }
 
 
@@ -528,7 +553,7 @@ def forward(
         config,
         q,
         q_ptr=q, k_ptr=k, v_ptr=v, pos_ptr=pos, u_ptr=u.contiguous(), v_bias_ptr=v_bias.contiguous(),
-        out_ptr=out, lse_ptr=lse, lengths_ptr=lengths, cu_seqlens_ptr=cu_seqlens,
+        out_ptr=out, lse_ptr=lse, **_lengths_args(lengths, cu_seqlens),
         **_strides("q", q), **_strides("k", k), **_strides("v", v), stride_pt=pos.stride(0), stride_ph=pos.stride(1),
         T=t, H=h, rows=rows, scale=math.log2(math.e) / math.sqrt(d), D=d, PRECISION=_precision(q.dtype),
         **_dropout_args(seed, dropout_p),
@@ -565,7 +590,7 @@ def backward(
     )  # fmt: skip
     common = {
         "q_ptr": q, "k_ptr": k, "v_ptr": v, "pos_ptr": pos, "u_ptr": u.contiguous(), "v_bias_ptr": v_bias.contiguous(),
-        "dout_ptr": dout, "lse_ptr": lse, "delta_ptr": delta, "lengths_ptr": lengths, "cu_seqlens_ptr": cu_seqlens,
+        "dout_ptr": dout, "lse_ptr": lse, "delta_ptr": delta, **_lengths_args(lengths, cu_seqlens),
         **_strides("q", q), **_strides("k", k), **_strides("v", v), **_strides("o", dout),
         "stride_pt": pos.stride(0), "stride_ph": pos.stride(1), "T": t, "H": h, "rows": rows,
         "scale": math.log2(math.e) / math.sqrt(d), "grad_scale": 1.0 / math.sqrt(d),
@@ -608,6 +633,11 @@ _KERNELS = {
 _POINTERS = {"lse_ptr", "delta_ptr", "du_ptr", "dpos_ptr", "dv_bias_ptr"}  # float32 whatever the inputs are
 
 
+def _spill_budget(name: str, arch: int, head_dim: int) -> int:
+    """Bytes a thread: next to nothing in the forward; the backward, and wide heads without HGMMA, do not fit."""
+    return 64 if name in ("forward", "delta") and (head_dim <= 64 or arch == 90) else 640
+
+
 def _aot_config(name: str, arch: int, dtype: str, head_dim: int, dropout: bool = False) -> AotConfig:
     kernel = _KERNELS[name]
     torch_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
@@ -632,8 +662,8 @@ def _aot_config(name: str, arch: int, dtype: str, head_dim: int, dropout: bool =
         dtype=dtype,
         launch=config,
         divisible=frozenset(n for n in scalars if n.startswith("stride_")),
-        tensor_cores=name != "delta",
-        spill_budget=None,
+        tensor_cores=name != "delta" and dtype != "fp32",
+        spill_budget=_spill_budget(name, arch, head_dim),
     )
 
 

@@ -137,8 +137,9 @@ def relpos_attention(
         return _plain_attention(q, k, v, lengths, dropout_p)
     backend = select(OP, q.device.type, {"triton": lambda: _triton_unsupported(q), "cpu": lambda: cpu_reasons(q)})
     if backend == "torch":
-        options = {"lengths": lengths, "cu_seqlens": cu_seqlens, "dropout_p": dropout_p}
-        return relpos_attention_reference(q, k, v, pos, u, v_bias, **options)
+        return relpos_attention_reference(
+            q, k, v, pos, u, v_bias, lengths=lengths, cu_seqlens=cu_seqlens, dropout_p=dropout_p
+        )
     tensors = (q, k, v, pos, u, v_bias, lengths, cu_seqlens, dropout_seed(q, dropout_p))
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return RelposAttentionFn.apply(*tensors, dropout_p, backend)

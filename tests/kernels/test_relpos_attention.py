@@ -144,11 +144,13 @@ def test_padding_is_not_read():
     assert (got[3][:, 37:] == 0).all()
 
 
-def test_int32_lengths():
+@pytest.mark.usefixtures("_large_tiles")
+def test_lengths_of_another_dtype_or_stride():
     inputs, dout = make_inputs(2, 20, 1, 16, torch.float32)
-    long = torch.tensor([20, 9], device=DEVICE)
-    for a, b in zip(run(inputs, dout, long), run(inputs, dout, long.int())):
-        assert torch.equal(a, b)
+    want = run(inputs, dout, torch.tensor([20, 9], device=DEVICE))
+    for lengths in (torch.tensor([20, 9], dtype=torch.int32), torch.tensor([20, 3, 9, 3])[::2]):
+        for a, b in zip(want, run(inputs, dout, lengths.to(DEVICE))):
+            assert torch.equal(a, b)
 
 
 def test_strides(check):
