@@ -14,7 +14,7 @@ from .case import DTYPES, OPS, Case, parse_shapes
 from .providers import choose
 from .rows import Results, Row, commit, device_name
 from .suite import run_case
-from .table import case_tables, notes
+from .table import case_tables, notes, number
 
 __all__ = ["add_arguments", "run"]
 
@@ -141,7 +141,7 @@ def report(rows: list[Row], results: Results, args: argparse.Namespace) -> None:
 
 
 def _ceiling(name: str, rates: dict[str, float]) -> str:
-    return f"{name}: matrix product {rates['gemm_tflops']:.3g} TFLOP/s, copy {rates['copy_gb_s']:.3g} GB/s"
+    return f"{name}: matrix product {number(rates['gemm_tflops'])} TFLOP/s, copy {number(rates['copy_gb_s'])} GB/s"
 
 
 def progress_bar(total: int) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 from .case import Case
 from .roofline import work
 from .rows import Results, Row
-from .table import label
+from .table import label, number
 
 __all__ = ["plot"]
 
@@ -152,8 +152,10 @@ def _speedup(plt: Any, rows: Sequence[Row], results: Results) -> Any:
         members.sort(key=lambda r: r.speedup_vs_eager or 0.0)
         axis.text(0, y - 0.75, f"B = {batch}, T = {frames}", fontsize=8, fontweight="bold", va="center")
         for r in members:
-            axis.barh(y, r.speedup_vs_eager, height=0.8, color=_colour(label(r)))
-            axis.text(r.speedup_vs_eager, y, f" {r.speedup_vs_eager:.2f}x", va="center", fontsize=7.5)
+            faded = 1.0 if r.depth == r.layers else 0.55
+            axis.barh(y, r.speedup_vs_eager, height=0.8, color=_colour(label(r)), alpha=faded)
+            text = axis.text(r.speedup_vs_eager, y, f" {r.speedup_vs_eager:.2f}x", va="center", fontsize=7.5, zorder=3)
+            text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.85})
             ticks.append((y, label(r)))
             y += 1
         y += 1.4
@@ -186,7 +188,7 @@ def _roofline(plt: Any, rows: Sequence[Row], results: Results) -> Any:
         lw=1.5,
     )
     axis.annotate(
-        f"matrix product {ceiling['gemm_tflops']:.3g} TFLOP/s", (high, ceiling["gemm_tflops"]),
+        f"matrix product {number(ceiling['gemm_tflops'])} TFLOP/s", (high, ceiling["gemm_tflops"]),
         ha="right", va="bottom", fontsize=7.5, xytext=(0, 2), textcoords="offset points",
     )  # fmt: skip
     shapes = list(dict.fromkeys((r.batch, r.frames) for _, r in points))
@@ -203,7 +205,7 @@ def _roofline(plt: Any, rows: Sequence[Row], results: Results) -> Any:
         axis.scatter([], [], color="white", edgecolor="#1f2937", marker=marker, label=f"B = {batch}, T = {frames}")
     axis.set(
         xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="useful TFLOP/s",
-        title=f"ceilings measured here; copy {ceiling['copy_gb_s']:,.0f} GB/s",
+        title=f"ceilings measured here; copy {number(ceiling['copy_gb_s'])} GB/s",
     )  # fmt: skip
     axis.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure

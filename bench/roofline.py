@@ -33,9 +33,6 @@ class Ceilings:
     gemm_tflops: float
     copy_gb_s: float
 
-    def __str__(self) -> str:
-        return f"matrix product {self.gemm_tflops:.3g} TFLOP/s, copy {self.copy_gb_s:.3g} GB/s"
-
 
 def _attention_flops(c: Case, position: str) -> float:
     # content scores, position scores, probabilities times values

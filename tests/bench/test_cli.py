@@ -24,7 +24,7 @@ def test_table_rows_and_plots(mode, tmp_path, capsys):
     assert main([*TINY, *arguments, *files]) == 0
     out = capsys.readouterr().out
     assert f"{mode}, B = 2, T = 8, d = 32, N = 2, float32, on " in out
-    assert "1 threads" in out
+    assert ", 1 thread;" in out
     assert "lcconformer:torch depth 1" in out
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert len(rows) == 6
