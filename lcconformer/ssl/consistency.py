@@ -24,7 +24,7 @@ from torch import Tensor
 from ..data import Corpus, load_corpus
 from .hidden import choose_frames, collect_states, random_init_like
 from .model import PretrainingModel, load_model
-from .output import describe_machine, progress_bar, write_atomically, write_json
+from .output import add_device_argument, describe_machine, progress_bar, write_atomically, write_json
 
 __all__ = ["MEASURES", "add_arguments", "consistency", "model_consistency", "run", "summarise"]
 
@@ -126,7 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--frames", type=int, default=8192, help="real frames, drawn at random from the corpus (default 8192)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of that draw and of the random weights (default 0)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
+    add_device_argument(parser)
     parser.add_argument("--json", metavar="F", help="write the matrices to this file")
     parser.add_argument("--plot", metavar="P", help="write heat maps to this file (.png, .pdf, .svg)")
 

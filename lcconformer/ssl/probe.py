@@ -13,12 +13,10 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from ..data import PHONES, Corpus, load_corpus
 from .hidden import random_init_like
 from .model import load_model
-from .output import describe_machine, progress_bar, write_json
+from .output import add_device_argument, describe_machine, progress_bar, write_json
 from .probe_training import PROBES
 from .probing import LOG_MEL, TOLERANCE, ProbeSettings, accuracies, probe_model, smallest_depth
 from .timing import time_depths
@@ -94,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{field.replace('_', '-')}", type=int, default=default, help=f"{text} (default {default})"
         )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
+    add_device_argument(parser)
     parser.add_argument("--json", metavar="F", help="write rows, settings and machine to this file")
 
 

@@ -219,14 +219,14 @@ def test_the_command_from_start_to_end(tmp_path):
     )
     # time measures the machine's load too; loops do not
     assert 0.2 < saving["loops_saved"] < 0.7
-    assert 7.5 < results["parameters"]["ratio"] < 8.0
+    assert 7.0 < results["parameters"]["ratio"] < 8.0
     for figure in FIGURES:
         assert (out / f"{figure}.png").stat().st_size > 10_000
     assert f"{100 * saving['time_saved']:.1f}%" in done.stdout
     assert str(out / "report.html") in done.stdout
     for probe in ("linear", "hidden"):
-        # the majority class is about 15%
-        assert min(accuracies(results["probe"]["rows"], SAMPLED, probe).values()) > 0.2
+        # the majority class is 8%
+        assert min(accuracies(results["probe"]["rows"], SAMPLED, probe).values()) > 0.15
 
 
 @pytest.mark.slow

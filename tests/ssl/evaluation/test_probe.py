@@ -151,6 +151,15 @@ def test_command_says_what_is_wrong(tiny_checkpoint, speech, capsys, arguments, 
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("device", "message"), [("tpu9", "'tpu9' is no device"), ("cuda:99", "'cuda:99' is not there")]
+)
+def test_a_device_that_is_not_there_is_refused(device, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["probe", "--checkpoint", "c", "--train-data", "d", "--test-data", "d", "--device", device])
+    assert message in capsys.readouterr().err
+
+
 def test_speech_without_alignments_is_refused(tiny_checkpoint, make_speech, capsys):
     bare = str(make_speech("bare", 6, aligned=False))
     command = ["probe", "--checkpoint", str(tiny_checkpoint), "--train-data", bare, "--test-data", bare]
