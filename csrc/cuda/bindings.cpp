@@ -42,12 +42,12 @@ void bind_cuda(py::module_& m) {
     m.def(
         "glu_depthwise_conv_backward",
         [](const Op& op, Pointer dy, std::int64_t dy_batch, std::int64_t dy_frame, Pointer conv, Pointer dx,
-           Pointer dweight, Pointer dbias, Pointer dscale, Pointer dshift, Pointer partial, int slots) {
-            glu_depthwise_conv_backward(op, {at(dy), dy_batch, dy_frame, at(conv), at(dx), at(dweight), at(dbias),
-                                             at<float>(dscale), at<float>(dshift), at<float>(partial), slots});
+           Pointer dtaps, Pointer dbias, Pointer dshift, Pointer dscale, Pointer partial, int slots) {
+            glu_depthwise_conv_backward(op, {at(dy), dy_batch, dy_frame, at(conv), at(dx), at(dtaps), at(dbias),
+                                             at<float>(dshift), at<float>(dscale), at<float>(partial), slots});
         },
-        "op"_a, py::kw_only(), "dy"_a, "dy_batch"_a, "dy_frame"_a, "conv"_a, "dx"_a, "dweight"_a, "dbias"_a, "dscale"_a,
-        "dshift"_a, "partial"_a, "slots"_a);
+        "op"_a, py::kw_only(), "dy"_a, "dy_batch"_a, "dy_frame"_a, "conv"_a, "dx"_a, "dtaps"_a, "dbias"_a, "dshift"_a,
+        "dscale"_a, "partial"_a, "slots"_a);
 }
 
 }  // namespace lcc

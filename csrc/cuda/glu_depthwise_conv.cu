@@ -254,11 +254,11 @@ __global__ void __launch_bounds__(kReduceRows* kWarp) reduce(const GluDepthwiseC
     if (part != 0 || c >= op.channels) return;
     for (int i = 1; i < kReduceRows; ++i) sum += sums[i * kWarp + lane];
     if (row < op.width) {
-        assign(static_cast<T*>(g.dweight)[static_cast<std::int64_t>(c) * op.width + row], sum);
+        assign(static_cast<T*>(g.dtaps)[static_cast<std::int64_t>(row) * op.channels + c], sum);
     } else if (row == op.width) {  // gradient at a: of the shift, and scaled of the bias
-        if (g.dbias != nullptr) assign(static_cast<T*>(g.dbias)[c], op.scale == nullptr ? sum : sum * op.scale[c]);
-        if (g.dshift != nullptr) g.dshift[c] = sum;
-    } else if (g.dscale != nullptr) {
+        assign(static_cast<T*>(g.dbias)[c], op.scale == nullptr ? sum : sum * op.scale[c]);
+        g.dshift[c] = sum;
+    } else {
         g.dscale[c] = sum;
     }
 }

@@ -54,10 +54,10 @@ struct GluDepthwiseConvGradients {
     std::int64_t dy_batch, dy_frame; // strides of dy in elements; its channels are adjacent
     const void* conv;                // [B, T, C], z of the forward pass
     void* dx;                        // [B, T, 2C]
-    void* dweight;                   // [C, K]
-    void* dbias;                     // [C] or null
-    float* dscale;                   // [C] or null
-    float* dshift;                   // [C] or null
+    void* dtaps;                     // [K, C], the gradient of weight
+    void* dbias;                     // [C]
+    float* dshift;                   // [C], of a shift that is 0 where there is none
+    float* dscale;                   // [C], of a scale that is 1 where there is none
     float* partial;                  // [slots, K + 2, C] scratch; need not be set
     int slots;                       // of glu_depthwise_conv_slots
 };

@@ -1,26 +1,35 @@
-"""glu_depthwise_conv on the CUDA kernels of csrc/cuda: without a norm, or with an evaluation BatchNorm folded in."""
+"""glu_depthwise_conv on the CUDA kernels of csrc/cuda; arguments and results as those of lcconformer.kernels.
+
+Without a norm, or with an evaluation BatchNorm folded into a scale and a shift.
+"""
 
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lcconformer import _extension
 
-__all__ = ["cuda_unsupported", "glu_depthwise_conv_cuda"]
+from ._cpu import i64, pointer, unit_stride
+
+__all__ = ["backward", "cuda_unsupported", "forward"]
 
 _ELEMENTS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
-@torch.compiler.assume_constant_result
 def _device_reasons(device_type: str, index: int | None) -> list[str]:
+    """A constant of the process, also to a tracer."""
     if device_type != "cuda":
         return [f"the tensors are on device type {device_type!r}"]
     major, minor = torch.cuda.get_device_capability(index)
     return _extension.cuda_reasons(10 * major + minor)
+
+
+# what torch.compiler.assume_constant_result does, without its import of torch._dynamo
+_device_reasons._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def cuda_unsupported(x: Tensor, norm: str, training: bool, activation: str) -> list[str]:
@@ -37,63 +46,11 @@ def cuda_unsupported(x: Tensor, norm: str, training: bool, activation: str) -> l
     return reasons
 
 
-def glu_depthwise_conv_cuda(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lengths: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """``silu(norm(depthwise(mask(glu(x)))))``; the norm is that of the running statistics, or none if they are None.
-
-    Args and result as in ``lcconformer.ops.glu_depthwise_conv``.
-    """
-    scale = shift = None
-    if norm_weight is not None and norm_bias is not None and running_mean is not None and running_var is not None:
-        scale = norm_weight.float() * torch.rsqrt(running_var.float() + eps)
-        shift = norm_bias.float() - running_mean.float() * scale
-    if lengths is not None:
-        lengths = lengths.to(torch.int64)
-    tensors = (x, weight, bias, lengths, scale, shift)
-    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in tensors):
-        return _Function.apply(*tensors)
-    return torch.ops.lcconformer.glu_depthwise_conv_cuda_fwd(*tensors, False)[0]
-
-
-torch.library.define(
-    "lcconformer::glu_depthwise_conv_cuda_fwd",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? lengths, Tensor? scale, Tensor? shift, bool save) "
-    "-> (Tensor y, Tensor conv)",
-)
-torch.library.define(
-    "lcconformer::glu_depthwise_conv_cuda_bwd",
-    "(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? lengths, Tensor? scale, Tensor? shift, Tensor conv) "
-    "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor daffine)",
-)
-
-
 def _kernels() -> ModuleType:
     return _extension.load().cuda
 
 
-def _pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    """The kernels take any strides but that of the channels."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if p is None else p.contiguous() for p in tensors]
-
-
-def _operation(kernels, x, weight, bias, lengths, scale, shift):
+def _operation(kernels: Any, x: Tensor, weight: Tensor, **inputs: Tensor | None) -> Any:
     """Sizes and inputs of a launch; the caller keeps the tensors alive."""
     b, t, _ = x.shape
     c, k = weight.shape
@@ -104,90 +61,97 @@ def _operation(kernels, x, weight, bias, lengths, scale, shift):
         frames=t,
         channels=c,
         width=k,
-        x=_pointer(x),
+        x=pointer(x),
         x_batch=x.stride(0),
         x_frame=x.stride(1),
-        weight=_pointer(weight),
-        bias=_pointer(bias),
-        lengths=_pointer(lengths),
-        scale=_pointer(scale),
-        shift=_pointer(shift),
+        weight=pointer(weight),
         device=x.device.index if on_gpu else 0,
         stream=torch.cuda.current_stream(x.device).cuda_stream if on_gpu else 0,
+        **{name: pointer(p) for name, p in inputs.items()},
     )
 
 
-# "CPU" is there for the emulated kernels of the tests; the dispatch never sends a CPU tensor here
-@torch.library.impl("lcconformer::glu_depthwise_conv_cuda_fwd", ("CPU", "CUDA"))
-def _fwd(x, weight, bias, lengths, scale, shift, save):
+def _fold(norm_weight, norm_bias, mean, var, eps) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(1 / deviation, scale, shift) of the norm by known statistics: float32 [C], or None without one."""
+    if norm_weight is None:
+        return None, None, None
+    inverse = torch.rsqrt(var.float() + eps)
+    scale = norm_weight.float() * inverse
+    return inverse, scale, norm_bias.float() - mean.float() * scale
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lengths: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    norm: str,
+    num_groups: int,
+    training: bool,
+    eps: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out [B, T, C], y, mean, var, count): what the backward needs is filled if ``save``, else empty."""
     kernels = _kernels()
-    x = _dense_rows(x)
-    given = _dense(weight, bias, lengths, scale, shift)
     shape = (*x.shape[:2], weight.shape[0])
-    y = x.new_empty(shape)
-    conv = x.new_empty(shape if save else (0,))
-    op = _operation(kernels, x, *given)
-    kernels.glu_depthwise_conv_forward(op, y=_pointer(y), conv=_pointer(conv) if save else 0)
-    return y, conv
+    x, weight, lengths = unit_stride(x), weight.contiguous(), i64(lengths)
+    bias = None if bias is None else bias.contiguous()
+    _, scale, shift = _fold(norm_weight, norm_bias, running_mean, running_var, eps)
+    out, y = x.new_empty(shape), x.new_empty(shape if save else (0,))
+    op = _operation(kernels, x, weight, bias=bias, lengths=lengths, scale=scale, shift=shift)
+    kernels.glu_depthwise_conv_forward(op, y=pointer(out), conv=pointer(y) if save else 0)
+    mean, var, count = (x.new_empty((0,), dtype=torch.float32) for _ in range(3))
+    if save and running_mean is not None and running_var is not None:
+        mean, var = (s.to(torch.float32, copy=True) for s in (running_mean, running_var))
+    return out, y, mean, var, count
 
 
-@torch.library.impl("lcconformer::glu_depthwise_conv_cuda_bwd", ("CPU", "CUDA"))
-def _bwd(dy, x, weight, bias, lengths, scale, shift, conv):
+def backward(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lengths: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    y: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    norm: str,
+    num_groups: int,
+    training: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx [B, T, 2C], dweight [K, C] (transposed), dbias [C], (dnorm_bias, dnorm_weight) [2, C] or empty)."""
     kernels = _kernels()
-    x, dy = _dense_rows(x), _dense_rows(dy)
-    given = _dense(weight, bias, lengths, scale, shift)
     b, t, _ = x.shape
     c, k = weight.shape
-    dx = x.new_empty(x.shape)
-    dweight = weight.new_empty((c, k))
-    dbias = weight.new_empty((0 if bias is None else c,))
-    daffine = x.new_empty((0 if scale is None else 2, c), dtype=torch.float32)  # of scale, of shift
+    dx, dtaps, dbias = x.new_empty(x.shape), weight.new_empty((k, c)), weight.new_empty((c,))
+    x, weight, dout, lengths = unit_stride(x), weight.contiguous(), unit_stride(dout), i64(lengths)
+    inverse, scale, shift = _fold(norm_weight, norm_bias, mean, var, eps)
+    daffine = x.new_empty((2, c), dtype=torch.float32)  # of shift, of scale
     slots = kernels.glu_depthwise_conv_slots(b, t, c)
     partial = x.new_empty((slots, k + 2, c), dtype=torch.float32)
-    op = _operation(kernels, x, *given)
+    op = _operation(kernels, x, weight, bias=None, lengths=lengths, scale=scale, shift=shift)
     kernels.glu_depthwise_conv_backward(
         op,
-        dy=_pointer(dy),
-        dy_batch=dy.stride(0),
-        dy_frame=dy.stride(1),
-        conv=_pointer(conv),
-        dx=_pointer(dx),
-        dweight=_pointer(dweight),
-        dbias=_pointer(dbias) if bias is not None else 0,
-        dscale=_pointer(daffine[0]) if scale is not None else 0,
-        dshift=_pointer(daffine[1]) if scale is not None else 0,
-        partial=_pointer(partial),
+        dy=pointer(dout),
+        dy_batch=dout.stride(0),
+        dy_frame=dout.stride(1),
+        conv=pointer(y),
+        dx=pointer(dx),
+        dtaps=pointer(dtaps),
+        dbias=pointer(dbias),
+        dshift=pointer(daffine[0]),
+        dscale=pointer(daffine[1]),
+        partial=pointer(partial),
         slots=slots,
     )
-    return dx, dweight, dbias, daffine
-
-
-@torch.library.register_fake("lcconformer::glu_depthwise_conv_cuda_fwd")
-def _fwd_fake(x, weight, bias, lengths, scale, shift, save):
-    shape = (*x.shape[:2], weight.shape[0])
-    return x.new_empty(shape), x.new_empty(shape if save else (0,))
-
-
-@torch.library.register_fake("lcconformer::glu_depthwise_conv_cuda_bwd")
-def _bwd_fake(dy, x, weight, bias, lengths, scale, shift, conv):
-    c = weight.shape[0]
-    dbias = weight.new_empty((0 if bias is None else c,))
-    daffine = x.new_empty((0 if scale is None else 2, c), dtype=torch.float32)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, daffine
-
-
-class _Function(torch.autograd.Function):
-    """Keeps the input and the convolution's output; the backward recomputes GLU and SiLU."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, lengths, scale, shift):
-        y, conv = torch.ops.lcconformer.glu_depthwise_conv_cuda_fwd(x, weight, bias, lengths, scale, shift, True)
-        ctx.save_for_backward(x, weight, bias, lengths, scale, shift, conv)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        dx, dweight, dbias, daffine = torch.ops.lcconformer.glu_depthwise_conv_cuda_bwd(dy, *ctx.saved_tensors)
-        dscale, dshift = daffine if daffine.numel() else (None, None)
-        return dx, dweight, dbias if dbias.numel() else None, None, dscale, dshift
+    if norm_weight is None:
+        return dx, dtaps, dbias, x.new_empty((0,))
+    daffine[1].sub_(mean * daffine[0]).mul_(inverse)
+    return dx, dtaps, dbias, daffine.to(norm_weight.dtype)

@@ -9,5 +9,6 @@ __all__ = ["fused_kernels"]
 
 
 def fused_kernels(op: str, backend: str) -> ModuleType:
-    """``lcconformer.kernels.<op>`` for ``"triton"``, ``lcconformer.ops._cpu_<op>`` for ``"cpu"``."""
-    return importlib.import_module(f"lcconformer.kernels.{op}" if backend == "triton" else f"lcconformer.ops._cpu_{op}")
+    """``lcconformer.kernels.<op>`` for ``"triton"``, ``lcconformer.ops._<backend>_<op>`` for ``"cpu"`` and ``"cuda"``."""
+    name = f"kernels.{op}" if backend == "triton" else f"ops._{backend}_{op}"
+    return importlib.import_module(f"lcconformer.{name}")

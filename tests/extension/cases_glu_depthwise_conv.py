@@ -6,6 +6,7 @@ module: a process of its own, since it runs under AddressSanitizer.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -20,8 +21,12 @@ from torch.nn import functional as F
 
 from lcconformer.ops import _cuda_glu_depthwise_conv as glue
 
+# the package's attribute of this name is the function
+op = importlib.import_module("lcconformer.ops.glu_depthwise_conv")
+
 EPS = 1e-5
 UTILITIES = ("test_schema", "test_faketensor")
+NORM = ("norm_weight", "norm_bias", "running_mean", "running_var")
 LEAVES = ("x", "weight", "bias", "norm_weight", "norm_bias")
 
 
@@ -79,6 +84,14 @@ def gradients(inputs: dict[str, Tensor | None], dy: Tensor, function: Any) -> di
     return {"y": out.detach(), **{n: g.detach() for n, g in grads.items() if g is not None}}
 
 
+def on_cuda_kernels(
+    x: Any, weight: Any, bias: Any, lengths: Any, norm_weight: Any, norm_bias: Any, mean: Any, var: Any, norm: str
+) -> Tensor:
+    """The op as its dispatch calls it; the CPU's tensors go to the emulated kernels."""
+    given = (x, weight, bias, lengths, norm_weight, norm_bias, mean, var)
+    return op.GluDepthwiseConvFn.apply(*given, norm, 1, False, EPS, "cuda")[0]
+
+
 def run(case: dict[str, Any], device: str, reseed: Callable[[int], None]) -> dict[str, Any]:
     """{tensor: {error, low, floor}}, and whether a second run, in another schedule, gave the same bits."""
     torch.manual_seed(case["seed"])
@@ -96,10 +109,7 @@ def run(case: dict[str, Any], device: str, reseed: Callable[[int], None]) -> dic
     low = gradients(as_dtype(x.dtype), dy, lambda p: oracle(p, lengths))
 
     def ours(p: dict[str, Tensor | None]) -> Tensor:
-        return glue.glu_depthwise_conv_cuda(
-            p["x"], p["weight"], p["bias"], lengths, *(p[n] for n in ("norm_weight", "norm_bias")),
-            p["running_mean"], p["running_var"], EPS,
-        )  # fmt: skip
+        return on_cuda_kernels(p["x"], p["weight"], p["bias"], lengths, *(p[n] for n in NORM), case["norm"])
 
     outs = []
     for seed in (case["seed"], case["seed"] + 1):
@@ -133,30 +143,34 @@ def run(case: dict[str, Any], device: str, reseed: Callable[[int], None]) -> dic
 def opcheck() -> dict[str, str]:
     """Of both operators, with every optional tensor and with none; the failures."""
     torch.manual_seed(0)
-    x, weight, bias = (
-        torch.randn(2, 9, 10).transpose(0, 1).contiguous().transpose(0, 1),
-        torch.randn(5, 3),
-        torch.randn(5),
-    )
-    lengths, scale, shift = torch.tensor([9, 4]), torch.rand(5), torch.randn(5)
+    x, weight = torch.randn(9, 2, 10).transpose(0, 1), torch.randn(5, 3)
+    bias, lengths, affine, stats = torch.randn(5), torch.tensor([9, 4]), torch.randn(2, 5), torch.rand(2, 5)
+    y, dout = torch.randn(2, 9, 5), torch.randn(2, 5, 9).transpose(1, 2)
+    empty = torch.empty(0)
     failed = {}
-    for given in ((bias, lengths, scale, shift), (None,) * 4):
-        conv, dy = torch.randn(2, 9, 5), torch.randn(2, 5, 9).transpose(1, 2)
+    for norm, given, norm_args, saved in (
+        ("batch", (bias, lengths), (*affine, *stats), (*stats, empty)),
+        ("none", (None, None), (None,) * 4, (empty,) * 3),
+    ):
+        options = (norm, 1, False, EPS)
+        forward, backward = torch.ops.lcconformer.glu_depthwise_conv_fwd, torch.ops.lcconformer.glu_depthwise_conv_bwd
         calls = {
-            "fwd": (torch.ops.lcconformer.glu_depthwise_conv_cuda_fwd, (x, weight, *given, True)),
-            "fwd, nothing saved": (torch.ops.lcconformer.glu_depthwise_conv_cuda_fwd, (x, weight, *given, False)),
-            "bwd": (torch.ops.lcconformer.glu_depthwise_conv_cuda_bwd, (dy, x, weight, *given, conv)),
+            "forward": (forward, (x, weight, *given, *norm_args, *options, True)),
+            "forward, nothing saved": (forward, (x, weight, *given, *norm_args, *options, False)),
+            "backward": (backward, (dout, x, weight, given[1], *norm_args[:2], y, *saved, *options)),
         }
         for name, (operator, args) in calls.items():
-            result = torch.library.opcheck(operator, args, test_utils=UTILITIES, raise_exception=False)
-            failed |= {f"{name}: {test}": str(got) for test, got in result.items() if got != "SUCCESS"}
+            result = torch.library.opcheck(
+                operator, args, {"backend": "cuda"}, test_utils=UTILITIES, raise_exception=False
+            )
+            failed |= {f"{norm}, {name}: {test}": str(got) for test, got in result.items() if got != "SUCCESS"}
     return failed
 
 
 def refusal(width: int) -> dict[str, str]:
     """What a kernel width that the op would not let through meets in the launcher."""
     try:
-        glue.glu_depthwise_conv_cuda(torch.randn(1, 4, 4), torch.randn(2, width), *[None] * 6, EPS)
+        on_cuda_kernels(torch.randn(1, 4, 4), torch.randn(2, width), *[None] * 6, "none")
     except ValueError as error:
         return {"error": str(error)}
     return {"error": ""}
