@@ -486,7 +486,9 @@ def config_for(kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> Lau
         return LaunchConfig(warps, 2, blocks | {"BLOCK_N": 16 if half else 32})
     # accumulators are as large as the keys or positions of a tile, whatever its number of queries
     tile = {"BLOCK_M": 16 if dtype == torch.float32 else 32, "BLOCK_N": 32 if half else 64}
-    return LaunchConfig(warps, 1 if wide or half else 2, blocks | tile)
+    # loads ahead of their use take registers too; on sm_100 the position kernel then spills 448 B at D = 64
+    ahead = not (wide or half or (kernel == "backward_position" and nearest_arch(arch) == 100))
+    return LaunchConfig(warps, 2 if ahead else 1, blocks | tile)
 
 
 def _precision(dtype: torch.dtype) -> str:
