@@ -43,7 +43,8 @@ _CONFIG = LaunchConfig(num_warps=4, num_stages=1, blocks={"BLOCK_M": 16, "BLOCK_
 
 @triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    # by exp2: exp costs four more instructions (sm_90, Triton 3.6)
+    return 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * x))
 
 
 @triton.jit

@@ -45,7 +45,8 @@ NONE, RUNNING, LAYER, STATS = (tl.constexpr(i) for i in range(4))
 
 @triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    # by exp2: exp costs four more instructions (sm_90, Triton 3.6)
+    return 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * x))
 
 
 @triton.jit
