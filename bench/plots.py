@@ -154,8 +154,10 @@ def _speedup(plt: Any, rows: Sequence[Row], results: Results) -> Any:
         for r in members:
             faded = 1.0 if r.depth == r.layers else 0.55
             axis.barh(y, r.speedup_vs_eager, height=0.8, color=_colour(label(r)), alpha=faded)
-            text = axis.text(r.speedup_vs_eager, y, f" {r.speedup_vs_eager:.2f}x", va="center", fontsize=7.5, zorder=3)
-            text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.85})
+            axis.annotate(
+                f"{r.speedup_vs_eager:.2f}x", (r.speedup_vs_eager, y), (4, 0), textcoords="offset points", va="center",
+                fontsize=7.5, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+            )  # fmt: skip
             ticks.append((y, label(r)))
             y += 1
         y += 1.4
