@@ -151,7 +151,7 @@ def backward(
         partial=pointer(partial),
         slots=slots,
     )
-    if norm_weight is None:
+    if norm_weight is None or inverse is None:
         return dx, dtaps, dbias, x.new_empty((0,))
     daffine[1].sub_(mean * daffine[0]).mul_(inverse)
     return dx, dtaps, dbias, daffine.to(norm_weight.dtype)
