@@ -6,6 +6,8 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -47,6 +49,20 @@ def shared_data() -> Path:
             raise FileNotFoundError(f"LCCONFORMER_SHARED_DATA is {given!r}, which is no folder")
         pytest.skip(f"no speech data at {path}; set LCCONFORMER_SHARED_DATA to the folder of the archives")
     return path
+
+
+@pytest.fixture(scope="session")
+def transformers() -> ModuleType:
+    """transformers imports torchaudio wherever it is installed, which fails where that wants a CUDA runtime: hide it."""
+    pytest.importorskip("transformers", reason="pip install 'lcconformer[test]'")
+    import transformers.utils
+
+    try:
+        import torchaudio  # noqa: F401
+    except (ImportError, OSError):
+        with mock.patch.object(transformers.utils, "is_torchaudio_available", return_value=False):
+            import transformers.audio_utils
+    return transformers
 
 
 def _assert_close(

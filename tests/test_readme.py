@@ -13,7 +13,7 @@ def text():
     return README.read_text()
 
 
-def test_python_blocks_run(text):
+def test_python_blocks_run(text, transformers):
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)
     assert blocks
     for block in blocks:

@@ -5,23 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from types import ModuleType
-from unittest import mock
 
 import pytest
-
-
-@pytest.fixture(scope="session")
-def transformers() -> ModuleType:
-    """transformers imports torchaudio wherever it is installed, which fails where that wants a CUDA runtime: hide it."""
-    pytest.importorskip("transformers", reason="pip install 'lcconformer[test]'")
-    import transformers.utils
-
-    try:
-        import torchaudio  # noqa: F401
-    except (ImportError, OSError):
-        with mock.patch.object(transformers.utils, "is_torchaudio_available", return_value=False):
-            import transformers.audio_utils
-    return transformers
 
 
 @pytest.fixture(scope="session")
