@@ -1,0 +1,10 @@
+// The CPU part of _C alone, for a build under sanitizers.
+#include <pybind11/pybind11.h>
+
+#include "cpu/bindings.h"
+
+PYBIND11_MODULE(_C, m) {
+    m.attr("build_info") = "{}";
+    auto cpu = m.def_submodule("cpu");
+    lcc::bind_cpu(cpu);
+}
