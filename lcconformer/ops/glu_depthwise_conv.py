@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ._backend import select
+from ._backend import Reasons, forced_backend, select
 from ._checks import check_lengths, check_same, check_shape, frame_mask
 from ._cpu import cpu_reasons
+from ._cuda_glu_depthwise_conv import cuda_unsupported
 from ._fused import fused_kernels
 from ._triton import triton_reasons
 
@@ -175,14 +176,14 @@ def glu_depthwise_conv(
             raise ValueError(f"{OP}: {name} is on {p.device} but x is on {x.device}; move them to one device")
     check_lengths(OP, lengths, x.shape[0], x.shape[1], x.device)
 
-    backend = select(
-        OP,
-        x.device.type,
-        {
-            "triton": lambda: _triton_unsupported(x, norm, activation, norm_weight),
-            "cpu": lambda: _cpu_unsupported(x, activation),
-        },
-    )
+    candidates: dict[str, Reasons] = {
+        "triton": lambda: _triton_unsupported(x, norm, activation, norm_weight),
+        "cpu": lambda: _cpu_unsupported(x, activation),
+    }
+    if forced_backend() == "cuda":
+        # on demand until a GPU has measured it against Triton's
+        candidates["cuda"] = lambda: cuda_unsupported(x, norm, training, activation)
+    backend = select(OP, x.device.type, candidates)
     if backend == "torch":
         return glu_depthwise_conv_reference(
             x,
