@@ -37,9 +37,9 @@ def check(assert_close, inputs, dtype=torch.float32, layout="dense", level=None,
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("t", [*FRAMES, 433])
+@pytest.mark.parametrize("t", [*FRAMES, 190, 433])
 def test_odd_lengths(assert_close, level, t):
-    """433 frames are ten blocks of queries and three of keys."""
+    """190 frames fill a block of keys, 433 are ten blocks of queries and three of keys."""
     check(assert_close, make_inputs(3, t, 2, 16), level=level, lengths=torch.tensor([t, t // 2, 0]))
 
 
