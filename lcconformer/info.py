@@ -174,8 +174,16 @@ def _text(info: dict[str, Any]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument(
+        "--evidence", action="store_true", help="how far each kernel has been proven (CONTRIBUTING.md: six steps)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.evidence:
+        from lcconformer.bench import evidence
+
+        print(evidence.table())
+        return
     info = collect()
     print(json.dumps(info, indent=2) if args.json else _text(info))

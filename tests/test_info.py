@@ -76,3 +76,12 @@ def test_choice_is_that_of_select(monkeypatch):
         for name, r in reasons.items():
             if name != want:
                 assert row["against"][name] == (r or ["could serve; LCCONFORMER_BACKEND=triton forces it"])
+
+
+def test_evidence(capsys, monkeypatch):
+    from lcconformer.__main__ import main
+    from lcconformer.bench import evidence
+
+    monkeypatch.setattr(evidence, "table", lambda: "op  reference")
+    assert main(["info", "--evidence"]) == 0
+    assert capsys.readouterr().out == "op  reference\n"
