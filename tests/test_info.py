@@ -79,8 +79,9 @@ def test_choice_is_that_of_select(monkeypatch):
 
 
 def test_evidence(capsys, monkeypatch):
-    from lcconformer.__main__ import main
     from lcconformer.bench import evidence
+
+    from lcconformer.__main__ import main
 
     monkeypatch.setattr(evidence, "table", lambda: "op  reference")
     assert main(["info", "--evidence"]) == 0
