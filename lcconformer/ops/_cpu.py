@@ -30,6 +30,10 @@ _missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def cpu_reasons(x: Tensor) -> list[str]:
     """Why no CPU kernel can take ``x``: the extension, its device or its dtype."""
     reasons = [_missing()]
+    if torch.compiler.is_compiling():
+        # the compiler fuses the reference itself; and with dynamic shapes Dynamo 2.13 fails on the second call of an
+        # autograd.Function with the same weights, which is what a shared layer makes
+        reasons.append("under torch.compile and torch.export the reference is compiled instead")
     if x.device.type != "cpu":
         reasons.append(f"the tensors are on device type {x.device.type!r}")
     if x.dtype not in _DTYPES:
