@@ -24,7 +24,7 @@ def test_python_blocks_run(text, transformers):
     ("marker", "ends"),
     [
         ("<!-- demo command -->", "python -m lcconformer demo"),
-        ("<!-- test command -->", "pytest -n auto --dist loadfile"),
+        ("<!-- test command -->", 'pytest -n auto --dist loadfile -m "not slow"'),
     ],
 )
 def test_commands_stand_behind_their_markers(text, marker, ends):
