@@ -14,7 +14,7 @@ from .case import DTYPES, OPS, Case, parse_shapes
 from .providers import choose
 from .rows import Results, Row, commit, device_name
 from .suite import run_case
-from .table import case_tables, notes, number
+from .table import case_tables, flops_rate, notes, number
 
 __all__ = ["add_arguments", "run"]
 
@@ -124,7 +124,7 @@ def report(rows: list[Row], results: Results, args: argparse.Namespace) -> None:
     print("\n" + case_tables(rows))
     print(
         "\nms: median of interleaved rounds; frames/s: B x T over it; RTF: time over speech time at 10 ms a frame; MB: most "
-        "that one call allocates;\nTFLOP/s, GB/s: least work of the maths over the time; of floor: least possible time over "
+        "that one call allocates;\nFLOP/s, GB/s: least work of the maths over the time; of floor: least possible time over "
         "the time, from measured ceilings (" + "; ".join(_ceiling(*item) for item in results.ceilings.items()) + ")"
     )
     if args.mode == "training":
@@ -141,7 +141,7 @@ def report(rows: list[Row], results: Results, args: argparse.Namespace) -> None:
 
 
 def _ceiling(name: str, rates: dict[str, float]) -> str:
-    return f"{name}: matrix product {number(rates['gemm_tflops'])} TFLOP/s, copy {number(rates['copy_gb_s'])} GB/s"
+    return f"{name}: matrix product {flops_rate(rates['gemm_tflops'])}, copy {number(rates['copy_gb_s'])} GB/s"
 
 
 def progress_bar(total: int) -> Any:

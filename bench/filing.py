@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from . import readme
+from . import goals, readme
 from .evidence import EVIDENCE, record_report, record_rows
 from .rows import Results, write_atomically
 
@@ -45,24 +45,25 @@ def file_results(source: Path, results: Path = RESULTS, readme_file: Path = read
     for name in sorted({row.device_name for row in found.rows}):
         members = [row for row in found.rows if row.device_name == name]
         for commit in sorted({row.commit for row in members}):
-            target = results / slug(name) / f"{found.date}-{commit}.json"
+            target = results / slug(name) / f"{found.date[:10]}-{commit}.json"
             filed = Results(target)
             filed.date = found.date
             filed.ceilings |= {k: v for k, v in found.ceilings.items() if k.startswith(name)}
             filed.skipped = found.skipped
             filed.add([row for row in members if row.commit == commit])
-            print(f"filed {len(filed.rows)} rows: {target}")
+            goals.write(filed, target.with_name("goals.md"))
+            print(f"filed {len(filed.rows)} rows: {target}\n{goals.table(filed.rows)}")
         constants = source / "machine.json"
         if source.is_dir() and constants.exists():
             values = json.loads(constants.read_text())
             if values.get("device_name") == name:
                 write_atomically(results / slug(name) / "machine.json", json.dumps(values, indent=1) + "\n")
     evidence = results / EVIDENCE.name
-    record_rows(found.rows, found.date, evidence)
+    record_rows(found.rows, found.date[:10], evidence)
     report = source / "gpu_tests.xml"
     if source.is_dir() and report.exists() and any(row.device == "cuda" for row in found.rows):
         row = next(row for row in found.rows if row.device == "cuda")
-        origin = {"commit": row.commit, "date": found.date, "machine": row.device_name}
+        origin = {"commit": row.commit, "date": found.date[:10], "machine": row.device_name}
         record_report(report, gpu=True, path=evidence, origin=origin)
     if readme_file.exists():
         readme.refresh(readme_file, results)

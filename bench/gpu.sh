@@ -127,6 +127,7 @@ stage "ladder, inference" 30 "$python" -m lcconformer bench --ladder --device "$
 stage "ladder, training" 30 "$python" -m lcconformer bench --ladder --mode training --device "$device" --shapes "$train" \
   "${small[@]}"
 
+"$python" -m lcconformer.bench.goals "$out/bench.json" | tee -a "$out/summary.txt"
 say "$((SECONDS)) s, $failed parts failed; $(find "$out" -type f | wc -l) files in $out"
 grep -h -A 200 '^step ' "$out/log.txt" | head -n 60
 exit 0

@@ -9,7 +9,7 @@ from typing import Any
 from .case import Case
 from .roofline import work
 from .rows import Results, Row
-from .table import label, number
+from .table import flops_rate, flops_unit, label, number
 
 __all__ = ["plot"]
 
@@ -180,17 +180,18 @@ def _roofline(plt: Any, rows: Sequence[Row], results: Results) -> Any:
     if ceiling is None or not points:
         return None
     figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    unit, scale = flops_unit([ceiling["gemm_tflops"]])
     ridge = ceiling["gemm_tflops"] * 1e12 / (ceiling["copy_gb_s"] * 1e9)
     low = min(ridge, *(x for x, _ in points)) / 3
     high = max(ridge, *(x for x, _ in points)) * 3
     axis.plot(
         [low, ridge, high],
-        [low * ceiling["copy_gb_s"] / 1e3, ceiling["gemm_tflops"], ceiling["gemm_tflops"]],
+        [scale * rate for rate in (low * ceiling["copy_gb_s"] / 1e3, ceiling["gemm_tflops"], ceiling["gemm_tflops"])],
         color="#1f2937",
         lw=1.5,
     )
     axis.annotate(
-        f"matrix product {number(ceiling['gemm_tflops'])} TFLOP/s", (high, ceiling["gemm_tflops"]),
+        f"matrix product {flops_rate(ceiling['gemm_tflops'])}", (high, scale * ceiling["gemm_tflops"]),
         ha="right", va="bottom", fontsize=7.5, xytext=(0, 2), textcoords="offset points",
     )  # fmt: skip
     shapes = list(dict.fromkeys((r.batch, r.frames) for _, r in points))
@@ -199,14 +200,14 @@ def _roofline(plt: Any, rows: Sequence[Row], results: Results) -> Any:
     for x, r in points:
         name = label(r)
         axis.scatter(
-            x, r.tflops, color=_colour(name), marker=markers[r.batch, r.frames], s=34, zorder=3,
+            x, scale * r.tflops, color=_colour(name), marker=markers[r.batch, r.frames], s=34, zorder=3,
             label=None if name in named else name,
         )  # fmt: skip
         named.add(name)
     for (batch, frames), marker in markers.items():
         axis.scatter([], [], color="white", edgecolor="#1f2937", marker=marker, label=f"B = {batch}, T = {frames}")
     axis.set(
-        xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="useful TFLOP/s",
+        xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel=f"useful {unit}",
         title=f"ceilings measured here; copy {number(ceiling['copy_gb_s'])} GB/s",
     )  # fmt: skip
     axis.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.01, 0.5))

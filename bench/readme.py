@@ -36,9 +36,9 @@ def section(results: Path = HERE / "results") -> str:
     """Markdown of the latest result file of each machine, GPUs first."""
     latest: list[tuple[bool, Path, Results]] = []
     for folder in sorted(p for p in results.iterdir() if p.is_dir()):
-        # names start with the date
-        for path in sorted(folder.glob("20*.json"))[-1:]:
-            found = Results(path)
+        files = [(path, Results(path)) for path in sorted(folder.glob("20*.json"))]
+        if files:
+            path, found = max(files, key=lambda file: file[1].date)
             latest.append((found.rows[0].device != "cuda", path, found))
     if not latest:
         return "No results are filed yet."
@@ -54,7 +54,7 @@ def _machine(path: Path, found: Results) -> str:
     where = path.parent.name + "/" + path.name
     torch = first.versions["torch"]
     lines = [
-        f"**{first.device_name}{kind}**, {found.date}, commit {first.commit}, torch {torch} "
+        f"**{first.device_name}{kind}**, {found.date[:10]}, commit {first.commit}, torch {torch} "
         f"([rows](bench/results/{where})). Median ms; the last columns say how many times as fast lcconformer is."
     ]
     for mode in ("inference", "training"):

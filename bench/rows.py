@@ -86,7 +86,8 @@ class Results:
         self.rows: list[Row] = []
         self.skipped: list[dict[str, str]] = []
         self.ceilings: dict[str, dict[str, float]] = {}
-        self.date = datetime.date.today().isoformat()  # of the file's first row
+        now = datetime.datetime.now(datetime.timezone.utc)
+        self.date = now.isoformat(timespec="minutes")  # of the file's first row
         self._told: set[tuple[str, str]] = set()
         if path is not None and path.exists():
             try:

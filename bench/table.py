@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from .providers import PROVIDERS
 from .rows import Row
 
-__all__ = ["case_tables", "grid", "label", "notes", "number"]
+__all__ = ["case_tables", "flops_rate", "flops_unit", "grid", "label", "notes", "number"]
 
 NOTES = {(p.name, p.backend): p.note for p in PROVIDERS if p.note}
 
@@ -33,6 +33,17 @@ def grid(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -
     return "\n".join([draw(table[0]), "  ".join("-" * w for w in widths), *map(draw, table[1:])])
 
 
+def flops_unit(rates: Iterable[float]) -> tuple[str, float]:
+    """For rates in TFLOP/s: ``("TFLOP/s", 1)``, or ``("GFLOP/s", 1000)`` where all are below one, and are multiplied."""
+    return ("TFLOP/s", 1.0) if max(rates) >= 1 else ("GFLOP/s", 1e3)
+
+
+def flops_rate(tflops: float) -> str:
+    """A rate with its unit."""
+    unit, scale = flops_unit([tflops])
+    return f"{number(scale * tflops)} {unit}"
+
+
 def label(row: Row) -> str:
     """``eager``, ``lcconformer:triton``, ``lcconformer:triton depth 5``."""
     name = row.provider if (row.provider, row.backend) == ("eager", "torch") else f"{row.provider}:{row.backend}"
@@ -50,7 +61,8 @@ def case_tables(rows: Sequence[Row]) -> str:
         stack = "" if ":" in mode else f", N = {layers}"
         title = f"{mode}, B = {batch}, T = {frames}, d = {d_model}{stack}, {dtype}, on {name}"
         members = sorted(members, key=lambda r: -r.median_ms)
-        header = ["provider", "ms", "p20", "p80", "vs eager", "frames/s", "RTF", "MB", "TFLOP/s", "GB/s", "of floor"]
+        unit, scale = flops_unit(r.tflops for r in members)
+        header = ["provider", "ms", "p20", "p80", "vs eager", "frames/s", "RTF", "MB", unit, "GB/s", "of floor"]
         lines = [
             [
                 label(r),
@@ -61,7 +73,7 @@ def case_tables(rows: Sequence[Row]) -> str:
                 number(r.tokens_per_s),
                 number(r.rtf),
                 number(r.peak_memory_mb),
-                number(r.tflops),
+                number(scale * r.tflops),
                 number(r.gb_per_s),
                 number(r.percent_of_roofline, "%"),
             ]
