@@ -6,6 +6,7 @@ from .depth import DepthSampler, ExitRule
 from .encoder import ConformerEncoder
 from .interop.accelerate import AccelerationReport, accelerate
 from .layer import ConformerLayer
+from .loop import engine
 from .ops._backend import backend
 
 __version__ = "0.1.0"
@@ -19,4 +20,5 @@ __all__ = [
     "ExitRule",
     "accelerate",
     "backend",
+    "engine",
 ]

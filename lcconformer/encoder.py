@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from . import loop
 from .conditioning import DepthConditioning
 from .config import ConformerConfig
 from .depth import ExitRule
@@ -105,15 +106,12 @@ class ConformerEncoder(nn.Module):
             ValueError: shapes, lengths or depth out of range.
         """
         x, lengths = self._enter(x, lengths)
-        positions: dict[int, Positions] = {}
-        hidden_states = [x]
-        for k in range(self._check_depth(depth)):
-            x = self._loop(k, x, lengths, positions)
-            if return_hidden_states:
-                hidden_states.append(x)
+        depth = self._check_depth(depth)
+        run = loop.choose(self, x, lengths) or _module_by_module
+        outputs = run(self, x, lengths, depth, return_hidden_states)
         if return_hidden_states:
-            return x, lengths, hidden_states
-        return x, lengths
+            return outputs[-1], lengths, [x, *outputs]
+        return outputs[-1], lengths
 
     @torch.no_grad()
     def adaptive(self, x: Tensor, lengths: Tensor | None, rule: ExitRule) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -204,3 +202,16 @@ class ConformerEncoder(nn.Module):
         if overrides:
             return functional_call(layer, overrides, (x, lengths, positions[index]))
         return layer(x, lengths, positions[index])
+
+
+def _module_by_module(
+    encoder: ConformerEncoder, x: Tensor, lengths: Tensor | None, depth: int, return_hidden_states: bool
+) -> list[Tensor]:
+    """The loop as its modules do it; the engines of :mod:`lcconformer.loop` equal it."""
+    positions: dict[int, Positions] = {}
+    outputs = []
+    for k in range(depth):
+        x = encoder._loop(k, x, lengths, positions)
+        if return_hidden_states or k == depth - 1:
+            outputs.append(x)
+    return outputs

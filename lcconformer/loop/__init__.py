@@ -1,0 +1,88 @@
+"""The engines of the shared loop: all loops of an encoder as one computation instead of module by module.
+
+``modules``: the layer's modules, loop by loop.  ``loop``: :mod:`.training` where autograd is to record, else
+:mod:`.inference`.  ``auto`` takes an engine where it can serve and is known to be no slower; a forced engine that cannot
+serve raises with its reasons.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import inference, training
+
+if TYPE_CHECKING:
+    from lcconformer.encoder import ConformerEncoder
+
+__all__ = ["ENGINES", "choose", "engine", "forced_engine"]
+
+ENGINES = ("modules", "loop")
+_override: list[str] = []  # innermost ``with engine(...)`` last
+
+# (encoder, x [B, T, d_model], lengths, depth, return_hidden_states) -> output of each loop if they are wanted, else of
+# the last alone
+Run = Callable[["ConformerEncoder", Tensor, Tensor | None, int, bool], list[Tensor]]
+
+
+def _valid(name: str, where: str) -> str:
+    if name != "auto" and name not in ENGINES:
+        raise ValueError(f"{where}: unknown engine {name!r}; use one of auto, {', '.join(ENGINES)}")
+    return name
+
+
+def forced_engine() -> str:
+    """The engine asked for by ``with engine(...)`` or ``LCCONFORMER_ENGINE``; ``"auto"`` if none."""
+    if _override:
+        return _override[-1]
+    return _valid(os.environ.get("LCCONFORMER_ENGINE", "auto"), "LCCONFORMER_ENGINE")
+
+
+@contextmanager
+def engine(name: str) -> Iterator[None]:
+    """Run every encoder inside the block module by module (``modules``), on an engine of the loop (``loop``), or as is best
+    (``auto``).
+
+    Raises:
+        ValueError: unknown name.  An encoder that the engine cannot serve raises NotImplementedError with the reasons.
+    """
+    _override.append(_valid(name, "engine"))
+    try:
+        yield
+    finally:
+        _override.pop()
+
+
+def choose(encoder: ConformerEncoder, x: Tensor, lengths: Tensor | None) -> Run | None:
+    """The engine that will run the loops of ``x [B, T, d_model]``; None: module by module.
+
+    Raises:
+        NotImplementedError: ``loop`` was forced and cannot serve.
+    """
+    want = forced_engine()
+    if want == "modules" or (want == "auto" and torch.compiler.is_compiling()):
+        return None
+    records = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in encoder.layers.parameters()))
+    module = training if records else inference
+    reasons = _reasons(encoder, x) + module.reasons(encoder, x, lengths)
+    if not reasons:
+        return module.run
+    if want == "loop":
+        raise NotImplementedError(
+            f"ConformerEncoder: engine 'loop' was forced but cannot serve these inputs: {'; '.join(reasons)}. "
+            "Change the inputs or the encoder, or let LCCONFORMER_ENGINE=auto choose"
+        )
+    return None
+
+
+def _reasons(encoder: ConformerEncoder, x: Tensor) -> list[str]:
+    """Why no engine can stand in for the modules; empty: one can."""
+    reasons = []
+    if torch.compiler.is_compiling():
+        reasons.append("torch.compile or torch.export is tracing")
+    return reasons
