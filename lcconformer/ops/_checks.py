@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_lengths", "check_same", "check_shape", "frame_mask"]
+__all__ = ["check_lengths", "check_same", "check_shape", "floats", "frame_mask"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -47,6 +47,16 @@ def check_lengths(op: str, lengths: Tensor | None, batch: int, frames: int, devi
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > frames:
             raise ValueError(f"{op}: lengths span {low} ... {high}; expected values from 0 to T = {frames}")
+
+
+def floats(*values: float) -> tuple[float, ...]:
+    """The values as floats, for an autograd.Function.
+
+    With dynamic shapes Dynamo makes a graph input of a float where it first meets it.  If that is inside a Function, the
+    input belongs to that Function's graph, and the next Function to use it fails ("lift_tracked_freevar_to_input should
+    not be called on root SubgraphTracer", torch 2.13).  So it is to meet all floats here.
+    """
+    return tuple(float(v) for v in values)
 
 
 def frame_mask(lengths: Tensor, frames: int) -> Tensor:

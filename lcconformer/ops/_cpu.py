@@ -31,8 +31,7 @@ def cpu_reasons(x: Tensor) -> list[str]:
     """Why no CPU kernel can take ``x``: the extension, its device or its dtype."""
     reasons = [_missing()]
     if torch.compiler.is_compiling():
-        # the compiler fuses the reference itself; and with dynamic shapes Dynamo 2.13 fails on the second call of an
-        # autograd.Function with the same weights, which is what a shared layer makes
+        # the compiler fuses the reference itself, and across the ops
         reasons.append("under torch.compile and torch.export the reference is compiled instead")
     if x.device.type != "cpu":
         reasons.append(f"the tensors are on device type {x.device.type!r}")

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ._backend import select
-from ._checks import check_same, check_shape
+from ._checks import check_same, check_shape, floats
 from ._cpu import cpu_reasons
 from ._fused import fused_kernels
 from ._triton import dropout_seed, triton_reasons
@@ -112,6 +112,7 @@ def feed_forward(
         return feed_forward_reference(
             x, norm_weight, norm_bias, w1, b1, w2, b2, scale=scale, activation=activation, dropout_p=dropout_p, eps=eps
         )
+    scale, eps = floats(scale, eps)
     tensors = (x, norm_weight, norm_bias, w1, b1, w2, b2, dropout_seed(x, dropout_p))
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in tensors):
         return FeedForwardFn.apply(*tensors, scale, dropout_p, eps, backend)

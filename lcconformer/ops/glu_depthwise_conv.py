@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ._backend import Reasons, forced_backend, select
-from ._checks import check_lengths, check_same, check_shape, frame_mask
+from ._checks import check_lengths, check_same, check_shape, floats, frame_mask
 from ._cpu import cpu_reasons
 from ._cuda_glu_depthwise_conv import cuda_unsupported
 from ._fused import fused_kernels
@@ -207,6 +207,7 @@ def glu_depthwise_conv(
         running_mean = running_var = None
     training = training and norm == "batch"
     tensors = (x, weight, bias, lengths, norm_weight, norm_bias, running_mean, running_var)
+    (eps,) = floats(eps)
     options = (norm, num_groups, training, eps)
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in tensors):
         out, mean, var, count = GluDepthwiseConvFn.apply(*tensors, *options, backend)

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ._backend import select
-from ._checks import check_same, check_shape
+from ._checks import check_same, check_shape, floats
 from ._cpu import cpu_reasons
 from ._fused import fused_kernels
 from ._triton import dropout_seed, triton_reasons
@@ -80,6 +80,7 @@ def residual_layer_norm(
     backend = select(OP, x.device.type, candidates)
     if backend == "torch":
         return residual_layer_norm_reference(x, y, weight, bias, alpha=alpha, dropout_p=dropout_p, eps=eps)
+    alpha, eps = floats(alpha, eps)
     tensors = (x, y, weight, bias, dropout_seed(x, dropout_p))
     if torch.is_grad_enabled() and any(p.requires_grad for p in tensors[:4]):
         return ResidualLayerNormFn.apply(*tensors, alpha, dropout_p, eps, backend)

@@ -1,4 +1,6 @@
-"""The encoder on the Triton kernels against the encoder on the references: output and every parameter's gradient."""
+"""The encoder on the Triton kernels: output and every parameter's gradient against the references, and compiled."""
+
+import copy
 
 import pytest
 import torch
@@ -56,3 +58,21 @@ def test_output_and_gradients(position, conv_norm, padded):
         scale = ref_grad.abs().max().item()
         bound = 3 * error(low_grads[name], ref_grad) + 4 * floor * scale
         assert error(grads[name], ref_grad) <= bound, f"{name}: {error(grads[name], ref_grad):.2e} > {bound:.2e}"
+
+
+def test_compiled_is_one_graph_for_all_lengths():
+    """The loops of a shared layer call each op again with the same weights and the same Python floats."""
+    torch._dynamo.reset()
+    config = ConformerConfig(d_model=16, num_heads=2, ffn_dim=24, num_layers=2, conv_kernel_size=5, dropout=0.1)
+    eager = ConformerEncoder(config)
+    compiled = torch.compile(copy.deepcopy(eager), backend="aot_eager", fullgraph=True, dynamic=True)
+    for frames in (6, 4):
+        x, found = torch.randn(2, frames, 16), []
+        for encoder in (eager, compiled):
+            torch.manual_seed(1)  # of dropout
+            encoder.zero_grad()
+            with backend("triton"), torch.compiler.set_stance("default" if frames == 6 else "fail_on_recompile"):
+                out, _ = encoder(x, torch.tensor([frames, 2]))
+                (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+            found.append([out, *(p.grad for p in encoder.parameters())])
+        torch.testing.assert_close(found[1], found[0])
