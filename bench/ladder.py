@@ -38,18 +38,26 @@ def _unshared(case: Case):
     return library(case, sharing="none")
 
 
-def _fused(case: Case, gate: Gate, sharing: str, graphs: bool) -> tuple[Runner, str]:
-    """lcconformer on the first backend that can serve the case."""
+def _fused(case: Case, gate: Gate, sharing: str) -> Runner:
+    """lcconformer on the first backend that can serve the case; shared weights on the first engine."""
+    build, ways = _unshared, [("modules", False)]
+    if sharing == "all":
+        build, ways = library, [("loop", False), ("modules", False)]
+        if case.device == "cuda":
+            # the engine of inference captures its own graph and refuses to be captured
+            ways = [("loop", True), ("loop", False), ("modules", True)]
     reasons = []
     for backend in lcconformer.ops._backend.BACKENDS:
         if backend == "triton" and case.device == "cpu":
             continue  # interpreted at best
-        build = library if sharing == "all" else _unshared
-        provider = Provider("lcconformer", backend, build, _here(backend), forced=backend, graphs=graphs)
-        try:
-            return prepare(provider, case, gate), backend
-        except (Skip, GateError) as error:
-            reasons.append(f"{backend}: {error}")
+        for engine, graphs in ways:
+            provider = Provider(
+                "lcconformer", backend, build, _here(backend), forced=backend, engine=engine, graphs=graphs
+            )
+            try:
+                return prepare(provider, case, gate)
+            except (Skip, GateError) as error:
+                reasons.append(f"{backend}, {engine}: {error}")
     raise ValueError("bench --ladder: no backend of lcconformer serves this case: " + "; ".join(reasons))
 
 
@@ -59,23 +67,24 @@ def _here(backend: str):
     return next(p.missing for p in PROVIDERS if p.name == "lcconformer" and p.backend == backend)
 
 
-def climb(case: Case, depth: int, seconds: float, rounds: int | None) -> tuple[list[Rung], str]:
-    """Rungs from plain PyTorch to everything together, and the backend of lcconformer.
+def climb(case: Case, depth: int, seconds: float, rounds: int | None) -> list[Rung]:
+    """Rungs from plain PyTorch to everything together.
 
     ``case.depth`` must be all layers; ``depth`` is that of shallow inference, ignored in training.
     """
     gate = Gate(case)
-    graphs = case.device == "cuda"
-    unshared, backend = _fused(case, gate, "none", False)
+    unshared = _fused(case, gate, "none")
     runners = {"eager": prepare(eager, case, gate), "fused": unshared}
     depths = range(1, case.layers + 1) if case.backward else (depth, case.layers)
     for k in dict.fromkeys(depths):
-        runners[f"depth {k}"] = _fused(case.replace(depth=k), gate, "all", graphs)[0]
+        runners[f"depth {k}"] = _fused(case.replace(depth=k), gate, "all")
     ms = {name: t.median for name, t in time_interleaved(runners, case.device, seconds, rounds).items()}
-    loop = "shared weights, one loop" + (" in a CUDA graph" if graphs else "")
+    shared = runners[f"depth {case.layers}"].provider
+    loop = "shared weights" + (", engine of the loop" if shared.engine == "loop" else ", loop of modules")
+    loop += " in a CUDA graph" if shared.graphs else ""
     rungs = [
         Rung("plain PyTorch, unshared", ms["eager"]),
-        Rung(f"+ lcconformer's layer ({backend} backend)", ms["fused"]),
+        Rung(f"+ lcconformer's layer ({unshared.provider.forced} backend)", ms["fused"]),
         Rung(f"+ {loop}", ms[f"depth {case.layers}"]),
     ]
     if case.backward:
@@ -83,7 +92,7 @@ def climb(case: Case, depth: int, seconds: float, rounds: int | None) -> tuple[l
         rungs.append(Rung(f"+ depth sampled from U{{1..{case.layers}}} (mean over all depths)", sampled))
     else:
         rungs.append(Rung(f"+ shallow inference, {depth} of {case.layers} loops", ms[f"depth {depth}"]))
-    return rungs, backend
+    return rungs
 
 
 def ladder(cases: Sequence[Case], seconds: float | None, rounds: int | None) -> int:
@@ -94,7 +103,7 @@ def ladder(cases: Sequence[Case], seconds: float | None, rounds: int | None) -> 
     for case in cases:
         # --depth chooses the shallow depth; the other rungs run all layers
         depth = case.depth if case.depth < case.layers else shallow_depth(case.layers)
-        rungs, _ = climb(case.replace(depth=case.layers), depth, seconds or 15.0, rounds)
+        rungs = climb(case.replace(depth=case.layers), depth, seconds or 15.0, rounds)
         print(f"\n{case}")
         print(grid(["step", "ms", "factor", "product", "time saved"], _lines(rungs), left=1))
         config = lcconformer.ConformerConfig(

@@ -37,6 +37,7 @@ class Provider:
         keys: names of a layer's weights (None: ours).
         position, conv_norm, conv_bias: the maths it does, where that is not the canon of the suite.
         forced: backend of lcconformer's ops.
+        engine: of lcconformer's loop.
         compile: arguments of ``torch.compile``.
         graphs: a CUDA graph of the whole call is captured and replayed.
         note: how its maths differs, for the table.
@@ -51,6 +52,7 @@ class Provider:
     conv_norm: str = "layer"
     conv_bias: bool = True
     forced: str | None = None
+    engine: str = "modules"
     compile: dict | None = None
     graphs: bool = False
     note: str = ""
@@ -58,9 +60,14 @@ class Provider:
     def __str__(self) -> str:
         return self.name if self.backend == "torch" and self.name == "eager" else f"{self.name}:{self.backend}"
 
-    def scope(self) -> contextlib.AbstractContextManager:
+    @contextlib.contextmanager
+    def scope(self) -> Iterator[None]:
         """Every call of the module runs inside."""
-        return lcconformer.backend(self.forced) if self.forced else contextlib.nullcontext()
+        if self.forced is None:
+            yield
+            return
+        with lcconformer.backend(self.forced), lcconformer.engine(self.engine):
+            yield
 
 
 def _baseline(attention) -> Callable[[Case], nn.Module]:
@@ -165,10 +172,14 @@ def _compiled(backend: str, missing, **arguments) -> Provider:
     return Provider("compile", backend, _eager, missing, compile=dict(dynamic=False, **arguments))
 
 
-def _library(backend: str, graphs: bool = False) -> Provider:
-    missing = _needs_cuda if graphs else _needs_device(backend)
-    label = f"{backend}+graphs" if graphs else backend
-    return Provider("lcconformer", label, library, missing, forced=backend, graphs=graphs)
+def _library(backend: str, graphs: bool = False, engine: str = "modules") -> Provider:
+    device = _needs_cuda if graphs else _needs_device(backend)
+
+    def missing(case: Case) -> str | None:
+        return device(case) or (_encoder_only(case) if engine == "loop" else None)
+
+    label = backend + ("+loop" if engine == "loop" else "") + ("+graphs" if graphs else "")
+    return Provider("lcconformer", label, library, missing, forced=backend, engine=engine, graphs=graphs)
 
 
 PROVIDERS: tuple[Provider, ...] = (
@@ -208,6 +219,7 @@ PROVIDERS: tuple[Provider, ...] = (
     ),
     *(_library(b) for b in reversed(lcconformer.ops._backend.BACKENDS)),
     *(_library(b, graphs=True) for b in ("triton", "cuda")),
+    *(_library(b, engine="loop") for b in ("cpu", "triton")),
 )
 # minutes of compilation for a few percent: only by name
 _ON_REQUEST = {"compile:max-autotune"}
@@ -244,7 +256,7 @@ def record_backends() -> Iterator[dict[str, str]]:
         served[op] = original(op, *args, **kwargs)
         return served[op]
 
-    places = [m for name, m in list(sys.modules.items()) if name.startswith("lcconformer.ops")]
+    places = [m for name, m in list(sys.modules.items()) if name.startswith(("lcconformer.ops", "lcconformer.loop"))]
     places = [m for m in places if getattr(m, "select", None) is original]
     try:
         for module in places:

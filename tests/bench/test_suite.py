@@ -10,6 +10,9 @@ from lcconformer.bench.case import Case, parse_shapes
 from lcconformer.bench.rows import Results, Row
 from lcconformer.bench.timing import Timing, peak_memory_mb, time_interleaved
 
+from lcconformer import loop
+from lcconformer.ops._backend import forced_backend
+
 SMALL = Case("inference", 2, 9, d_model=32, layers=2, depth=2, kernel=7)
 FIELDS = [
     *("provider", "backend", "mode", "batch", "frames", "d_model", "layers", "depth", "dtype", "device", "device_name"),
@@ -171,3 +174,12 @@ def test_shapes():
 def test_unknown_provider():
     with pytest.raises(ValueError, match="no provider 'nemo'; use some of eager:torch"):
         some("nemo")
+
+
+def test_each_engine_has_a_row_of_its_own():
+    chosen = {str(p): p for p in providers.choose("lcconformer")}
+    assert chosen["lcconformer:cpu"].engine == "modules"
+    assert chosen["lcconformer:cpu+loop"].engine == "loop"
+    with chosen["lcconformer:cpu+loop"].scope():
+        assert (loop.forced_engine(), forced_backend()) == ("loop", "cpu")
+    assert chosen["lcconformer:cpu+loop"].missing(SMALL.replace(mode="feed_forward:forward")) == "has no such op"
