@@ -62,6 +62,9 @@ from ._common import (
 
 __all__ = ["aot_configs", "backward", "config_for", "forward"]
 
+# what changes with T or B: specialised on ones and multiples of 16 it would compile again for new lengths
+RUNTIME = ("B", "T", "rows", "threshold")
+
 
 @triton.jit
 def _sequence(b, T, lengths_ptr, cu_seqlens_ptr):
@@ -142,7 +145,7 @@ def _rotated_scores(
     return tl.gather(tl.dot(qv, tl.trans(p), input_precision=PRECISION), (j - i - 1) & (N - 1), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _forward(
     q_ptr, k_ptr, v_ptr, pos_ptr, u_ptr, v_bias_ptr, out_ptr, lse_ptr, lengths_ptr, cu_seqlens_ptr, seed_ptr,
     stride_qb, stride_qt, stride_qh,
@@ -150,7 +153,7 @@ def _forward(
     stride_vb, stride_vt, stride_vh,
     stride_pt, stride_ph,
     T, H, rows, scale, threshold, keep_scale,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = 2 * BLOCK_N
     N: tl.constexpr = BLOCK_N
@@ -191,7 +194,7 @@ def _forward(
             alpha = tl.math.exp2(m - m_new)
             denominator = denominator * alpha + tl.sum(w, 1)
             m = m_new
-            if DROPOUT:
+            if seed_ptr is not None:
                 w = tl.where(dropout_keep(tl.load(seed_ptr), 0, bh, i0 + i, j0, threshold, N), w, 0.0)
             v = _load_tile(v_base, j0, keys, stride_vt, D, N, BLOCK_D)
             acc = tl.dot(w.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
@@ -200,14 +203,14 @@ def _forward(
         some = denominator > 0
         denominator = tl.where(some, denominator, 1.0)
         norm = 1.0 / denominator
-        if DROPOUT:
+        if seed_ptr is not None:
             norm = norm * tl.cast(keep_scale, tl.float32)
         _store_tile(out_ptr + (first * H + h) * D, i0, queries, H * D, acc * norm[:, None], D, M, BLOCK_D)
         lse = tl.where(some, m, 0.0) + tl.math.log2(denominator)
         tl.store(lse_ptr + h.to(tl.int64) * rows + first + i0 + i, lse, mask=_inside(i0, queries, M))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _delta(
     out_ptr, dout_ptr, delta_ptr, stride_ob, stride_ot, stride_oh, T, H, rows,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -224,17 +227,17 @@ def _delta(
 
 
 @triton.jit
-def _weights_and_ds(s, dp, lse, delta, valid, keep, scale, keep_scale, DROPOUT: tl.constexpr):
+def _weights_and_ds(s, dp, lse, delta, valid, keep, scale, keep_scale, seed_ptr):
     """Attention weights after dropout, and dS up to the factor 1/sqrt(D)."""
     w = tl.where(valid, tl.math.exp2(s * scale - lse), 0.0)
     dropped = w
-    if DROPOUT:
+    if seed_ptr is not None:
         dropped = tl.where(keep, w * keep_scale, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     return dropped, w * (dp - delta)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _backward_query(
     q_ptr, k_ptr, v_ptr, pos_ptr, u_ptr, v_bias_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
     lengths_ptr, cu_seqlens_ptr, seed_ptr,
@@ -244,7 +247,7 @@ def _backward_query(
     stride_ob, stride_ot, stride_oh,
     stride_pt, stride_ph,
     T, H, rows, scale, grad_scale, threshold, keep_scale,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = 2 * BLOCK_N
     N: tl.constexpr = BLOCK_N
@@ -289,10 +292,10 @@ def _backward_query(
             v = _load_tile(v_base, j0, keys, stride_vt, D, N, BLOCK_D)
             dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
             keep = age == 0
-            if DROPOUT:
+            if seed_ptr is not None:
                 keep = dropout_keep(tl.load(seed_ptr), 0, bh, i0 + i, j0, threshold, N)
             valid = _inside(j0, keys, N)[None, :]
-            _, ds = _weights_and_ds(s, dp, lse[:, None], delta[:, None], valid, keep, scale, keep_scale, DROPOUT)
+            _, ds = _weights_and_ds(s, dp, lse[:, None], delta[:, None], valid, keep, scale, keep_scale, seed_ptr)
             ds = ds.to(q.dtype)
             acc = tl.dot(ds, k, acc, input_precision=PRECISION)
             dr = tl.gather(ds, column, 1)
@@ -309,7 +312,7 @@ def _backward_query(
         _store_tile(dq_ptr + (first * H + h) * D, i0, queries, H * D, acc, D, M, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _backward_key(
     q_ptr, k_ptr, v_ptr, pos_ptr, u_ptr, v_bias_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, du_ptr,
     lengths_ptr, cu_seqlens_ptr, seed_ptr,
@@ -319,8 +322,7 @@ def _backward_key(
     stride_ob, stride_ot, stride_oh,
     stride_pt, stride_ph,
     T, H, rows, scale, grad_scale, threshold, keep_scale,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Tiles are transposed, [N, M] with keys or positions down and queries across, and M <= N.
 
@@ -369,9 +371,9 @@ def _backward_key(
         lse = _load_rows(lse_base, i0, queries, float("inf"), M)[None, :]
         delta = _load_rows(delta_base, i0, queries, 0.0, M)[None, :]
         keep = in_latest
-        if DROPOUT:
+        if seed_ptr is not None:
             keep = tl.trans(dropout_keep(tl.load(seed_ptr), 0, bh, i0 + i, j0, threshold, N))
-        w, ds = _weights_and_ds(s, dp, lse, delta, valid, keep, scale, keep_scale, DROPOUT)
+        w, ds = _weights_and_ds(s, dp, lse, delta, valid, keep, scale, keep_scale, seed_ptr)
         dv = tl.dot(w.to(q.dtype), dout, dv, input_precision=PRECISION)
         dk = tl.dot(ds.to(q.dtype), qu, dk, input_precision=PRECISION)
         total += tl.sum(ds, 1)
@@ -386,7 +388,7 @@ def _backward_key(
     tl.store(du_ptr + tile * D + d, du, mask=d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _backward_position(
     q_ptr, k_ptr, v_ptr, pos_ptr, u_ptr, v_bias_ptr, dout_ptr, lse_ptr, delta_ptr, dpos_ptr, dv_bias_ptr,
     lengths_ptr, cu_seqlens_ptr, seed_ptr,
@@ -396,8 +398,7 @@ def _backward_position(
     stride_ob, stride_ot, stride_oh,
     stride_pt, stride_ph,
     B, T, H, rows, scale, grad_scale, threshold, keep_scale,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows T + diagonal ... of dpos, over a part of the batch; tiles as in _backward_key.
 
@@ -451,13 +452,13 @@ def _backward_position(
             lse = _load_rows(lse_base, i0, queries, float("inf"), M)[None, :]
             delta = _load_rows(delta_base, i0, queries, 0.0, M)[None, :]
             keep = near
-            if DROPOUT:
+            if seed_ptr is not None:
                 seed = tl.load(seed_ptr)
                 keep = tl.trans(dropout_keep(seed, 0, b * H + h, i0 + i, j0, threshold, N))
                 keep_far = tl.trans(dropout_keep(seed, 0, b * H + h, i0 + i, j0 + N, threshold, N))
                 keep = (near & keep) | ((j[:, None] <= i[None, :]) & keep_far)
             valid = tl.where(near, _inside(j0, keys, N)[:, None], _inside(j0 + N, keys, N)[:, None])
-            _, ds = _weights_and_ds(s, dp, lse, delta, valid, keep, scale, keep_scale, DROPOUT)
+            _, ds = _weights_and_ds(s, dp, lse, delta, valid, keep, scale, keep_scale, seed_ptr)
             dr = tl.gather(ds, rotation_back, 0)
             dpos = tl.dot(dr.to(q.dtype), qv, dpos, input_precision=PRECISION)
             total += tl.sum(dr, 1)
@@ -502,7 +503,6 @@ def _dropout_args(seed: Tensor | None, p: float) -> dict[str, Any]:
         "seed_ptr": seed,
         "threshold": dropout_threshold(p),
         "keep_scale": dropout_scale(p),
-        "DROPOUT": seed is not None,
     }
 
 
@@ -640,24 +640,24 @@ def _spill_budget(name: str, arch: int, head_dim: int) -> int:
     return 64 if name in ("forward", "delta") and (head_dim <= 64 or arch == 90) else 640
 
 
-def _aot_config(name: str, arch: int, dtype: str, head_dim: int, dropout: bool = False) -> AotConfig:
+def _aot_config(
+    name: str, arch: int, dtype: str, head_dim: int, dropout: bool = False, packed: bool = False
+) -> AotConfig:
     kernel = _KERNELS[name]
     torch_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     config = config_for(name, arch, torch_dtype, head_dim)
-    constexprs: dict[str, Any] = {"D": head_dim, "cu_seqlens_ptr": None, **config.blocks}
-    if name != "delta":
-        constexprs |= {"DROPOUT": dropout, "PRECISION": _precision(torch_dtype)}
+    absent = {"lengths_ptr"} if packed else {"cu_seqlens_ptr"}
+    absent |= set() if dropout else {"seed_ptr"}
+    constexprs = {"D": head_dim, "PRECISION": _precision(torch_dtype), **config.blocks, **dict.fromkeys(absent)}
     pointers = {n: "*fp32" if n in _POINTERS else f"*{dtype}" for n in kernel.arg_names if n.endswith("_ptr")}
-    pointers |= {"lengths_ptr": "*i64"} | ({"seed_ptr": "*i64"} if dropout else {})
-    if not dropout:
-        constexprs["seed_ptr"] = None
+    pointers |= dict.fromkeys(("lengths_ptr", "cu_seqlens_ptr", "seed_ptr"), "*i64")
     scalars = {
         n: "i32" for n in kernel.arg_names if n.startswith("stride_") or n in ("B", "T", "H", "rows", "threshold")
     }
     scalars |= dict.fromkeys(("scale", "grad_scale", "keep_scale"), "fp32")
     constexprs = {n: c for n, c in constexprs.items() if n in kernel.arg_names}
     return AotConfig(
-        name=f"relpos_attention.{name} D={head_dim}{' dropout' if dropout else ''}",
+        name=f"relpos_attention.{name} D={head_dim}{' dropout' if dropout else ''}{' packed' if packed else ''}",
         kernel=kernel,
         signature=constexpr_signature(kernel, pointers, scalars, constexprs),
         constexprs=constexprs,
@@ -678,3 +678,4 @@ def aot_configs(arch: int) -> Iterable[AotConfig]:
         yield _aot_config(name, arch, "fp16", 64)
         if name != "delta":
             yield _aot_config(name, arch, "bf16", 64, dropout=True)
+            yield _aot_config(name, arch, "bf16", 64, packed=True)

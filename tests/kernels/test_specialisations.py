@@ -1,23 +1,29 @@
 """The kernels as Triton specialises them: an integer of one is a constant, an absent tensor is None.
 
-The interpreter sees neither. Run as a script, without TRITON_INTERPRET, this file lowers every variant to Triton's IR.
+The interpreter sees neither. Run as a script, without TRITON_INTERPRET, this file lowers every variant to Triton's IR
+("lower"), or says which specialisations inputs of many lengths ask for ("count"); both without a GPU.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
-from lcconformer.kernels import feed_forward, glu_depthwise_conv, partials, residual_layer_norm
-from lcconformer.kernels._common import AotConfig
+from lcconformer.kernels import feed_forward, glu_depthwise_conv, partials, relpos_attention, residual_layer_norm
+from lcconformer.kernels._common import AotConfig, LaunchConfig
 
+MODULES = (feed_forward, glu_depthwise_conv, partials, relpos_attention, residual_layer_norm)
 OPTIONAL = ("lengths_ptr", "bias_ptr", "seed_ptr")
 # unrolled loops, as short as they go
 SHORT = {"BLOCK_R": 2, "TAPS": 2, "STEP": 2}
@@ -29,7 +35,9 @@ def variants(config: AotConfig) -> Iterator[AotConfig]:
     ones = dict.fromkeys(integers, 1)
     # LayerNorm always has its bias
     absent = [n for n in OPTIONAL if n in config.signature and not (n == "bias_ptr" and "layer_norm" in config.name)]
-    changes = [{}, ones, *({n: 1} for n in integers), *({n: None} for n in absent), {**ones, **dict.fromkeys(absent)}]
+    changes = [{}, ones, *({n: None} for n in absent), {**ones, **dict.fromkeys(absent)}]
+    # in attention all integers but H are strides, and all are used alike
+    changes += [{n: 1} for n in integers if "attention" not in config.name or n == "H"]
     for change in changes:
         yield dataclasses.replace(
             config,
@@ -55,25 +63,100 @@ def lower(config: AotConfig) -> None:
     source.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
 
 
-def test_every_specialisation_lowers():
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert int(done.stdout) > 100
-
-
-if __name__ == "__main__":
+def lower_all() -> int:
+    """How many variants were lowered."""
     count = 0
     seen = set()
-    for module in (feed_forward, glu_depthwise_conv, partials, residual_layer_norm):
+    for module in MODULES:
         for config in module.aot_configs(90):
             short = {n: v for n, v in SHORT.items() if n in config.constexprs}
             config = dataclasses.replace(config, constexprs={**config.constexprs, **short})
-            flags = tuple((n, str(v)) for n, v in config.constexprs.items() if not n.startswith("BLOCK_"))
+            # the sizes of tiles, and of the heads in them, change no line
+            flags = tuple((n, str(v)) for n, v in config.constexprs.items() if not n.startswith("BLOCK_") and n != "D")
             if (config.kernel.__name__, flags) in seen:
                 continue
             seen.add((config.kernel.__name__, flags))
             for variant in variants(config):
                 lower(variant)
                 count += 1
-    print(count)
+    return count
+
+
+def specialisations() -> dict[str, int]:
+    """Op, kernel and tiles -> how many specialisations batches of many shapes ask for; nothing is launched."""
+    found: dict[str, set[tuple[object, ...]]] = {}
+    op = ""
+
+    def record(
+        kernel: object, _grid: object, config: LaunchConfig, _x: object, *args: object, **kwargs: object
+    ) -> None:
+        given = inspect.signature(kernel.fn).bind(*args, **kwargs, **config.blocks).arguments
+        tiles = [str(given[p.name]) for p in kernel.params if p.is_constexpr]
+        looked_at = [given[p.name] for p in kernel.params if not p.is_constexpr and not p.do_not_specialize]
+        key = tuple((v == 1, v % 16 == 0) for v in looked_at if isinstance(v, int))
+        found.setdefault(" ".join([op, kernel.__name__, *tiles]), set()).add(key)
+
+    for module in MODULES:
+        module.launch = record
+    for b, t in ((1, 1), (1, 2), (2, 1), (2, 7), (3, 16), (16, 31), (1, 48), (4, 203), (16, 255), (2, 400), (5, 1500)):
+        for name, call in calls(b, t):
+            op = name
+            call()
+    return {name: len(keys) for name, keys in found.items()}
+
+
+def calls(b: int, t: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Each op forward and backward, as its autograd.Function calls it."""
+    d, f, p = 64, 128, 0.1
+    x, wide, vector = torch.zeros(b, t, d), torch.zeros(b, t, 2 * d), torch.zeros(d)
+    lengths, ends, seed = (torch.zeros(n, dtype=torch.int64) for n in (b, b + 1, 1))
+
+    def feed() -> None:
+        w1, w2, b1 = torch.zeros(f, d), torch.zeros(d, f), torch.zeros(f)
+        out, *saved = feed_forward.forward(x, vector, vector, w1, b1, w2, vector, seed, 0.5, p, 1e-5)
+        feed_forward.backward(out, x, vector, vector, w1, b1, w2, *saved, seed, 0.5, p)
+
+    def residual() -> None:
+        s, n, *saved = residual_layer_norm.forward(x, x, vector, vector, seed, 0.5, p, 1e-5)
+        residual_layer_norm.backward(s, n, s, *saved, vector, seed, 0.5, p)
+
+    def convolution(norm: str) -> None:
+        options, taps = (norm, 4, norm == "batch", 1e-5), torch.zeros(d, 31)
+        affine = (None, None) if norm == "none" else (vector, vector)
+        running = (vector, vector) if norm == "batch" else (None, None)
+        out, *saved = glu_depthwise_conv.forward(wide, taps, vector, lengths, *affine, *running, *options, True)
+        glu_depthwise_conv.backward(out, wide, taps, lengths, *affine, *saved, *options)
+
+    def attention(shape: tuple[int, ...], *where: torch.Tensor | None) -> None:
+        qkv = torch.zeros(*shape, 3, 4, d).unbind(-3)
+        given = (*qkv, torch.zeros(2 * t - 1, 4, d), torch.zeros(4, d), torch.zeros(4, d), *where, seed)
+        out, lse = relpos_attention.forward(*given, p)
+        relpos_attention.backward(torch.zeros_like(out), *given, out, lse, p)
+
+    yield "feed_forward", feed
+    yield "residual_layer_norm", residual
+    for norm in ("none", "layer", "batch", "group"):
+        yield f"glu_depthwise_conv {norm}", functools.partial(convolution, norm)
+    yield "relpos_attention", functools.partial(attention, (b, t), lengths, None)
+    yield "relpos_attention packed", functools.partial(attention, (b * t,), None, ends)
+
+
+def run_script(what: str) -> str:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, __file__, what], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_every_specialisation_lowers():
+    assert int(run_script("lower")) > 200
+
+
+def test_one_specialisation_for_all_lengths_and_batches():
+    counts = json.loads(run_script("count"))
+    assert len(counts) > 40
+    assert {name: n for name, n in counts.items() if n > 1} == {}
+
+
+if __name__ == "__main__":
+    print({"lower": lower_all, "count": lambda: json.dumps(specialisations())}[sys.argv[1]]())
