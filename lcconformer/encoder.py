@@ -192,16 +192,22 @@ class ConformerEncoder(nn.Module):
         layer = cast(ConformerLayer, self.layers[index])
         if index not in positions:
             positions[index] = layer.positions(x)
-        overrides: dict[str, Tensor] = {}
         if self.conditioning is not None:
             x = self.conditioning.enter(x, k)
-            overrides = self.conditioning.overrides(layer, k)
-        if self._per_depth_statistics:
-            overrides["conv.depthwise_norm.running_mean"] = self.running_mean[k]
-            overrides["conv.depthwise_norm.running_var"] = self.running_var[k]
+        overrides = self._overrides(k)
         if overrides:
             return functional_call(layer, overrides, (x, lengths, positions[index]))
         return layer(x, lengths, positions[index])
+
+    def _overrides(self, k: int) -> dict[str, Tensor]:
+        """Parameters and buffers of its layer that loop ``k`` sees in their stead, by name."""
+        overrides: dict[str, Tensor] = {}
+        if self.conditioning is not None:
+            overrides = self.conditioning.overrides(self.layers[self.layer_map[k]], k)
+        if self._per_depth_statistics:
+            overrides["conv.depthwise_norm.running_mean"] = self.running_mean[k]
+            overrides["conv.depthwise_norm.running_var"] = self.running_var[k]
+        return overrides
 
 
 def _module_by_module(

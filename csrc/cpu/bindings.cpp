@@ -70,6 +70,14 @@ class Reader {
         auto x = from.cast<std::array<int64_t, 4>>();
         value = {reinterpret_cast<void*>(x[0]), x[1], x[2], x[3]};
     }
+    static void convert(py::handle from, Affine& value) {
+        auto x = from.cast<std::array<uintptr_t, 2>>();
+        value = {reinterpret_cast<const float*>(x[0]), reinterpret_cast<const float*>(x[1])};
+    }
+    static void convert(py::handle from, Matrix& value) {
+        auto x = from.cast<std::array<int64_t, 4>>();
+        value = {reinterpret_cast<const float*>(x[0]), reinterpret_cast<const float*>(x[1]), x[2], x[3]};
+    }
     static void convert(py::handle from, Dropout& value) {
         py::tuple x = from.cast<py::tuple>();
         convert(x[0], value.seed);
@@ -84,10 +92,10 @@ class Reader {
 #define LCC_FIELD(name) (#name, a.name)
 
 void read(Reader r, Attention& a) {
-    r LCC_FIELD(q) LCC_FIELD(k) LCC_FIELD(v) LCC_FIELD(pos) LCC_FIELD(pos_stride_t) LCC_FIELD(pos_stride_h) LCC_FIELD(u)
-        LCC_FIELD(v_bias) LCC_FIELD(lengths) LCC_FIELD(cu_seqlens) LCC_FIELD(out) LCC_FIELD(lse) LCC_FIELD(dropout)
-        LCC_FIELD(B) LCC_FIELD(T) LCC_FIELD(H) LCC_FIELD(D) LCC_FIELD(rows) LCC_FIELD(bf16) LCC_FIELD(threads) LCC_FIELD(dout) LCC_FIELD(dq) LCC_FIELD(dk)
-        LCC_FIELD(dv) LCC_FIELD(dpos) LCC_FIELD(du) LCC_FIELD(dv_bias).done();
+    r LCC_FIELD(q) LCC_FIELD(k) LCC_FIELD(v) LCC_FIELD(pos) LCC_FIELD(pos_stride_t) LCC_FIELD(pos_stride_h)
+        LCC_FIELD(pos_panels) LCC_FIELD(u) LCC_FIELD(v_bias) LCC_FIELD(lengths) LCC_FIELD(cu_seqlens) LCC_FIELD(out) LCC_FIELD(lse) LCC_FIELD(dropout)
+        LCC_FIELD(B) LCC_FIELD(T) LCC_FIELD(H) LCC_FIELD(D) LCC_FIELD(rows) LCC_FIELD(bf16) LCC_FIELD(threads)
+        LCC_FIELD(dout) LCC_FIELD(dq) LCC_FIELD(dk) LCC_FIELD(dv) LCC_FIELD(dpos) LCC_FIELD(du) LCC_FIELD(dv_bias).done();
 }
 
 void read(Reader r, Conv& a) {
@@ -111,6 +119,12 @@ void read(Reader r, Pointwise& a) {
         LCC_FIELD(bf16) LCC_FIELD(threads).done();
 }
 
+void read(Reader r, Rows& a) {
+    r LCC_FIELD(x) LCC_FIELD(branch) LCC_FIELD(merge) LCC_FIELD(up) LCC_FIELD(down) LCC_FIELD(next) LCC_FIELD(hidden_norm)
+        LCC_FIELD(norm) LCC_FIELD(out) LCC_FIELD(out_stride) LCC_FIELD(eps) LCC_FIELD(M) LCC_FIELD(D)
+        LCC_FIELD(threads).done();
+}
+
 #undef LCC_FIELD
 
 template <typename Arguments>
@@ -130,9 +144,14 @@ void bind_cpu(py::module_& m) {
     m.def("simd_levels", &simd_levels, "Those it could use, best first.");
     m.def("set_simd_level", &set_simd_level, "Use another; for tests.");
     m.def("max_threads", &max_threads, "Threads an OpenMP region started now would get.");
+    m.def(
+        "fingerprint", [](uintptr_t parts, int64_t n) { return fingerprint(reinterpret_cast<const Bytes*>(parts), n); },
+        "Of n pairs (pointer, bytes) of int64.");
     // arguments: the fields of the structs in csrc/cpu/kernels.h
     bind<Attention>(m, "attention_forward", &Kernels::attention_forward);
     bind<Attention>(m, "attention_backward", &Kernels::attention_backward);
+    bind<Attention>(m, "pack_positions", &Kernels::pack_positions);
+    m.def("position_floats", [](int64_t T, int64_t D) { return kernels().position_floats(T, D); });
     bind<Conv>(m, "conv_forward", &Kernels::conv_forward);
     bind<Conv>(m, "conv_backward", &Kernels::conv_backward);
     bind<LayerNorm>(m, "layer_norm_forward", &Kernels::layer_norm_forward);
@@ -141,6 +160,7 @@ void bind_cpu(py::module_& m) {
     bind<Pointwise>(m, "activation_backward", &Kernels::activation_backward);
     bind<Pointwise>(m, "residual_forward", &Kernels::residual_forward);
     bind<Pointwise>(m, "residual_backward", &Kernels::residual_backward);
+    bind<Rows>(m, "rows_forward", &Kernels::rows_forward);
 }
 
 }  // namespace lcc

@@ -8,6 +8,8 @@
     namespace level {                                  \
     void attention_forward(const Attention&);          \
     void attention_backward(const Attention&);         \
+    int64_t position_floats(int64_t, int64_t);         \
+    void pack_positions(const Attention&);             \
     void conv_forward(const Conv&);                    \
     void conv_backward(const Conv&);                   \
     void layer_norm_forward(const LayerNorm&);         \
@@ -16,6 +18,7 @@
     void activation_backward(const Pointwise&);        \
     void residual_forward(const Pointwise&);           \
     void residual_backward(const Pointwise&);          \
+    void rows_forward(const Rows&);                    \
     }                                                  \
     }
 
@@ -28,10 +31,12 @@ LCC_DECLARE_LEVEL(avx512)
 namespace lcc {
 namespace {
 
-#define LCC_KERNELS_OF(level)                                                                                    \
-    {level::attention_forward,   level::attention_backward,  level::conv_forward,       level::conv_backward,    \
-     level::layer_norm_forward,  level::layer_norm_backward, level::activation_forward, level::activation_backward, \
-     level::residual_forward,    level::residual_backward}
+#define LCC_KERNELS_OF(level)                                                                        \
+    {level::attention_forward,  level::attention_backward,  level::position_floats,                  \
+     level::pack_positions,     level::conv_forward,        level::conv_backward,                    \
+     level::layer_norm_forward, level::layer_norm_backward, level::activation_forward,               \
+     level::activation_backward, level::residual_forward,   level::residual_backward,                \
+     level::rows_forward}
 
 struct Level {
     const char* name;

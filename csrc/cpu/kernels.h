@@ -24,11 +24,12 @@ struct Attention {
     Heads q, k, v;
     const void* pos;  // [2T-1, H, D], or null
     int64_t pos_stride_t, pos_stride_h;
+    const float* pos_panels;  // pos as pack_positions leaves it; null: forward packs it itself
     const float *u, *v_bias;  // [H, D], or null
     const int64_t* lengths;     // [B], or null
     const int64_t* cu_seqlens;  // [B+1], or null: utterance b is the frames cu_seqlens[b] ... cu_seqlens[b+1]-1
     void* out;                  // [rows, H, D] contiguous
-    float* lse;                 // [H, rows], log2 of the sum of 2^score
+    float* lse;                 // [H, rows], log2 of the sum of 2^score; null: not wanted
     Dropout dropout;
     int64_t B, T, H, D, rows;  // rows: B*T, or the packed frames; T: of an utterance at most
     bool bf16;
@@ -95,9 +96,36 @@ struct Pointwise {  // the elementwise parts of feed_forward on [M, N], contiguo
     int threads;
 };
 
+struct Matrix {  // y = x W + bias, float32
+    static constexpr int64_t PANEL = 64;
+    const float* panels;  // [columns / PANEL rounded up, inputs, PANEL]; null: no matrix
+    const float* bias;    // [columns], zero up to a multiple of PANEL
+    int64_t inputs, columns;
+};
+
+struct Affine {  // of a LayerNorm; null: no norm
+    const float *weight, *bias;  // [D]
+};
+
+// What a layer does to each row between attention and convolution, for inference, float32. In this order, each if there:
+//   x += merge(branch);   x += down(silu(up(LN(x))));   out = next(LN(x)), or without a matrix x = LN(x)
+struct Rows {
+    float* x;             // [M, D], changed in place
+    const float* branch;  // [M, inputs of merge]
+    Matrix merge, up, down, next;
+    Affine hidden_norm, norm;
+    float* out;          // [M, out_stride]
+    int64_t out_stride;  // at least the columns of next, rounded up to PANEL
+    float eps;
+    int64_t M, D;  // branch and out have rows up to a multiple of 6
+    int threads;
+};
+
 struct Kernels {
     void (*attention_forward)(const Attention&);
     void (*attention_backward)(const Attention&);
+    int64_t (*position_floats)(int64_t T, int64_t D);  // of one head's pos_panels
+    void (*pack_positions)(const Attention&);          // from pos into out
     void (*conv_forward)(const Conv&);
     void (*conv_backward)(const Conv&);
     void (*layer_norm_forward)(const LayerNorm&);
@@ -106,9 +134,18 @@ struct Kernels {
     void (*activation_backward)(const Pointwise&);  // out = silu'(u + bias) * drop'(d), g = drop(silu(u + bias)), dbias
     void (*residual_forward)(const Pointwise&);     // out = x + scale * drop(u + bias)
     void (*residual_backward)(const Pointwise&);    // out = scale * drop'(d), dbias
+    void (*rows_forward)(const Rows&);
 };
 
 const Kernels& kernels();
+
+struct Bytes {
+    const void* data;
+    int64_t size;
+};
+
+// Of up to 64 words of 4 bytes of each part, first and last among them, evenly spread.
+uint64_t fingerprint(const Bytes* parts, int64_t n);
 
 // "generic", "avx2", "avx512": the level in use, those this processor runs, and a switch for tests (false: unknown).
 const char* simd_level();

@@ -1,24 +1,157 @@
-"""The inference engine."""
+"""The inference engine: the loop on packed weights, in buffers made once per call.
+
+On the CPU a loop is five kernels: rows (feed-forward, norm, projection), attention, rows, convolution, rows.  Everything is
+float32 inside, whatever the dtype of the encoder, and each row gets the same bits in any batch.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from lcconformer import _extension
+from lcconformer.layer import ConformerLayer, ConvModule, FeedForward, RelativeAttention
+from lcconformer.ops import _backend
+from lcconformer.ops._cpu import cpu_reasons, i64, pointer
+from lcconformer.ops._cpu import run as run_kernel
+
+from . import weights
+from .weights import PANEL, ROWS, Norm, PackedLayer
 
 if TYPE_CHECKING:
     from lcconformer.encoder import ConformerEncoder
 
 __all__ = ["reasons", "run"]
 
+OP = "shared_loop"
+# what pack() knows; a subclass or a wrapped module may compute something else
+_KNOWN = {
+    *(ConformerLayer, FeedForward, RelativeAttention, ConvModule),
+    *(nn.ModuleList, nn.Linear, nn.LayerNorm, nn.Conv1d, nn.BatchNorm1d, nn.GroupNorm, nn.Identity),
+}
+
 
 def reasons(encoder: ConformerEncoder, x: Tensor, lengths: Tensor | None) -> list[str]:
     """Why this engine cannot run the loops of ``x [B, T, d_model]``; empty: it can."""
-    return ["there is no inference engine yet"]
+    config = encoder.config
+    found = cpu_reasons(x)
+    if _backend.forced_backend() not in ("auto", "cpu"):
+        found.append(f"backend {_backend.forced_backend()!r} is forced, and the engine is made of CPU kernels")
+    if config.activation != "silu":
+        found.append(f"activation {config.activation!r} is not fused, only 'silu' is")
+    if config.position == "rotary":
+        found.append("rotary positions are left to the modules")
+    if torch.is_autocast_enabled(x.device.type):
+        found.append("autocast is on")
+    modules: list[nn.Module] = [encoder.layers]
+    while modules:
+        module = modules.pop()
+        why = _different(module, encoder)
+        if why:
+            found.append(f"{type(module).__name__} {why}")
+            break
+        modules.extend(m for m in module._modules.values() if m is not None)
+    return found
 
 
+def _different(module: nn.Module, encoder: ConformerEncoder) -> str | None:
+    """Why a module may compute something else than its weights tell."""
+    config = encoder.config
+    if type(module) not in _KNOWN or "forward" in module.__dict__:
+        return "is not one of this library's own"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "has forward hooks, which the engine would not call"
+    if module.training and (config.dropout > 0.0 or config.conv_norm == "batch"):
+        return "is in training mode"
+    if module.__dict__.get("eps", config.layer_norm_eps) != config.layer_norm_eps:
+        return f"has an epsilon other than the config's {config.layer_norm_eps}"
+    return None
+
+
+@torch.no_grad()
 def run(
     encoder: ConformerEncoder, x: Tensor, lengths: Tensor | None, depth: int, return_hidden_states: bool
 ) -> list[Tensor]:
     """Outputs ``[B, T, d_model]`` of each loop if ``return_hidden_states``, else of the last alone."""
-    raise NotImplementedError
+    _backend.select(OP, "cpu", {"cpu": list})  # which backend serves is for it to say, and for others to see
+    if not x.numel():
+        return [x.clone() for _ in range(depth if return_hidden_states else 1)]
+    layers = weights.packed(encoder, depth)
+    loop = _Loop(encoder, x, lengths)
+    outputs = []
+    for k, layer in enumerate(layers):
+        if encoder.conditioning is not None:
+            loop.x.copy_(encoder.conditioning.enter(loop.x, k))
+        loop.step(layer)
+        if return_hidden_states or k == depth - 1:
+            outputs.append(loop.x.to(x.dtype, copy=k < depth - 1))
+    return outputs
+
+
+class _Loop:
+    """The residual stream of one call, its buffers, and what is the same in all its loops."""
+
+    def __init__(self, encoder: ConformerEncoder, x: Tensor, lengths: Tensor | None) -> None:
+        config = self.config = encoder.config
+        b, t, d = x.shape
+        self.x = torch.empty(b, t, d).copy_(x)
+        self.lengths = i64(lengths)
+        # the last tile of rows may reach beyond the last frame
+        rows = b * t + ROWS
+        self.wide = torch.empty(rows, -(-3 * d // PANEL) * PANEL)  # queries, keys, values; or values and gates
+        self.branch = torch.empty(rows, d)  # output of attention or convolution
+        self.rows = {"x": pointer(self.x), "M": b * t, "D": d, "eps": config.layer_norm_eps}
+        self.rows |= {"threads": torch.get_num_threads(), "branch": pointer(self.branch)}
+        self.rows |= {"out": pointer(self.wide), "out_stride": self.wide.stride(0)}
+
+        h, pitch = config.num_heads, self.wide.stride(0)
+        heads = [(pointer(self.wide) + 4 * i * d, t * pitch, pitch, d // h) for i in range(3)]
+        self.attention: dict[str, Any] = dict(zip("qkv", heads))
+        self.attention |= {"B": b, "T": t, "H": h, "D": d // h, "rows": b * t}
+        self.attention |= {"lengths": pointer(self.lengths), "out": pointer(self.branch)}
+
+        masked = pointer(self.lengths) if config.padding == "masked" else 0
+        self.conv: dict[str, Any] = {"x": pointer(self.wide), "x_stride_b": t * pitch, "x_stride_t": pitch}
+        self.conv |= {"B": b, "T": t, "C": d, "K": config.conv_kernel_size, "groups": config.conv_norm_groups}
+        self.conv |= {"lengths": masked, "out": pointer(self.branch), "eps": config.layer_norm_eps}
+        self.norm = {"layer": 1, "group": 4}.get(config.conv_norm, 0)  # enum Norm of csrc/cpu/kernels.h
+        if config.conv_norm == "group":
+            self.before_norm = torch.empty(b, t, d)
+            self.mean, self.var = torch.empty(2, b, config.conv_norm_groups)
+            self.conv |= {"y": pointer(self.before_norm), "mean": pointer(self.mean), "var": pointer(self.var)}
+
+    def step(self, layer: PackedLayer) -> None:
+        """One loop, in place."""
+        rows = _extension.load().cpu.rows_forward
+        attention, conv = layer.attention, layer.conv
+        first, second = (attention.norm, attention.qkv), (conv.norm, conv.pointwise1)
+        merge_first, merge_second = attention.out, conv.pointwise2
+        if self.config.convolution_first:
+            first, second, merge_first, merge_second = second, first, merge_second, merge_first
+
+        ffn = layer.ffn1
+        rows(**self.rows, hidden_norm=ffn.norm.fields, up=ffn.up.fields, down=ffn.down.fields, **_project(*first))
+        self._middle(layer, self.config.convolution_first)
+        rows(**self.rows, merge=merge_first.fields, **_project(*second))
+        self._middle(layer, not self.config.convolution_first)
+        ffn = layer.ffn2
+        hidden = {"hidden_norm": ffn.norm.fields, "up": ffn.up.fields, "down": ffn.down.fields}
+        rows(**self.rows, merge=merge_second.fields, **hidden, norm=layer.norm.fields)
+
+    def _middle(self, layer: PackedLayer, convolution: bool) -> None:
+        if convolution:
+            conv = layer.conv
+            affine = conv.depthwise_norm or Norm(conv.bias, conv.bias)
+            fields = {"norm_weight": pointer(affine.weight), "norm_bias": pointer(affine.bias), "norm": self.norm}
+            run_kernel("conv_forward", self.x, taps=pointer(conv.taps), bias=pointer(conv.bias), **fields, **self.conv)
+            return
+        attention = layer.attention
+        panels = layer.position_panels(self.x.shape[1])
+        relative = {"pos_panels": pointer(panels), "u": pointer(attention.u), "v_bias": pointer(attention.v_bias)}
+        run_kernel("attention_forward", self.x, **self.attention, **relative)
+
+
+def _project(norm: Norm, matrix: weights.Matrix) -> dict[str, Any]:
+    return {"norm": norm.fields, "next": matrix.fields}

@@ -23,9 +23,10 @@ constexpr int64_t PITCH = M + N + 32;    // of the band; columns beyond M + N st
 static_assert(M % ROWS == 0 && M % W == 0 && N % ROWS == 0 && N % W == 0 && N >= M, "blocks are made of whole tiles");
 
 struct Sizes {
-    explicit Sizes(const Attention& a)
-        : T(a.T), D(a.D), row(round_up(a.D, W)), keys(round_up(a.T, N)), shift(M + (W - a.T % W) % W),
-          positions(round_up(2 * a.T + 2 * M + N + W, W)), scale(1.0f / sqrtf((float)a.D)) {}
+    explicit Sizes(const Attention& a) : Sizes(a.T, a.D) {}
+    Sizes(int64_t T, int64_t D)
+        : T(T), D(D), row(round_up(D, W)), keys(round_up(T, N)), shift(M + (W - T % W) % W),
+          positions(round_up(2 * T + 2 * M + N + W, W)), scale(1.0f / sqrtf((float)D)) {}
     int64_t T, D;
     int64_t row;        // pitch of packed rows of D
     int64_t keys;       // rows of packed keys, zero beyond the real ones
@@ -183,7 +184,7 @@ void forward_block(const Attention& a, const Sizes& s, const Utterance& at, int6
         T* out = static_cast<T*>(a.out) + ((at.first + i0 + i) * a.H + h) * s.D;
         float factor = keys ? 1.0f / total[i] : 0.0f;
         for (int64_t d = 0; d < s.D; d += W) store_at(out, load(output + i * s.row + d) * factor, d, s.D);
-        a.lse[h * a.rows + at.first + i0 + i] = keys ? highest[i] + log2f(total[i]) : 0.0f;
+        if (a.lse) a.lse[h * a.rows + at.first + i0 + i] = keys ? highest[i] + log2f(total[i]) : 0.0f;
     }
 }
 
@@ -191,8 +192,12 @@ template <typename T>
 void forward(const Attention& a) {
     Sizes s(a);
     Scratch positions(a.pos ? a.H * s.positions * s.D : 0);
-    float* position_panels = a.pos ? positions.take(a.H * s.positions * s.D) : nullptr;
-    if (a.pos) pack_positions<T>(a, s, position_panels, nullptr);
+    const float* position_panels = a.pos_panels;
+    if (a.pos) {
+        float* panels = positions.take(a.H * s.positions * s.D);
+        pack_positions<T>(a, s, panels, nullptr);
+        position_panels = panels;
+    }
 
     int64_t blocks = cdiv(s.T, M);
     // of query blocks: enough for all threads; each packs the keys for itself, and no result depends on their number
@@ -216,7 +221,7 @@ void forward(const Attention& a) {
             pack_rows(at.head<T>(a.v, h), a.v.stride_t, at.keys, s, value_rows);
             for (int64_t i0 = first * M; i0 < imin((first + each) * M, at.queries); i0 += M)
                 forward_block<T>(a, s, at, h, i0, key_panels, value_rows,
-                                 a.pos ? position_panels + h * s.positions * s.D : nullptr, block);
+                                 position_panels ? position_panels + h * s.positions * s.D : nullptr, block);
         }
     }
 }
@@ -406,6 +411,15 @@ void backward(const Attention& a) {
 }  // namespace
 
 void attention_forward(const Attention& a) { a.bf16 ? forward<bf16>(a) : forward<float>(a); }
+int64_t position_floats(int64_t T, int64_t D) {
+    return Sizes(T, D).positions * D;
+}
+void pack_positions(const Attention& a) {
+    Sizes s(a);
+    float* panels = static_cast<float*>(a.out);
+    memset(panels, 0, a.H * s.positions * s.D * sizeof(float));
+    a.bf16 ? pack_positions<bf16>(a, s, panels, nullptr) : pack_positions<float>(a, s, panels, nullptr);
+}
 void attention_backward(const Attention& a) { a.bf16 ? backward<bf16>(a) : backward<float>(a); }
 
 }  // namespace LCC_SIMD

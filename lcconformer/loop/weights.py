@@ -1,0 +1,299 @@
+"""What inference needs of each unique layer, worked out once for all loops and all calls.
+
+A layer's matrices become panels for csrc/cpu/simd/rows.cpp in float32; the half steps are folded into the second
+projection of the feed-forwards, an evaluated BatchNorm into the depthwise taps, and position embeddings are projected once.
+
+Packed weights belong to an encoder but are no part of it: they are kept beside it, by weak reference, so that they are not
+saved, moved, copied or pickled with it and end with it.  At every call each parameter and buffer is compared with what was
+packed: which tensor, which memory, which layout, and autograd's version counter.  Writes that the counter does not see
+(through ``p.data``, ``p.numpy()`` or views older than ``vector_to_parameters``) are noticed if they change one of up to 64
+values spread over the tensor, as any optimizer, average or initialisation does; after a write to a few elements alone,
+call :func:`forget`.  Tensors of ``torch.inference_mode`` have no counter, and those in shared memory can be written by
+another process: with such tensors the weights are packed at every call.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
+
+from lcconformer import _extension
+from lcconformer.ops._cpu import pointer, run
+from lcconformer.positions import relative_sinusoids
+
+if TYPE_CHECKING:
+    from lcconformer.config import ConformerConfig
+    from lcconformer.encoder import ConformerEncoder
+
+__all__ = ["ROWS", "Matrix", "Norm", "PackedLayer", "forget", "packed"]
+
+PANEL = 64  # Matrix::PANEL of csrc/cpu/kernels.h
+ROWS = 6  # of a tile: the kernels touch rows of inputs and outputs up to a multiple
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """``y = x W + bias``: W ``[columns / 64 rounded up, inputs, 64]`` and bias, zeros beyond the columns."""
+
+    panels: Tensor
+    bias: Tensor
+    inputs: int
+    columns: int
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None, scale: float = 1.0) -> Matrix:
+        """Of an ``nn.Linear``: weight ``[columns, inputs]``, bias ``[columns]`` or None."""
+        columns, inputs = weight.shape
+        beyond = -columns % PANEL
+        weight = F.pad(weight.float() * scale, (0, 0, 0, beyond))
+        bias = weight.new_zeros(columns) if bias is None else bias.float() * scale
+        return cls(weight.unflatten(0, (-1, PANEL)).mT.contiguous(), F.pad(bias, (0, beyond)), inputs, columns)
+
+    @property
+    def fields(self) -> tuple[int, int, int, int]:
+        """As the kernels take it."""
+        return self.panels.data_ptr(), self.bias.data_ptr(), self.inputs, self.columns
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Scale and shift of a norm, ``[d_model]``."""
+
+    weight: Tensor
+    bias: Tensor
+
+    @property
+    def fields(self) -> tuple[int, int]:
+        """As the kernels take it."""
+        return self.weight.data_ptr(), self.bias.data_ptr()
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """Half step included."""
+
+    norm: Norm
+    up: Matrix
+    down: Matrix
+
+
+@dataclass(frozen=True)
+class Attention:
+    """``u``, ``v_bias`` ``[H, D]`` and the projection of positions, with relative positions."""
+
+    norm: Norm
+    qkv: Matrix
+    out: Matrix
+    pos: Matrix | None
+    u: Tensor | None
+    v_bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """Taps ``[K, C]``; a BatchNorm is part of taps and bias."""
+
+    norm: Norm
+    pointwise1: Matrix
+    taps: Tensor
+    bias: Tensor
+    depthwise_norm: Norm | None
+    pointwise2: Matrix
+
+
+@dataclass
+class PackedLayer:
+    """One unique layer, float32."""
+
+    ffn1: FeedForward
+    attention: Attention
+    conv: Convolution
+    ffn2: FeedForward
+    norm: Norm
+    heads: int
+    # grow-only: rows of positions Tmax-1 ... -(Tmax-1), [2 Tmax - 1, d_model padded]
+    _positions: Tensor | None = field(default=None, repr=False)
+    # of the latest T: (T, SIMD level, panels of each head)
+    _panels: tuple[int, str, Tensor] | None = field(default=None, repr=False)
+
+    def position_panels(self, frames: int) -> Tensor | None:
+        """Projected relative positions of ``frames`` frames as the attention kernel takes them; None without positions."""
+        if self.attention.pos is None:
+            return None
+        cpu = _extension.load().cpu
+        level, kept = cpu.simd_level(), self._panels
+        if kept is not None and kept[:2] == (frames, level):
+            return kept[2]
+        rows = self._positions
+        if rows is None or rows.shape[0] < 2 * frames - 1:
+            rows = self._positions = _project(self.attention.pos, frames)
+        middle = rows[(rows.shape[0] + 1) // 2 - frames :]  # the first row is position frames - 1
+        width = self.attention.pos.columns // self.heads
+        panels = torch.empty(self.heads * cpu.position_floats(frames, width))
+        fields: dict[str, Any] = {"T": frames, "H": self.heads, "D": width, "out": panels.data_ptr()}
+        run("pack_positions", rows, pos=middle.data_ptr(), pos_stride_t=rows.stride(0), pos_stride_h=width, **fields)
+        self._panels = (frames, level, panels)
+        return panels
+
+
+def _project(pos: Matrix, frames: int) -> Tensor:
+    """Not by a library: these products give a row the same bits whatever the number of rows."""
+    table = relative_sinusoids(frames, pos.inputs, device=torch.device("cpu"), dtype=torch.float32)
+    out = torch.empty(len(table) + ROWS, pos.panels.shape[0] * PANEL)
+    sizes = {"M": len(table), "D": pos.inputs, "out_stride": out.stride(0), "threads": torch.get_num_threads()}
+    _extension.load().cpu.rows_forward(x=table.data_ptr(), next=pos.fields, out=out.data_ptr(), **sizes)
+    return out[: len(table)]
+
+
+def pack(layer: nn.Module, overrides: dict[str, Tensor]) -> PackedLayer:
+    """Of a :class:`~lcconformer.ConformerLayer` in evaluation; ``overrides`` replace parameters and buffers by name."""
+
+    def get(name: str) -> Tensor | None:
+        if name in overrides:
+            return overrides[name].detach()
+        owner, _, leaf = name.rpartition(".")
+        value = getattr(layer.get_submodule(owner), leaf, None)
+        return None if value is None else value.detach()
+
+    def given(name: str) -> Tensor:
+        value = get(name)
+        assert value is not None, name
+        return value.float().contiguous()
+
+    def norm(name: str) -> Norm:
+        # copies: what is packed must not change with its source
+        return Norm(given(f"{name}.weight").clone(), given(f"{name}.bias").clone())
+
+    def matrix(name: str, scale: float = 1.0) -> Matrix:
+        return Matrix.of(given(f"{name}.weight"), get(f"{name}.bias"), scale)
+
+    def feed_forward(name: str) -> FeedForward:
+        return FeedForward(norm(f"{name}.norm"), matrix(f"{name}.up"), matrix(f"{name}.down", 0.5))
+
+    relative = get("attention.pos.weight") is not None
+    attention = Attention(
+        norm("attention.norm"),
+        matrix("attention.qkv"),
+        matrix("attention.out"),
+        matrix("attention.pos") if relative else None,
+        given("attention.u").clone() if relative else None,
+        given("attention.v_bias").clone() if relative else None,
+    )
+
+    taps, bias = given("conv.depthwise.weight")[:, 0].t(), get("conv.depthwise.bias")  # [K, C]
+    bias = taps.new_zeros(taps.shape[1]) if bias is None else bias.float()
+    depthwise_norm = None
+    module = layer.get_submodule("conv.depthwise_norm")
+    if isinstance(module, nn.BatchNorm1d):
+        mean, var, weight, shift = (
+            given(f"conv.depthwise_norm.{name}").double() for name in ("running_mean", "running_var", "weight", "bias")
+        )
+        scale = weight * torch.rsqrt(var + module.eps)
+        taps, bias = (taps * scale).float(), ((bias - mean) * scale + shift).float()
+    elif not isinstance(module, nn.Identity):
+        depthwise_norm = norm("conv.depthwise_norm")
+    conv = Convolution(
+        norm("conv.norm"),
+        matrix("conv.pointwise1"),
+        taps.contiguous().clone(),
+        bias.clone(),
+        depthwise_norm,
+        matrix("conv.pointwise2"),
+    )
+    heads = cast(int, layer.get_submodule("attention").heads)
+    return PackedLayer(feed_forward("ffn1"), attention, conv, feed_forward("ffn2"), norm("norm"), heads)
+
+
+def tells_depths_apart(config: ConformerConfig) -> bool:
+    """Whether the loops of one unique layer see weights of their own."""
+    return config.conv_norm_statistics == "per_depth" or not {"layer_norm", "lora"}.isdisjoint(config.conditioning)
+
+
+# --- kept from call to call ------------------------------------------------------------------------------------------
+
+
+def tensors_of(encoder: ConformerEncoder) -> Iterator[Tensor]:
+    """Every parameter and buffer of the loop, in a fixed order."""
+    modules: list[nn.Module] = [encoder]
+    while modules:
+        module = modules.pop()
+        for tensors in (module._parameters, module._buffers):
+            for tensor in tensors.values():
+                if tensor is not None:
+                    yield tensor
+        for child in module._modules.values():
+            if child is not None and child is not encoder.front_end:
+                modules.append(child)
+
+
+def _state(tensor: Tensor) -> tuple[int, int, int, torch.Size, tuple[int, ...]]:
+    memory = tensor.untyped_storage()._cdata
+    return tensor._version, tensor.data_ptr(), memory, tensor.shape, tensor.stride()
+
+
+def _cacheable(tensor: Tensor) -> bool:
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
+    return plain and not tensor.is_inference() and tensor.is_contiguous() and not tensor.is_shared()
+
+
+class _Packed:
+    """The layers of one encoder, and the state of its tensors that they are of."""
+
+    def __init__(self, encoder: ConformerEncoder) -> None:
+        tensors = list(tensors_of(encoder))
+        self.layers: dict[tuple[int, int], PackedLayer] = {}
+        self.cacheable = all(map(_cacheable, tensors))
+        if not self.cacheable:
+            return
+        self._sources = [(weakref.ref(t), _state(t)) for t in tensors]
+        # while these live, no other storage gets the same address
+        self._memory = [StorageWeakRef(t.untyped_storage()) for t in tensors]
+        self._bytes = torch.tensor([[t.data_ptr(), t.numel() * t.element_size()] for t in tensors])
+        self._fingerprint = self._take_fingerprint()
+
+    def _take_fingerprint(self) -> int:
+        return _extension.load().cpu.fingerprint(pointer(self._bytes), len(self._bytes))
+
+    def holds(self, encoder: ConformerEncoder) -> bool:
+        """Whether the tensors of the encoder are as they were."""
+        sources = iter(self._sources)
+        for tensor in tensors_of(encoder):
+            source, state = next(sources, (None, None))
+            if source is None or source() is not tensor or _state(tensor) != state:
+                return False
+        return next(sources, None) is None and self._take_fingerprint() == self._fingerprint
+
+    def layer(self, encoder: ConformerEncoder, k: int) -> PackedLayer:
+        """Of loop ``k``: one for all loops of a unique layer, unless the encoder tells its depths apart."""
+        index = encoder.layer_map[k]
+        key = (index, k if tells_depths_apart(encoder.config) else -1)
+        if key not in self.layers:
+            self.layers[key] = pack(encoder.layers[index], encoder._overrides(k))
+        return self.layers[key]
+
+
+_kept: weakref.WeakKeyDictionary[nn.Module, _Packed] = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()
+def packed(encoder: ConformerEncoder, depth: int) -> list[PackedLayer]:
+    """Packed weights of loops 0 ... ``depth - 1``, as the encoder's tensors are now."""
+    kept = _kept.get(encoder)
+    if kept is None or not kept.holds(encoder):
+        kept = _Packed(encoder)
+        forget(encoder)
+        if kept.cacheable:
+            _kept[encoder] = kept
+    return [kept.layer(encoder, k) for k in range(depth)]
+
+
+def forget(encoder: ConformerEncoder) -> None:
+    """Drop what is packed of an encoder; the next call packs it anew."""
+    _kept.pop(encoder, None)
