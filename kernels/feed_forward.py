@@ -158,6 +158,38 @@ def _grid(rows: int, n: int) -> tuple[int, int]:
     return rows, cdiv(n, _CONFIG.blocks["BLOCK_N"])
 
 
+def activation(u: torch.Tensor, b1: torch.Tensor | None, seed: torch.Tensor | None, dropout_p: float) -> torch.Tensor:
+    """g = drop(silu(u + b1)) of contiguous rows [M, F]."""
+    (b1,) = dense(b1)
+    m, f = u.shape
+    drop = (dropout_threshold(dropout_p), dropout_scale(dropout_p))
+    g = torch.empty_like(u)
+    launch(
+        _activation_fwd_kernel, _grid(cdiv(m, _CONFIG.blocks["BLOCK_M"]), f), _CONFIG, u, u, b1, seed, g, m, f, *drop
+    )
+    return g
+
+
+def activation_backward(
+    dg: torch.Tensor,
+    u: torch.Tensor,
+    b1: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(du, g again [M, F], db1 [F] in `dtype`) of contiguous rows."""
+    (b1,) = dense(b1)
+    m, f = u.shape
+    drop = (dropout_threshold(dropout_p), dropout_scale(dropout_p))
+    each = _rows_each(m)
+    programs = cdiv(m, each)
+    du, g = torch.empty_like(u), torch.empty_like(u)
+    part = u.new_empty((programs, f), dtype=torch.float32)
+    launch(_activation_bwd_kernel, _grid(programs, f), _CONFIG, u, dg, u, b1, seed, du, g, part, m, f, each, *drop)
+    return du, g, sum_rows(part, dtype)
+
+
 def forward(
     x: torch.Tensor,
     norm_weight: torch.Tensor,
@@ -173,15 +205,13 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(out like x, mean [M], rstd [M] float32, u [M, F] = LN(x) W1' in the dtype of w1)."""
     x2 = rows_of(x)
-    b1, b2 = dense(b1, b2)
+    (b2,) = dense(b2)
     m, d = x2.shape
-    f = w1.shape[0]
     drop = (dropout_threshold(dropout_p), dropout_scale(dropout_p))
     blocks_m = cdiv(m, _CONFIG.blocks["BLOCK_M"])
     h, mean, rstd = layer_norm(x2, norm_weight, norm_bias, eps, w1.dtype)
     u = torch.mm(h, w1.t())
-    g = torch.empty_like(u)
-    launch(_activation_fwd_kernel, _grid(blocks_m, f), _CONFIG, x, u, b1, seed, g, m, f, *drop)
+    g = activation(u, b1, seed, dropout_p)
     z = torch.mm(g, w2.t())
     out = x.new_empty(x.shape)
     launch(_residual_fwd_kernel, _grid(blocks_m, d), _CONFIG, x, z, b2, x2, x2.stride(0), seed, out, m, d, scale, *drop)
@@ -205,9 +235,7 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dx, (dnorm_weight, dnorm_bias) [2, D], dw1, db1, dw2, db2)"""
     x2, dout2 = rows_of(x), rows_of(dout)
-    (b1,) = dense(b1)
     m, d = x2.shape
-    f = w1.shape[0]
     drop = (dropout_threshold(dropout_p), dropout_scale(dropout_p))
     each = _rows_each(m)
     programs = cdiv(m, each)
@@ -221,10 +249,7 @@ def backward(
     db2 = sum_rows(part, w2.dtype)
 
     dg = torch.mm(dz, w2)
-    du, g = torch.empty_like(u), torch.empty_like(u)
-    part = x.new_empty((programs, f), dtype=torch.float32)
-    launch(_activation_bwd_kernel, _grid(programs, f), _CONFIG, x, dg, u, b1, seed, du, g, part, m, f, each, *drop)
-    db1 = sum_rows(part, w1.dtype)
+    du, g, db1 = activation_backward(dg, u, b1, seed, dropout_p, w1.dtype)
     dw2 = torch.mm(dz.t(), g)
 
     dh = torch.mm(du, w1)

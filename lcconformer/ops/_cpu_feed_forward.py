@@ -9,9 +9,53 @@ from ._cpu import dropout, f32, pointer, rows_of, run
 from ._cpu_linear import matmul_transposed
 from ._cpu_residual_layer_norm import layer_norm, layer_norm_backward
 
-__all__ = ["backward", "forward"]
+__all__ = ["activation", "activation_backward", "backward", "forward"]
 
 _HIDDEN, _OUTPUT = 0, 1  # dropout streams
+
+
+def activation(u: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: float) -> Tensor:
+    """g = drop(silu(u + b1)) of contiguous rows ``[M, F]``."""
+    m, f = u.shape
+    g = torch.empty_like(u)
+    bias = f32(b1)
+    run(
+        "activation_forward",
+        u,
+        u=pointer(u),
+        bias=pointer(bias),
+        out=pointer(g),
+        dropout=dropout(seed, dropout_p),
+        stream=_HIDDEN,
+        M=m,
+        N=f,
+    )
+    return g
+
+
+def activation_backward(
+    dg: Tensor, u: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(du, g again ``[M, F]``, db1 float32 ``[F]``) of contiguous rows."""
+    m, f = u.shape
+    du, g = torch.empty_like(u), torch.empty_like(u)
+    db1 = u.new_empty((f,), dtype=torch.float32)
+    bias = f32(b1)
+    run(
+        "activation_backward",
+        u,
+        u=pointer(u),
+        d=pointer(dg),
+        bias=pointer(bias),
+        out=pointer(du),
+        g=pointer(g),
+        dbias=pointer(db1),
+        dropout=dropout(seed, dropout_p),
+        stream=_HIDDEN,
+        M=m,
+        N=f,
+    )
+    return du, g, db1
 
 
 def forward(
@@ -30,23 +74,10 @@ def forward(
     """(out like x, mean [M], rstd [M] float32, u [M, F] = LN(x) W1')"""
     rows = rows_of(x)
     m, d = rows.shape
-    f = w1.shape[0]
     drop = dropout(seed, dropout_p)
     h, mean, rstd = layer_norm(rows, norm_weight, norm_bias, eps)
     u = matmul_transposed(h, w1)
-    g = torch.empty_like(u)
-    bias = f32(b1)
-    run(
-        "activation_forward",
-        x,
-        u=pointer(u),
-        bias=pointer(bias),
-        out=pointer(g),
-        dropout=drop,
-        stream=_HIDDEN,
-        M=m,
-        N=f,
-    )
+    g = activation(u, b1, seed, dropout_p)
     z = matmul_transposed(g, w2)
     out = x.new_empty(x.shape)
     bias = f32(b2)
@@ -85,7 +116,6 @@ def backward(
     """(dx, (dnorm_weight, dnorm_bias) [2, D], dw1, db1, dw2, db2)"""
     rows, drows = rows_of(x), rows_of(dout)
     m, d = rows.shape
-    f = w1.shape[0]
     drop = dropout(seed, dropout_p)
 
     dz = x.new_empty((m, d))
@@ -104,23 +134,7 @@ def backward(
         N=d,
     )
     dg = matmul_transposed(dz, w2.t())
-    du, g = torch.empty_like(u), torch.empty_like(u)
-    db1 = x.new_empty((f,), dtype=torch.float32)
-    bias = f32(b1)
-    run(
-        "activation_backward",
-        x,
-        u=pointer(u),
-        d=pointer(dg),
-        bias=pointer(bias),
-        out=pointer(du),
-        g=pointer(g),
-        dbias=pointer(db1),
-        dropout=drop,
-        stream=_HIDDEN,
-        M=m,
-        N=f,
-    )
+    du, g, db1 = activation_backward(dg, u, b1, seed, dropout_p)
     dw2 = torch.mm(dz.t(), g)
     del g, dg
     dh = matmul_transposed(du, w1.t())

@@ -38,12 +38,12 @@ def triton_reasons(x: Tensor) -> list[str]:
     return [r for r in reasons if r]
 
 
-def dropout_seed(x: Tensor, dropout_p: float) -> Tensor | None:
-    """Key of the counter-based dropout, int64 ``[1]`` on the device of ``x``; None without dropout.
+def dropout_seed(x: Tensor, dropout_p: float, shape: tuple[int, ...] = (1,)) -> Tensor | None:
+    """Key of the counter-based dropout, int64 ``[1]`` on the device of ``x``, or many; None without dropout.
 
     Drawn from the generator of the device: no synchronisation, fresh at every replay of a CUDA graph, and repeated by
     activation checkpointing.
     """
     if dropout_p == 0.0:
         return None
-    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    return torch.randint(-(2**63), 2**63 - 1, shape, dtype=torch.int64, device=x.device)

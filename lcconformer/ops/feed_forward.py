@@ -103,11 +103,7 @@ def feed_forward(
         if p.device != x.device:
             raise ValueError(f"{OP}: {name} is on {p.device} but x is on {x.device}; move them to one device")
 
-    candidates = {
-        "triton": lambda: _triton_unsupported(x, norm_weight, w1, activation),
-        "cpu": lambda: _cpu_unsupported(x, w1, activation),
-    }
-    backend = select(OP, x.device.type, candidates)
+    backend = backend_of(x, norm_weight, w1, activation)
     if backend == "torch":
         return feed_forward_reference(
             x, norm_weight, norm_bias, w1, b1, w2, b2, scale=scale, activation=activation, dropout_p=dropout_p, eps=eps
@@ -120,6 +116,15 @@ def feed_forward(
 
 
 # --- fused -----------------------------------------------------------------------------------------------------------
+
+
+def backend_of(x: Tensor, norm_weight: Tensor, w1: Tensor, activation: str) -> str:
+    """The backend that serves these inputs; of their values nothing is used."""
+    candidates = {
+        "triton": lambda: _triton_unsupported(x, norm_weight, w1, activation),
+        "cpu": lambda: _cpu_unsupported(x, w1, activation),
+    }
+    return select(OP, x.device.type, candidates)
 
 
 def _triton_unsupported(x: Tensor, norm_weight: Tensor, w1: Tensor, activation: str) -> list[str]:

@@ -176,14 +176,7 @@ def glu_depthwise_conv(
             raise ValueError(f"{OP}: {name} is on {p.device} but x is on {x.device}; move them to one device")
     check_lengths(OP, lengths, x.shape[0], x.shape[1], x.device)
 
-    candidates: dict[str, Reasons] = {
-        "triton": lambda: _triton_unsupported(x, norm, activation, norm_weight),
-        "cpu": lambda: _cpu_unsupported(x, activation),
-    }
-    if forced_backend() == "cuda":
-        # on demand until a GPU has measured it against Triton's
-        candidates["cuda"] = lambda: cuda_unsupported(x, norm, training, activation)
-    backend = select(OP, x.device.type, candidates)
+    backend = backend_of(x, norm, norm_weight, training, activation)
     if backend == "torch":
         return glu_depthwise_conv_reference(
             x,
@@ -216,11 +209,23 @@ def glu_depthwise_conv(
             *tensors, *options, False, backend=backend
         )
     if training:
-        _update_running(running_mean, running_var, mean, var, count, momentum)
+        update_running(running_mean, running_var, mean, var, count, momentum)
     return out
 
 
 # --- fused -----------------------------------------------------------------------------------------------------------
+
+
+def backend_of(x: Tensor, norm: str, norm_weight: Tensor | None, training: bool, activation: str) -> str:
+    """The backend that serves these inputs; of their values nothing is used."""
+    candidates: dict[str, Reasons] = {
+        "triton": lambda: _triton_unsupported(x, norm, activation, norm_weight),
+        "cpu": lambda: _cpu_unsupported(x, activation),
+    }
+    if forced_backend() == "cuda":
+        # on demand until a GPU has measured it against Triton's
+        candidates["cuda"] = lambda: cuda_unsupported(x, norm, training, activation)
+    return select(OP, x.device.type, candidates)
 
 
 def _cpu_unsupported(x: Tensor, activation: str) -> list[str]:
@@ -246,7 +251,7 @@ def _triton_unsupported(x: Tensor, norm: str, activation: str, norm_weight: Tens
 
 
 @torch.no_grad()
-def _update_running(running_mean, running_var, mean, var, count, momentum):
+def update_running(running_mean, running_var, mean, var, count, momentum):
     """As ``nn.BatchNorm1d``: unbiased variance; a batch without any real frame teaches nothing."""
     unbiased = var * (count / (count - 1).clamp(min=1))
     step = momentum * (count > 0).to(running_mean.dtype)

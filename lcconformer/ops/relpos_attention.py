@@ -135,7 +135,7 @@ def relpos_attention(
         if forced_backend() == "torch":
             return relpos_attention_reference(q, k, v, lengths=lengths, dropout_p=dropout_p)
         return _plain_attention(q, k, v, lengths, dropout_p)
-    backend = select(OP, q.device.type, {"triton": lambda: _triton_unsupported(q), "cpu": lambda: cpu_reasons(q)})
+    backend = backend_of(q)
     if backend == "torch":
         return relpos_attention_reference(
             q, k, v, pos, u, v_bias, lengths=lengths, cu_seqlens=cu_seqlens, dropout_p=dropout_p
@@ -190,6 +190,11 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, dr
 
 
 # --- fused -----------------------------------------------------------------------------------------------------------
+
+
+def backend_of(q: Tensor) -> str:
+    """The backend that serves these inputs; of their values nothing is used."""
+    return select(OP, q.device.type, {"triton": lambda: _triton_unsupported(q), "cpu": lambda: cpu_reasons(q)})
 
 
 def _triton_unsupported(q: Tensor) -> list[str]:

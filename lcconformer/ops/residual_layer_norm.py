@@ -76,8 +76,7 @@ def residual_layer_norm(
         if p.device != x.device:
             raise ValueError(f"{OP}: {name} is on {p.device} but x is on {x.device}; move them to one device")
 
-    candidates = {"triton": lambda: _triton_unsupported(x, weight), "cpu": lambda: cpu_reasons(x)}
-    backend = select(OP, x.device.type, candidates)
+    backend = backend_of(x, weight)
     if backend == "torch":
         return residual_layer_norm_reference(x, y, weight, bias, alpha=alpha, dropout_p=dropout_p, eps=eps)
     alpha, eps = floats(alpha, eps)
@@ -89,6 +88,12 @@ def residual_layer_norm(
 
 
 # --- fused -----------------------------------------------------------------------------------------------------------
+
+
+def backend_of(x: Tensor, weight: Tensor) -> str:
+    """The backend that serves these inputs; of their values nothing is used."""
+    candidates = {"triton": lambda: _triton_unsupported(x, weight), "cpu": lambda: cpu_reasons(x)}
+    return select(OP, x.device.type, candidates)
 
 
 # a program owns whole rows
