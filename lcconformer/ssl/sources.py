@@ -38,6 +38,14 @@ class JoinedCorpus(Corpus):
         corpus, original = self._origin[utterance.id]
         return corpus.audio(original)
 
+    def select(self, **wanted: Collection[str] | None) -> Corpus:
+        """Raises TypeError: select from the corpora before they are joined."""
+        raise TypeError(f"{self.name}: joined corpora cannot be selected from; select from each, then join them")
+
+    def preload(self, workers: int = 2) -> Corpus:
+        """Raises TypeError: preload the corpora before they are joined."""
+        raise TypeError(f"{self.name}: joined corpora cannot be preloaded; preload each, then join them")
+
 
 def hold_out_speakers(corpora: Sequence[Corpus], seed: int = 0) -> tuple[str, ...]:
     """Speakers drawn at random until they have 5% of the speech; none if there is only one speaker."""

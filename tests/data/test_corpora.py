@@ -128,6 +128,9 @@ def test_select(folder):
         corpus.select(splits=["dev"])
     with pytest.raises(ValueError, match="is left by this selection"):
         corpus.select(speakers=["s2"], splits=["train"])
+    assert [u.id for u in corpus.select(ids=["u004", "u001"])] == ["u001", "u004"]
+    with pytest.raises(ValueError, match="has no utterance u777; it has: 6 others"):
+        corpus.select(ids=["u001", "u777"])
 
 
 def bad_file(path, kind):

@@ -414,6 +414,10 @@ def test_joined_corpora_keep_their_own_audio(speech_folder: Path) -> None:
     for utterance in joined:
         original = next(u for u in corpus if u.id == utterance.id.removeprefix("2/"))
         assert torch.equal(joined.audio(utterance), corpus.audio(original))
+    with pytest.raises(TypeError, match="select from each, then join them"):
+        joined.select(speakers=["a"])
+    with pytest.raises(TypeError, match="preload each, then join them"):
+        joined.preload()
 
 
 COMMAND = (
