@@ -67,9 +67,11 @@ def choose(encoder: ConformerEncoder, x: Tensor, lengths: Tensor | None) -> Run 
     want = forced_engine()
     if want == "modules" or (want == "auto" and torch.compiler.is_compiling()):
         return None
-    records = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in encoder.layers.parameters()))
+    records = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in encoder.parameters()))
     module = training if records else inference
     reasons = _reasons(encoder, x) + module.reasons(encoder, x, lengths)
+    if want == "auto" and module is inference:
+        reasons += inference.slower(x)
     if not reasons:
         return module.run
     if want == "loop":
