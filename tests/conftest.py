@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -99,3 +100,21 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+
+
+def _lay_out(data: Any, x: torch.Tensor) -> torch.Tensor:
+    """The values of ``x`` in strides and at an offset that Hypothesis draws from ``data``, NaN between them."""
+    from hypothesis import strategies as st
+
+    order = data.draw(st.permutations(range(x.dim())))
+    steps = [data.draw(st.integers(1, 2)) for _ in order]
+    offset = data.draw(st.integers(0, 1))
+    around = x.new_full([x.shape[d] * steps[d] + offset for d in order], float("nan"))
+    laid_out = around.permute([order.index(d) for d in range(x.dim())])
+    return laid_out[tuple(slice(offset, None, step) for step in steps)].copy_(x)
+
+
+@pytest.fixture(scope="session")
+def lay_out() -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    """``lay_out(data, x)``: ``x`` in other strides, for tests with Hypothesis' ``data()``."""
+    return _lay_out

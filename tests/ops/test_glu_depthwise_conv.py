@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
-from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
@@ -41,43 +38,6 @@ def leaves(args):
 
 
 # --- reference -------------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    t=st.integers(1, 20),
-    c=st.integers(1, 6),
-    k=st.sampled_from([1, 3, 9, 31]),
-    data=st.data(),
-    norm=st.sampled_from(NORMS),
-)
-def test_reference_is_the_layers_of_torch(t, c, k, norm, data):
-    """An utterance of a padded batch gets what torch.nn gives it alone (batch norm: its real frames among all)."""
-    lengths = data.draw(st.lists(st.integers(2, t + 2).map(lambda n: min(n, t)), min_size=1, max_size=3))
-    assume(norm != "group" or c * min(lengths) > 1)  # F.group_norm refuses a group of one value
-    args = arguments(len(lengths), t, c, k, norm, lengths=lengths) | {"num_groups": 1}
-    stored = {name: args[name].clone() for name in ("running_mean", "running_var") if name in args}
-    out = glu_depthwise_conv_reference(**args)
-    convolved = []
-    for row, n in zip(args["x"], lengths):
-        glu = F.pad(F.glu(row[:n], -1), (0, 0, 0, t - n))
-        windows = F.pad(glu, (0, 0, k // 2, k // 2)).unfold(0, k, 1)  # [T, C, K]
-        convolved.append((windows * args["weight"]).sum(-1) + args["bias"])
-    real = torch.cat([y[:n] for y, n in zip(convolved, lengths)])
-    gamma, beta = args.get("norm_weight"), args.get("norm_bias")
-    for i, (y, n) in enumerate(zip(convolved, lengths)):
-        expected = y[:n]
-        if norm == "layer":
-            expected = F.layer_norm(expected, (c,), gamma, beta)
-        elif norm == "batch":
-            mean, var = real.mean(0), real.var(0, unbiased=False)
-            expected = (expected - mean) / (var + 1e-5).sqrt() * gamma + beta
-        elif norm == "group":
-            expected = F.group_norm(expected.t()[None], 1, gamma, beta)[0].t()
-        torch.testing.assert_close(out[i, :n], F.silu(expected), atol=1e-9, rtol=1e-9)
-    if norm == "batch" and len(real) > 1:
-        torch.testing.assert_close(args["running_mean"], 0.9 * stored["running_mean"] + 0.1 * real.mean(0))
-        torch.testing.assert_close(args["running_var"], 0.9 * stored["running_var"] + 0.1 * real.var(0))
 
 
 @pytest.mark.parametrize("norm", NORMS)
