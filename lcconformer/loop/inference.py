@@ -1,7 +1,8 @@
-"""The inference engine: the loop on packed weights, in buffers made once per call.
+"""The inference engine: on a GPU the loop as CUDA graphs (:mod:`.graphs`), on a CPU on packed weights (:mod:`.weights`).
 
-On the CPU a loop is five kernels: rows (feed-forward, norm, projection), attention, rows, convolution, rows.  Everything is
-float32 inside, whatever the dtype of the encoder, and each row gets the same bits in any batch.
+On the CPU a loop is five kernels in buffers made once per call: rows (feed-forward, norm, projection), attention, rows,
+convolution, rows.  Everything is float32 inside, whatever the dtype of the encoder, and a frame gets the same bits in
+any batch.
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lcconformer import _extension
-from lcconformer.layer import ConformerLayer, ConvModule, FeedForward, RelativeAttention
 from lcconformer.ops import _backend
 from lcconformer.ops._cpu import cpu_reasons, i64, pointer
 from lcconformer.ops._cpu import run as run_kernel
 
-from . import weights
+from . import graphs, weights
+from .watch import watch
 from .weights import PANEL, ROWS, Norm, PackedLayer
 
 if TYPE_CHECKING:
@@ -26,33 +27,25 @@ if TYPE_CHECKING:
 __all__ = ["reasons", "run", "slower"]
 
 OP = "shared_loop"
-# what pack() knows; a subclass or a wrapped module may compute something else
-_KNOWN = {
-    *(ConformerLayer, FeedForward, RelativeAttention, ConvModule),
-    *(nn.ModuleList, nn.Linear, nn.LayerNorm, nn.Conv1d, nn.BatchNorm1d, nn.GroupNorm, nn.Identity),
-}
 
 
 def reasons(encoder: ConformerEncoder, x: Tensor, lengths: Tensor | None) -> list[str]:
     """Why this engine cannot run the loops of ``x [B, T, d_model]``; empty: it can."""
     config = encoder.config
-    found = cpu_reasons(x)
+    found = watch(encoder).reasons(x.dtype)
+    if torch.is_autocast_enabled(x.device.type):
+        found.append("autocast is on")
+    if x.device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            found.append("a CUDA graph is being captured, which the modules become part of")
+        return found
+    found += cpu_reasons(x)
     if _backend.forced_backend() not in ("auto", "cpu"):
         found.append(f"backend {_backend.forced_backend()!r} is forced, and the engine is made of CPU kernels")
     if config.activation != "silu":
         found.append(f"activation {config.activation!r} is not fused, only 'silu' is")
     if config.position == "rotary":
         found.append("rotary positions are left to the modules")
-    if torch.is_autocast_enabled(x.device.type):
-        found.append("autocast is on")
-    modules: list[nn.Module] = [encoder.layers]
-    while modules:
-        module = modules.pop()
-        why = _different(module, encoder)
-        if why:
-            found.append(f"{type(module).__name__} {why}")
-            break
-        modules.extend(m for m in module._modules.values() if m is not None)
     return found
 
 
@@ -62,25 +55,13 @@ _BFLOAT16_FRAMES = 192
 
 
 def slower(x: Tensor) -> list[str]:
-    """Why the modules are faster for ``x [B, T, d_model]``; empty: they are not."""
+    """Why the modules are, or may be, faster for ``x [B, T, d_model]``; empty: they are not."""
+    if x.device.type == "cuda":
+        return ["no GPU has measured the engine yet; LCCONFORMER_ENGINE=loop forces it"]
     products = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if x.dtype == torch.bfloat16 and products and x.shape[0] * x.shape[1] > _BFLOAT16_FRAMES:
         return ["the engine works in float32, and this processor is faster at products of bfloat16"]
     return []
-
-
-def _different(module: nn.Module, encoder: ConformerEncoder) -> str | None:
-    """Why a module may compute something else than its weights tell."""
-    config = encoder.config
-    if type(module) not in _KNOWN or "forward" in module.__dict__:
-        return "is not one of this library's own"
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "has forward hooks, which the engine would not call"
-    if module.training and (config.dropout > 0.0 or config.conv_norm == "batch"):
-        return "is in training mode"
-    if module.__dict__.get("eps", config.layer_norm_eps) != config.layer_norm_eps:
-        return f"has an epsilon other than the config's {config.layer_norm_eps}"
-    return None
 
 
 @torch.no_grad()
@@ -88,9 +69,11 @@ def run(
     encoder: ConformerEncoder, x: Tensor, lengths: Tensor | None, depth: int, return_hidden_states: bool
 ) -> list[Tensor]:
     """Outputs ``[B, T, d_model]`` of each loop if ``return_hidden_states``, else of the last alone."""
-    _backend.select(OP, "cpu", {"cpu": list})  # which backend serves is for it to say, and for others to see
     if not x.numel():
         return [x.clone() for _ in range(depth if return_hidden_states else 1)]
+    if x.device.type == "cuda":
+        return graphs.run(encoder, x, lengths, depth, return_hidden_states)
+    _backend.select(OP, "cpu", {"cpu": list})  # which backend serves is for it to say, and for others to see
     layers = weights.packed(encoder, depth)
     loop = _Loop(encoder, x, lengths)
     outputs = []
@@ -109,12 +92,16 @@ class _Loop:
     def __init__(self, encoder: ConformerEncoder, x: Tensor, lengths: Tensor | None) -> None:
         config = self.config = encoder.config
         b, t, d = x.shape
-        self.x = torch.empty(b, t, d).copy_(x)
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+        self.x = empty(b, t, d).copy_(x)
         self.lengths = i64(lengths)
         # the last tile of rows may reach beyond the last frame
         rows = b * t + ROWS
-        self.wide = torch.empty(rows, -(-3 * d // PANEL) * PANEL)  # queries, keys, values; or values and gates
-        self.branch = torch.empty(rows, d)  # output of attention or convolution
+        self.wide = empty(rows, -(-3 * d // PANEL) * PANEL)  # queries, keys, values; or values and gates
+        self.branch = empty(rows, d)  # output of attention or convolution
         self.rows = {"x": pointer(self.x), "M": b * t, "D": d, "eps": config.layer_norm_eps}
         self.rows |= {"threads": torch.get_num_threads(), "branch": pointer(self.branch)}
         self.rows |= {"out": pointer(self.wide), "out_stride": self.wide.stride(0)}
@@ -131,8 +118,8 @@ class _Loop:
         self.conv |= {"lengths": masked, "out": pointer(self.branch), "eps": config.layer_norm_eps}
         self.norm = {"layer": 1, "group": 4}.get(config.conv_norm, 0)  # enum Norm of csrc/cpu/kernels.h
         if config.conv_norm == "group":
-            self.before_norm = torch.empty(b, t, d)
-            self.mean, self.var = torch.empty(2, b, config.conv_norm_groups)
+            self.before_norm = empty(b, t, d)
+            self.mean, self.var = empty(2, b, config.conv_norm_groups)
             self.conv |= {"y": pointer(self.before_norm), "mean": pointer(self.mean), "var": pointer(self.var)}
 
     def step(self, layer: PackedLayer) -> None:

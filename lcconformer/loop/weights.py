@@ -4,29 +4,30 @@ A layer's matrices become panels for csrc/cpu/simd/rows.cpp in float32; the half
 projection of the feed-forwards, an evaluated BatchNorm into the depthwise taps, and position embeddings are projected once.
 
 Packed weights belong to an encoder but are no part of it: they are kept beside it, by weak reference, so that they are not
-saved, moved, copied or pickled with it and end with it.  At every call each parameter and buffer is compared with what was
-packed: which tensor, which memory, which layout, and autograd's version counter.  Writes that the counter does not see
-(through ``p.data``, ``p.numpy()`` or views older than ``vector_to_parameters``) are noticed if they change one of up to 64
-values spread over the tensor, as any optimizer, average or initialisation does; after a write to a few elements alone,
-call :func:`forget`.  Tensors of ``torch.inference_mode`` have no counter, and those in shared memory can be written by
-another process: with such tensors the weights are packed at every call.
+saved, moved, copied or pickled with it and end with it.  At every call (:mod:`.watch`) each parameter and buffer is compared
+with what was packed: which memory, which layout, and autograd's version counter.  Writes that the counter does not see
+(through ``p.data`` or ``p.numpy()``) are noticed if they change one of up to 64 values spread over the tensor, as any
+optimizer, average or initialisation does; after such a write to a few elements alone, call :func:`forget`.  Tensors of
+``torch.inference_mode`` have no counter, and those in shared memory can be written by another process: with such tensors
+the weights are packed at every call.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from lcconformer import _extension
+from lcconformer.layer import RelativeAttention
 from lcconformer.ops._cpu import pointer, run
 from lcconformer.positions import relative_sinusoids
+
+from .watch import Watch, watch
 
 if TYPE_CHECKING:
     from lcconformer.config import ConformerConfig
@@ -136,7 +137,7 @@ class PackedLayer:
             rows = self._positions = _project(self.attention.pos, frames)
         middle = rows[(rows.shape[0] + 1) // 2 - frames :]  # the first row is position frames - 1
         width = self.attention.pos.columns // self.heads
-        panels = torch.empty(self.heads * cpu.position_floats(frames, width))
+        panels = rows.new_empty(self.heads * cpu.position_floats(frames, width))
         fields: dict[str, Any] = {"T": frames, "H": self.heads, "D": width, "out": panels.data_ptr()}
         run("pack_positions", rows, pos=middle.data_ptr(), pos_stride_t=rows.stride(0), pos_stride_h=width, **fields)
         self._panels = (frames, level, panels)
@@ -146,7 +147,7 @@ class PackedLayer:
 def _project(pos: Matrix, frames: int) -> Tensor:
     """Not by a library: these products give a row the same bits whatever the number of rows."""
     table = relative_sinusoids(frames, pos.inputs, device=torch.device("cpu"), dtype=torch.float32)
-    out = torch.empty(len(table) + ROWS, pos.panels.shape[0] * PANEL)
+    out = table.new_empty(len(table) + ROWS, pos.panels.shape[0] * PANEL)
     sizes = {"M": len(table), "D": pos.inputs, "out_stride": out.stride(0), "threads": torch.get_num_threads()}
     _extension.load().cpu.rows_forward(x=table.data_ptr(), next=pos.fields, out=out.data_ptr(), **sizes)
     return out[: len(table)]
@@ -177,7 +178,8 @@ def pack(layer: nn.Module, overrides: dict[str, Tensor]) -> PackedLayer:
     def feed_forward(name: str) -> FeedForward:
         return FeedForward(norm(f"{name}.norm"), matrix(f"{name}.up"), matrix(f"{name}.down", 0.5))
 
-    relative = get("attention.pos.weight") is not None
+    own_attention = cast(RelativeAttention, layer.get_submodule("attention"))
+    relative = own_attention.position == "relative"
     attention = Attention(
         norm("attention.norm"),
         matrix("attention.qkv"),
@@ -207,8 +209,7 @@ def pack(layer: nn.Module, overrides: dict[str, Tensor]) -> PackedLayer:
         depthwise_norm,
         matrix("conv.pointwise2"),
     )
-    heads = cast(int, layer.get_submodule("attention").heads)
-    return PackedLayer(feed_forward("ffn1"), attention, conv, feed_forward("ffn2"), norm("norm"), heads)
+    return PackedLayer(feed_forward("ffn1"), attention, conv, feed_forward("ffn2"), norm("norm"), own_attention.heads)
 
 
 def tells_depths_apart(config: ConformerConfig) -> bool:
@@ -219,56 +220,37 @@ def tells_depths_apart(config: ConformerConfig) -> bool:
 # --- kept from call to call ------------------------------------------------------------------------------------------
 
 
-def tensors_of(encoder: ConformerEncoder) -> Iterator[Tensor]:
-    """Every parameter and buffer of the loop, in a fixed order."""
-    modules: list[nn.Module] = [encoder]
-    while modules:
-        module = modules.pop()
-        for tensors in (module._parameters, module._buffers):
-            for tensor in tensors.values():
-                if tensor is not None:
-                    yield tensor
-        for child in module._modules.values():
-            if child is not None and child is not encoder.front_end:
-                modules.append(child)
-
-
-def _state(tensor: Tensor) -> tuple[int, int, int, torch.Size, tuple[int, ...]]:
-    memory = tensor.untyped_storage()._cdata
-    return tensor._version, tensor.data_ptr(), memory, tensor.shape, tensor.stride()
-
-
 def _cacheable(tensor: Tensor) -> bool:
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
-    return plain and not tensor.is_inference() and tensor.is_contiguous() and not tensor.is_shared()
+    return not tensor.is_inference() and tensor.is_contiguous() and not tensor.is_shared()
 
 
 class _Packed:
     """The layers of one encoder, and the state of its tensors that they are of."""
 
-    def __init__(self, encoder: ConformerEncoder) -> None:
-        tensors = list(tensors_of(encoder))
+    def __init__(self, watch: Watch) -> None:
         self.layers: dict[tuple[int, int], PackedLayer] = {}
-        self.cacheable = all(map(_cacheable, tensors))
+        elsewhere = {str(t.device) for t in watch.tensors()} - {"cpu"}
+        if elsewhere:
+            raise ValueError(
+                f"ConformerEncoder: the input is on cpu, weights are on {', '.join(elsewhere)}; move one of them"
+            )
+        self.cacheable = all(map(_cacheable, watch.tensors()))
         if not self.cacheable:
             return
-        self._sources = [(weakref.ref(t), _state(t)) for t in tensors]
-        # while these live, no other storage gets the same address
-        self._memory = [StorageWeakRef(t.untyped_storage()) for t in tensors]
-        self._bytes = torch.tensor([[t.data_ptr(), t.numel() * t.element_size()] for t in tensors])
+        self._watch, self._state = watch, watch.state()
+        self._memory = watch.memory()
+        self._bytes = torch.tensor(
+            [[t.data_ptr(), t.numel() * t.element_size()] for t in watch.tensors()], device="cpu"
+        )
         self._fingerprint = self._take_fingerprint()
 
     def _take_fingerprint(self) -> int:
         return _extension.load().cpu.fingerprint(pointer(self._bytes), len(self._bytes))
 
-    def holds(self, encoder: ConformerEncoder) -> bool:
-        """Whether the tensors of the encoder are as they were."""
-        sources = iter(self._sources)
-        for tensor in tensors_of(encoder):
-            source, state = next(sources, (None, None))
-            if source is None or source() is not tensor or _state(tensor) != state:
-                return False
-        return next(sources, None) is None and self._take_fingerprint() == self._fingerprint
+    def holds(self, watch: Watch) -> bool:
+        """Whether the tensors are as they were."""
+        same = watch is self._watch and watch.state() == self._state
+        return same and self._take_fingerprint() == self._fingerprint
 
     def layer(self, encoder: ConformerEncoder, k: int) -> PackedLayer:
         """Of loop ``k``: one for all loops of a unique layer, unless the encoder tells its depths apart."""
@@ -285,9 +267,9 @@ _kept: weakref.WeakKeyDictionary[nn.Module, _Packed] = weakref.WeakKeyDictionary
 @torch.no_grad()
 def packed(encoder: ConformerEncoder, depth: int) -> list[PackedLayer]:
     """Packed weights of loops 0 ... ``depth - 1``, as the encoder's tensors are now."""
-    kept = _kept.get(encoder)
-    if kept is None or not kept.holds(encoder):
-        kept = _Packed(encoder)
+    now, kept = watch(encoder), _kept.get(encoder)
+    if kept is None or not kept.holds(now):
+        kept = _Packed(now)
         forget(encoder)
         if kept.cacheable:
             _kept[encoder] = kept

@@ -1,0 +1,114 @@
+"""What an engine that stands in for an encoder's modules must notice about them, in tens of microseconds per call."""
+
+from __future__ import annotations
+
+import weakref
+from itertools import chain
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from lcconformer.layer import ConformerLayer, ConvModule, FeedForward, RelativeAttention
+
+if TYPE_CHECKING:
+    from lcconformer.encoder import ConformerEncoder
+
+__all__ = ["Watch", "watch"]
+
+# what the engines know; a subclass or a wrapped module may compute something else
+_READ_THEIR_MODE = {ConformerLayer, FeedForward, RelativeAttention, ConvModule}
+_KNOWN = {
+    *_READ_THEIR_MODE,
+    *(nn.ModuleList, nn.Linear, nn.LayerNorm, nn.Conv1d, nn.BatchNorm1d, nn.GroupNorm, nn.Identity),
+}
+_version, _address, _training = attrgetter("_version"), attrgetter("_cdata"), attrgetter("training")
+
+
+class Watch:
+    """The modules of an encoder's loop, their parameters and buffers, as they were found.
+
+    Holds the modules below the encoder, not the encoder, and no tensor of theirs.
+    """
+
+    def __init__(self, encoder: ConformerEncoder) -> None:
+        self._config = encoder.config
+        self._layers = list(encoder.layers.modules())
+        others = [] if encoder.conditioning is None else list(encoder.conditioning.modules())
+        modules: list[nn.Module] = [encoder, *self._layers, *others]
+        # name -> tensor, name -> module
+        self._owners: list[dict[str, Any]] = [d for m in modules for d in (m._parameters, m._buffers)]
+        self._parts: list[dict[str, Any]] = [*self._owners, *(m._modules for m in modules[1:])]
+        self._found = self._ids()
+        self._own = (encoder._modules.get("layers"), encoder._modules.get("conditioning"))
+        self._matrices: list[dict[str, Any]] = [m._parameters for m in self._layers if type(m) is nn.Linear]
+        self._plain = {type(t) for t in self.tensors()} <= {Tensor, nn.Parameter}
+        self._modes = [m for m in self._layers if type(m) in _READ_THEIR_MODE]
+        self._hooks = [hooks for m in self._layers for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+
+    def _ids(self) -> list[int]:
+        return list(map(id, chain.from_iterable(map(dict.values, self._parts))))
+
+    def holds(self, encoder: ConformerEncoder) -> bool:
+        """Whether these are still the modules, parameters and buffers of the encoder."""
+        layers, conditioning = self._own
+        modules = encoder._modules
+        return (
+            modules.get("layers") is layers
+            and modules.get("conditioning") is conditioning
+            and self._ids() == self._found
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """Every parameter and buffer of the loop, in a fixed order."""
+        return [t for t in chain.from_iterable(map(dict.values, self._owners)) if t is not None]
+
+    def places(self) -> tuple[list, ...]:
+        """Where the tensors lie, and how; to be compared while :meth:`memory` is kept."""
+        tensors = self.tensors()
+        memory = map(_address, map(Tensor.untyped_storage, tensors))
+        return (
+            list(map(Tensor.data_ptr, tensors)),
+            list(memory),
+            list(map(Tensor.stride, tensors)),
+            list(map(Tensor.size, tensors)),
+        )
+
+    def state(self) -> tuple[list, ...]:
+        """:meth:`places`, and how often each was written as far as autograd knows."""
+        return *self.places(), list(map(_version, self.tensors()))
+
+    def memory(self) -> list[StorageWeakRef]:
+        """While these live, no other memory gets the address of what the tensors lie in now."""
+        return [StorageWeakRef(t.untyped_storage()) for t in self.tensors()]
+
+    def reasons(self, dtype: torch.dtype) -> list[str]:
+        """Why the layers may compute something else for inputs of ``dtype`` than their weights tell; empty: they do not."""
+        config = self._config
+        if not self._plain:
+            return ["a parameter is of a subclass of Tensor"]
+        if any(p["weight"].dtype != dtype for p in self._matrices):
+            return [f"the input is {dtype} and a weight is not"]
+        if any(self._hooks):
+            return ["a module has forward hooks, which the engine would not call"]
+        if any(map(_training, self._modes)) and (config.dropout > 0.0 or config.conv_norm == "batch"):
+            return ["a module is in training mode"]
+        for module in self._layers:
+            if type(module) not in _KNOWN or "forward" in module.__dict__:
+                return [f"{type(module).__name__} is not one of this library's own modules"]
+            if module.__dict__.get("eps", config.layer_norm_eps) != config.layer_norm_eps:
+                return [f"{type(module).__name__} has an epsilon other than the config's {config.layer_norm_eps}"]
+        return []
+
+
+_watched: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
+
+
+def watch(encoder: ConformerEncoder) -> Watch:
+    """The watch over an encoder; a new one whenever a module, parameter or buffer is another than before."""
+    found = _watched.get(encoder)
+    if found is None or not found.holds(encoder):
+        found = _watched[encoder] = Watch(encoder)
+    return found

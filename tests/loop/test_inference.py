@@ -1,0 +1,313 @@
+"""The inference engine on the CPU: what the modules compute, in any batch, on any number of threads."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lcconformer import Conformer, ConformerConfig, ConformerEncoder, _extension, backend, engine
+from lcconformer.ops import _backend
+
+if (_reason := _extension.why_missing()) is not None:
+    pytest.skip(f"no compiled extension: {_reason}", allow_module_level=True)
+
+CPU = _extension.load().cpu
+BASE = ConformerConfig(d_model=24, num_heads=2, ffn_dim=40, num_layers=3, conv_kernel_size=5, dropout=0.1)
+
+
+def make_encoder(**changes) -> ConformerEncoder:
+    """An encoder with nothing at its initial value."""
+    encoder = ConformerEncoder(BASE.replace(**changes)).eval()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, buffer in encoder.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(0, 0.3)
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 2.0)
+    return encoder
+
+
+@torch.no_grad()
+def reference(encoder: ConformerEncoder, x, lengths, dtype):
+    """All hidden states by the modules in plain PyTorch."""
+    with engine("modules"), backend("torch"):
+        return copy.deepcopy(encoder).to(dtype)(x.to(dtype), lengths, return_hidden_states=True)[2]
+
+
+@torch.no_grad()
+def check(assert_close, encoder, x, lengths=None):
+    with engine("loop"):
+        out, _, states = encoder(x, lengths, return_hidden_states=True)
+        assert torch.equal(encoder(x, lengths)[0], out)
+    exact, low = (reference(encoder, x, lengths, dtype) for dtype in (torch.float64, x.dtype))
+    assert len(states) == len(exact)
+    real = torch.ones(x.shape[:2], dtype=torch.bool)
+    if lengths is not None:
+        real = torch.arange(out.shape[1]) < lengths[:, None]
+    for k, (state, e, near) in enumerate(zip(states, exact, low)):
+        assert state.dtype == x.dtype
+        assert_close(f"hidden state {k}", state[real], e[real], near[real], 2)
+
+
+OPTIONS: dict[str, dict] = {
+    "canon": {},
+    "batch norm": {"conv_norm": "batch"},
+    "group norm": {"conv_norm": "group", "conv_norm_groups": 3},
+    "no norm": {"conv_norm": "none"},
+    "statistics per depth": {"conv_norm": "batch", "conv_norm_statistics": "per_depth"},
+    "convolution first": {"convolution_first": True},
+    "no biases": {"attention_bias": False, "conv_bias": False},
+    "no positions": {"position": "none"},
+    "peer padding": {"padding": "peer"},
+    "peer padding, batch norm": {"padding": "peer", "conv_norm": "batch"},
+    "peer padding, group norm": {"padding": "peer", "conv_norm": "group"},
+    "two layers": {"sharing": "cycle:2"},
+    "own layers": {"sharing": "none", "conv_norm": "group"},
+    "front end": {"input_dim": 24},
+    "wider": {"d_model": 80, "num_heads": 4, "ffn_dim": 300, "conv_kernel_size": 31, "layer_norm_eps": 1e-3},
+    "layer norms per depth": {"conditioning": ("layer_norm",)},
+    "step": {"conditioning": ("step",)},
+    "film and lora": {"conditioning": ("film", "lora")},
+}
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("lengths", [None, torch.tensor([37, 1, 20])], ids=["whole", "lengths"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_equals_the_oracle(assert_close, options, lengths):
+    encoder = make_encoder(**options)
+    check(assert_close, encoder, torch.randn(3, 37, options.get("d_model", 24)), lengths)
+
+
+@pytest.mark.parametrize("options", ["canon", "group norm", "film and lora"])
+def test_bfloat16(assert_close, options):
+    encoder = make_encoder(**OPTIONS[options]).bfloat16()
+    check(assert_close, encoder, torch.randn(2, 33, 24).bfloat16(), torch.tensor([33, 12]))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (1, 193), (5, 63), (1, 2000)])
+def test_sizes(assert_close, shape):
+    check(assert_close, make_encoder(), torch.randn(*shape, 24))
+
+
+@pytest.mark.parametrize("level", CPU.simd_levels())
+def test_simd_levels(assert_close, level):
+    encoder, x, before = make_encoder(), torch.randn(2, 33, 24), CPU.simd_level()
+    with engine("loop"), torch.no_grad():
+        encoder(x)  # packed positions are those of a level
+    CPU.set_simd_level(level)
+    try:
+        check(assert_close, encoder, x, torch.tensor([33, 30]))
+    finally:
+        CPU.set_simd_level(before)
+
+
+@torch.no_grad()
+def test_the_base_model(assert_close):
+    encoder = make_encoder(d_model=256, num_heads=4, ffn_dim=1024, conv_kernel_size=31, num_layers=2)
+    check(assert_close, encoder, torch.randn(2, 100, 256), torch.tensor([100, 77]))
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch", "group", "none"])
+@torch.no_grad()
+def test_a_batch_gives_what_each_utterance_gets_alone(norm):
+    """Bit for bit, but for statistics over frames: no product looks at another row, and padding may hold anything."""
+    encoder, lengths = make_encoder(conv_norm=norm), torch.tensor([203, 1, 64, 97])
+    x = torch.randn(4, 203, 24)
+    for i, n in enumerate(lengths.tolist()):
+        x[i, n:] = torch.nan
+    with engine("loop"):
+        out, _ = encoder(x, lengths)
+        for i, n in enumerate(lengths.tolist()):
+            alone = encoder(x[i : i + 1, :n])[0][0]
+            torch.testing.assert_close(out[i, :n], alone, rtol=0, atol=1e-5 if norm == "group" else 0)
+
+
+@torch.no_grad()
+def test_same_bits_on_any_number_of_threads():
+    encoder, x = make_encoder(conv_norm="group"), torch.randn(2, 203, 24)
+    before, outputs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            with engine("loop"):
+                outputs.append(encoder(x, torch.tensor([203, 120]))[0])
+    finally:
+        torch.set_num_threads(before)
+    for other in outputs[1:]:
+        assert torch.equal(other, outputs[0])
+
+
+@torch.no_grad()
+def test_any_depth_is_a_prefix():
+    encoder, x = make_encoder(sharing="cycle:2"), torch.randn(2, 11, 24)
+    with engine("loop"):
+        states = encoder(x, return_hidden_states=True)[2]
+        for depth in (1, 2, 3):
+            assert torch.equal(encoder(x, depth=depth)[0], states[depth])
+
+
+@torch.no_grad()
+def test_results_are_not_written_again():
+    encoder, x = make_encoder(), torch.randn(2, 11, 24)
+    given = x.clone()
+    with engine("loop"):
+        first = encoder(x, return_hidden_states=True)[2]
+        kept = [state.clone() for state in first]
+        encoder(torch.randn(2, 11, 24), return_hidden_states=True)
+    assert torch.equal(x, given)
+    assert all(map(torch.equal, first, kept))
+
+
+@torch.no_grad()
+def test_inputs_of_any_layout():
+    encoder, x = make_encoder(), torch.randn(11, 2, 48)[..., ::2].transpose(0, 1)
+    lengths = torch.tensor([11, 0, 6])[::2]
+    with engine("loop"):
+        out = encoder(x.contiguous(), lengths.contiguous())[0]
+        assert torch.equal(encoder(x, lengths)[0], out)
+        assert torch.equal(encoder(x, lengths.int())[0], out)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+@torch.no_grad()
+def test_empty(shape):
+    with engine("loop"):
+        out, _, states = make_encoder()(torch.randn(*shape, 24), return_hidden_states=True)
+    assert out.shape == (*shape, 24)
+    assert len(states) == 4
+
+
+@torch.no_grad()
+def test_an_utterance_without_frames():
+    encoder, x = make_encoder(), torch.randn(2, 9, 24)
+    with engine("loop"):
+        out = encoder(x, torch.tensor([9, 0]))[0]
+        assert torch.equal(out[:1], encoder(x[:1])[0])
+
+
+@torch.no_grad()
+def test_defaults_of_the_process_do_not_matter():
+    encoder, x = make_encoder(), torch.randn(1, 9, 24)
+    with engine("loop"):
+        out = encoder(x)[0]
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.device("meta"):
+                assert torch.equal(copy.deepcopy(encoder)(x)[0], out)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+@torch.no_grad()
+def test_torchaudio_signature(assert_close):
+    conformer = Conformer(24, 2, 40, 2, 5, dropout=0.1).eval()
+    x, lengths = torch.randn(2, 30, 24), torch.tensor([30, 11])
+    with engine("loop"):
+        out, _ = conformer(x, lengths)
+    with engine("modules"), backend("torch"):
+        torch.testing.assert_close(out[0], conformer(x, lengths)[0][0], rtol=0, atol=1e-5)
+
+
+# when it serves, and when not
+
+
+def runs_the_engine(monkeypatch: pytest.MonkeyPatch, encoder: ConformerEncoder, x: torch.Tensor) -> bool:
+    """With the choice left to the library."""
+    served: list[str] = []
+    select = _backend.select
+    monkeypatch.setattr(_backend, "select", lambda op, *args: served.append(op) or select(op, *args))
+    with torch.no_grad():
+        encoder(x)
+    monkeypatch.undo()
+    return "shared_loop" in served
+
+
+def test_serves_by_default(monkeypatch):
+    assert runs_the_engine(monkeypatch, make_encoder(), torch.randn(2, 9, 24))
+    with engine("modules"):
+        assert not runs_the_engine(monkeypatch, make_encoder(), torch.randn(2, 9, 24))
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def with_own_forward(encoder):
+    encoder.layers[0].ffn1.forward = lambda x: x
+
+
+def with_parametrization(encoder):
+    nn.utils.parametrizations.weight_norm(encoder.layers[0].ffn1.up)
+
+
+REFUSED = {
+    "training": (lambda e: e.train(), "training mode"),
+    "training of a part": (lambda e: e.layers[0].attention.train(), "training mode"),
+    "hook": (lambda e: e.layers[0].ffn1.up.register_forward_hook(lambda *_: None), "forward hooks"),
+    "pre-hook": (lambda e: e.layers[0].register_forward_pre_hook(lambda *_: None), "forward hooks"),
+    "subclass": (lambda e: setattr(e.layers[0].attention, "out", Scaled(24, 24)), "Scaled is not one"),
+    "own forward": (with_own_forward, "FeedForward is not one"),
+    "parametrized": (with_parametrization, "not one of this library's own"),
+    "epsilon": (lambda e: setattr(e.layers[0].norm, "eps", 0.1), "an epsilon other than"),
+    "mixed dtypes": (lambda e: e.layers[0].ffn1.up.double(), "a weight is not"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), REFUSED.values(), ids=REFUSED.keys())
+def test_refuses_an_encoder_it_does_not_know(monkeypatch, change, reason):
+    encoder, x = make_encoder(), torch.randn(1, 9, 24)
+    assert runs_the_engine(monkeypatch, encoder, x)
+    change(encoder)
+    with engine("loop"), torch.no_grad(), pytest.raises(NotImplementedError, match=reason):
+        encoder(x)
+    if reason != "a weight is not":  # which the modules refuse too
+        assert not runs_the_engine(monkeypatch, encoder, x)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"position": "rotary"}, "rotary"), ({"activation": "gelu"}, "gelu")],
+)
+def test_refuses_what_it_has_no_kernel_for(monkeypatch, changes, reason):
+    encoder, x = make_encoder(**changes), torch.randn(1, 9, 24)
+    assert not runs_the_engine(monkeypatch, encoder, x)
+    with engine("loop"), torch.no_grad(), pytest.raises(NotImplementedError, match=reason):
+        encoder(x)
+
+
+def test_refuses_other_backends_and_dtypes():
+    encoder, x = make_encoder(), torch.randn(1, 9, 24)
+    with engine("loop"), torch.no_grad():
+        with backend("torch"), pytest.raises(NotImplementedError, match="backend 'torch' is forced"):
+            encoder(x)
+        with torch.autocast("cpu"), pytest.raises(NotImplementedError, match="autocast is on"):
+            encoder(x)
+        with pytest.raises(NotImplementedError, match=r"float64 is not one of"):
+            encoder.double()(x.double())
+
+
+def test_bfloat16_is_left_to_the_modules_where_they_are_faster(monkeypatch):
+    encoder = make_encoder().bfloat16()
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert not runs_the_engine(monkeypatch, encoder, torch.randn(1, 400, 24).bfloat16())
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert runs_the_engine(monkeypatch, encoder, torch.randn(1, 40, 24).bfloat16())
+
+
+def test_gradients_come_from_elsewhere():
+    encoder, x = make_encoder(dropout=0.0), torch.randn(1, 9, 24, requires_grad=True)
+    encoder(x)[0].sum().backward()
+    assert x.grad is not None
+    for parameter in encoder.parameters():
+        parameter.requires_grad_(False)
+    x.grad = None
+    encoder(x)[0].square().sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert not encoder(x.detach())[0].requires_grad
