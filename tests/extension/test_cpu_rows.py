@@ -1,0 +1,140 @@
+"""The rows of a layer between attention and convolution, on the C++ kernels: every part, every SIMD level, odd widths."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lcconformer.loop.weights import PANEL, ROWS, Matrix, Norm
+
+from .cpu_kernels import CPU, LEVELS, kernels
+
+PARTS = ["merge", "feed_forward", "next"]
+
+
+def make(m: int, d: int, f: int, n: int) -> dict[str, Tensor]:
+    """Rows ``x``, a branch, a norm before the hidden layer and one after, and four matrices with biases, float64."""
+    sizes = {"merge": (d, d + 3), "up": (f, d), "down": (d, f), "next": (n, d)}
+    values = {"x": torch.randn(m, d) + 0.5, "branch": torch.randn(m, d + 3)}
+    for name, (rows, columns) in sizes.items():
+        values |= {f"{name}.weight": torch.randn(rows, columns) / columns**0.5, f"{name}.bias": torch.randn(rows)}
+    for name in ("hidden_norm", "norm"):
+        values |= {f"{name}.weight": torch.randn(d), f"{name}.bias": torch.randn(d)}
+    return {name: value.float().double() for name, value in values.items()}
+
+
+def reference(v: dict[str, Tensor], parts: list[str]) -> tuple[Tensor, Tensor]:
+    """x as it is left, and the output."""
+    x, shape = v["x"], v["x"].shape[1:]
+    if "merge" in parts:
+        x = x + F.linear(v["branch"], v["merge.weight"], v["merge.bias"])
+    if "feed_forward" in parts:
+        h = F.layer_norm(x, shape, v["hidden_norm.weight"], v["hidden_norm.bias"])
+        h = F.silu(F.linear(h, v["up.weight"], v["up.bias"]))
+        x = x + F.linear(h, v["down.weight"], v["down.bias"])
+    h = F.layer_norm(x, shape, v["norm.weight"], v["norm.bias"])
+    if "next" in parts:
+        return x, F.linear(h, v["next.weight"], v["next.bias"])
+    return h, h
+
+
+def run(v: dict[str, Tensor], parts: list[str], level: str | None = None, threads: int = 2) -> tuple[Tensor, Tensor]:
+    m, d = v["x"].shape
+    v = {name: value.float() for name, value in v.items()}
+    names = [n for n in parts if n != "feed_forward"] + ["up", "down"] * ("feed_forward" in parts)
+    matrices = {name: Matrix.of(v[f"{name}.weight"], v[f"{name}.bias"]) for name in names}
+    norms = {name: Norm(v[f"{name}.weight"], v[f"{name}.bias"]) for name in ("hidden_norm", "norm")}
+    n = matrices["next"].columns if "next" in parts else 0
+    x, out = v["x"].clone(), torch.full((m + ROWS, n + -n % PANEL), torch.nan)
+    branch = torch.cat((v["branch"], torch.full((ROWS, d + 3), torch.nan)))  # rows of the last tile
+    fields = {name: part.fields for name, part in (matrices | norms).items()}
+    with kernels(level, threads):
+        CPU.rows_forward(
+            **fields, x=x.data_ptr(), branch=branch.data_ptr(), out=out.data_ptr(), out_stride=out.stride(0),
+            M=m, D=d, eps=1e-5, threads=threads,
+        )  # fmt: skip
+    return x, out[:m, :n] if "next" in parts else x
+
+
+def check(assert_close, v: dict[str, Tensor], parts: list[str], **options) -> None:
+    low = reference({name: value.float() for name, value in v.items()}, parts)
+    for name, out, ref, eager in zip(("x", "out"), run(v, parts, **options), reference(v, parts), low):
+        assert_close(name, out, ref, eager, 2)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("d", "f", "n"), [(1, 1, 1), (7, 30, 14), (16, 64, 48), (65, 130, 195), (256, 1030, 768)])
+def test_widths(assert_close, level, d, f, n):
+    check(assert_close, make(20, d, f, n), PARTS, level=level)
+
+
+@pytest.mark.parametrize("m", [1, 5, 6, 7, 95, 97, 203, 400])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_rows_and_threads(assert_close, m, threads):
+    check(assert_close, make(m, 24, 40, 30), PARTS, threads=threads)
+
+
+@pytest.mark.parametrize(
+    "parts", [[], ["merge"], ["feed_forward"], ["next"], ["merge", "next"], ["feed_forward", "next"]]
+)
+def test_parts_alone(assert_close, parts):
+    check(assert_close, make(33, 20, 30, 40), parts)
+
+
+def test_a_row_does_not_depend_on_the_others():
+    v = make(203, 24, 300, 40)
+    x, out = run(v, PARTS)
+    for first, last in ((0, 1), (50, 57), (96, 203)):
+        part = v | {"x": v["x"][first:last], "branch": v["branch"][first:last]}
+        for whole, alone in zip((x, out), run(part, PARTS, threads=3)):
+            assert torch.equal(whole[first:last], alone)
+
+
+def test_packed_matrix():
+    linear = nn.Linear(5, 70)
+    matrix = Matrix.of(linear.weight.detach(), None, 0.5)
+    assert matrix.panels.shape == (2, 5, PANEL)
+    assert torch.equal(matrix.panels.mT.flatten(0, 1)[:70], linear.weight * 0.5)
+    assert matrix.panels.mT.flatten(0, 1)[70:].abs().sum() == 0
+    assert torch.equal(matrix.bias, torch.zeros(128))
+
+
+def test_fingerprint():
+    """All of up to 64 words, and both ends of more; other tensors do not matter."""
+    tensors = [torch.randn(64), torch.randn(1, 1), torch.randn(1000)]
+    table = torch.tensor([[t.data_ptr(), t.numel() * 4] for t in tensors])
+
+    def taken() -> int:
+        return CPU.fingerprint(table.data_ptr(), len(table))
+
+    before = taken()
+    assert taken() == before
+    for tensor, index in ((0, 0), (0, 31), (0, 63), (1, (0, 0)), (2, 0), (2, 999)):
+        value = tensors[tensor][index].clone()
+        tensors[tensor][index] += 1
+        assert taken() != before
+        tensors[tensor][index] = value
+    assert taken() == before
+    assert CPU.fingerprint(0, 0) == 0
+
+
+def test_packed_positions_give_the_same_bits():
+    """Attention on positions packed before, without its log-sum-exp, against attention that packs them."""
+    b, t, h, d = 2, 70, 2, 24
+    q, k, v = torch.randn(3, b, t, h, d)
+    pos, u, v_bias = torch.randn(2 * t - 1, h, d), torch.randn(h, d), torch.randn(h, d)
+    heads = {n: (x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)) for n, x in zip("qkv", (q, k, v))}
+    fields = dict(**heads, u=u.data_ptr(), v_bias=v_bias.data_ptr(), B=b, T=t, H=h, D=d, rows=b * t, threads=2)
+    position = dict(pos=pos.data_ptr(), pos_stride_t=h * d, pos_stride_h=d)
+    for level in LEVELS:
+        with kernels(level):
+            outs, lse = torch.full((2, b, t, h, d), torch.nan), torch.empty(h, b * t)
+            CPU.attention_forward(**fields, **position, out=outs[0].data_ptr(), lse=lse.data_ptr(), bf16=False)
+            panels = torch.full((h * CPU.position_floats(t, d),), torch.nan)
+            sizes = dict(T=t, H=h, D=d, threads=2, bf16=False)
+            CPU.pack_positions(**position, **sizes, out=panels.data_ptr())
+            CPU.attention_forward(**fields, pos_panels=panels.data_ptr(), out=outs[1].data_ptr(), bf16=False)
+        assert outs.isfinite().all()
+        assert torch.equal(outs[0], outs[1])
