@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from . import loop
 from .conditioning import DepthConditioning
@@ -57,6 +60,10 @@ class ConformerEncoder(nn.Module):
     Args:
         config: see :class:`~lcconformer.ConformerConfig`.
 
+    Attributes:
+        gradient_checkpointing: keep no more than the input of each loop for the backward, which runs the loop again
+            (arXiv 1604.06174); False to begin with.
+
     Example:
         >>> encoder = ConformerEncoder(ConformerConfig(input_dim=80, num_layers=12))
         >>> output, lengths = encoder(torch.randn(2, 400, 80), torch.tensor([400, 320]))
@@ -73,6 +80,7 @@ class ConformerEncoder(nn.Module):
         self.front_end = FrontEnd(config) if config.input_dim is not None else None
         self.layers = nn.ModuleList(ConformerLayer(config) for _ in range(max(self.layer_map) + 1))
         self.conditioning = DepthConditioning(config, self.layers[0]) if config.conditioning else None
+        self.gradient_checkpointing = False
         self._per_depth_statistics = config.conv_norm_statistics == "per_depth"
         if self._per_depth_statistics:
             self.register_buffer("running_mean", torch.zeros(config.num_layers, config.d_model))
@@ -89,6 +97,7 @@ class ConformerEncoder(nn.Module):
         *,
         depth: int | None = None,
         return_hidden_states: bool = False,
+        backprop_depth: int | None = None,
     ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, list[Tensor]]:
         """Run ``depth`` loops.
 
@@ -97,17 +106,25 @@ class ConformerEncoder(nn.Module):
             lengths: ``[B]`` int64 real frames (0 ... T); None: all T.
             depth: number of loops, 1 ... ``num_layers``; None: all.  The loops are the first ``depth`` of a full run.
             return_hidden_states: also return the input of the first loop and the output of each: ``depth + 1`` tensors.
+            backprop_depth: gradients flow through the last ``backprop_depth`` loops only, 1 ... ``depth`` (truncated
+                backpropagation, arXiv 2502.05171): the memory of that many, and none for the front end unless it is all
+                of them.  None: all.
 
         Returns:
             ``(output [B, T', d_model], lengths [B] or None[, hidden_states])``.  The output at depth k equals hidden state
             k of a full run exactly.  Frames beyond the length carry no meaning.
 
         Raises:
-            ValueError: shapes, lengths or depth out of range.
+            ValueError: shapes, lengths, depth or backprop_depth out of range.
         """
         x, lengths = self._enter(x, lengths)
         depth = self._check_depth(depth)
-        run = loop.choose(self, x, lengths) or _module_by_module
+        through = depth if backprop_depth is None else backprop_depth
+        if not isinstance(through, int) or isinstance(through, bool) or not 1 <= through <= depth:
+            raise ValueError(
+                f"ConformerEncoder: backprop_depth is {backprop_depth!r}; expected an integer from 1 to depth = {depth}"
+            )
+        run = loop.choose(self, x, lengths, through) or partial(_module_by_module, backprop_depth=through)
         outputs = run(self, x, lengths, depth, return_hidden_states)
         if return_hidden_states:
             return outputs[-1], lengths, [x, *outputs]
@@ -188,16 +205,21 @@ class ConformerEncoder(nn.Module):
 
     def _loop(self, k: int, x: Tensor, lengths: Tensor | None, positions: dict[int, Positions]) -> Tensor:
         """Loop ``k`` (from 0); ``positions`` keeps what each unique layer needs of them for all its loops."""
-        index = self.layer_map[k]
-        layer = cast(ConformerLayer, self.layers[index])
-        if index not in positions:
-            positions[index] = layer.positions(x)
+        layer = self._layer(k, x, positions)
         if self.conditioning is not None:
             x = self.conditioning.enter(x, k)
         overrides = self._overrides(k)
         if overrides:
-            return functional_call(layer, overrides, (x, lengths, positions[index]))
-        return layer(x, lengths, positions[index])
+            return functional_call(layer, overrides, (x, lengths, positions[self.layer_map[k]]))
+        return layer(x, lengths, positions[self.layer_map[k]])
+
+    def _layer(self, k: int, x: Tensor, positions: dict[int, Positions]) -> ConformerLayer:
+        """The layer of loop ``k``; its positions are in the dictionary then."""
+        index = self.layer_map[k]
+        layer = cast(ConformerLayer, self.layers[index])
+        if index not in positions:
+            positions[index] = layer.positions(x)
+        return layer
 
     def _overrides(self, k: int) -> dict[str, Tensor]:
         """Parameters and buffers of its layer that loop ``k`` sees in their stead, by name."""
@@ -211,13 +233,46 @@ class ConformerEncoder(nn.Module):
 
 
 def _module_by_module(
-    encoder: ConformerEncoder, x: Tensor, lengths: Tensor | None, depth: int, return_hidden_states: bool
+    encoder: ConformerEncoder,
+    x: Tensor,
+    lengths: Tensor | None,
+    depth: int,
+    return_hidden_states: bool,
+    backprop_depth: int,
 ) -> list[Tensor]:
     """The loop as its modules do it; the engines of :mod:`lcconformer.loop` equal it."""
     positions: dict[int, Positions] = {}
     outputs = []
     for k in range(depth):
-        x = encoder._loop(k, x, lengths, positions)
+        if k < depth - backprop_depth:
+            with torch.no_grad():
+                x = encoder._loop(k, x, lengths, {})
+        elif encoder.gradient_checkpointing and torch.is_grad_enabled():
+            encoder._layer(k, x, positions)  # the positions stay outside of what runs again
+            batch = encoder.config.conv_norm == "batch"
+            options: dict[str, Any] = {"context_fn": partial(_contexts, encoder)} if batch else {}
+            x = checkpoint(encoder._loop, k, x, lengths, positions, use_reentrant=False, **options)
+        else:
+            x = encoder._loop(k, x, lengths, positions)
         if return_hidden_states or k == depth - 1:
             outputs.append(x)
     return outputs
+
+
+def _contexts(encoder: ConformerEncoder) -> tuple[AbstractContextManager[None], _BuffersAsBefore]:
+    return nullcontext(), _BuffersAsBefore(encoder)
+
+
+class _BuffersAsBefore(AbstractContextManager[None]):
+    """A loop run again for its gradient does not move running statistics again."""
+
+    def __init__(self, encoder: ConformerEncoder) -> None:
+        self._encoder = encoder
+
+    def __enter__(self) -> None:
+        self._before = [b.clone() for b in self._encoder.buffers()]
+
+    def __exit__(self, *error: object) -> None:
+        with torch.no_grad():
+            for buffer, value in zip(self._encoder.buffers(), self._before):
+                buffer.copy_(value)

@@ -7,13 +7,20 @@ import itertools
 import pytest
 import torch
 
-from lcconformer import ConformerConfig, ConformerEncoder
+from lcconformer import ConformerConfig, ConformerEncoder, engine
 from lcconformer.config import CONDITIONINGS
 
 BASE = ConformerConfig(
     d_model=16, num_heads=2, ffn_dim=24, num_layers=4, conv_kernel_size=3, dropout=0.0, sharing="cycle:2"
 )
 SUBSETS = [c for r in (1, 2, 4) for c in itertools.combinations(CONDITIONINGS, r)]
+
+
+@pytest.fixture(autouse=True)
+def _modules():
+    """What is compared bit by bit here runs module by module, with conditioning or without."""
+    with engine("modules"):
+        yield
 
 
 def conditioned(conditioning, **changes):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lcconformer import ConformerConfig, ConformerEncoder, ConformerLayer, ExitRule, backend
+from lcconformer import ConformerConfig, ConformerEncoder, ConformerLayer, ExitRule, backend, engine
 
 BASE = ConformerConfig(d_model=16, num_heads=2, ffn_dim=24, num_layers=4, conv_kernel_size=5, dropout=0.0)
 SHARINGS = ["all", "none", "sequence:2", "cycle:2", "middle_cycle:1", "prelude_core_coda:1,2,0", (0, 1, 1, 0)]
@@ -89,7 +89,8 @@ def test_layer_map_is_what_runs():
     for index in (0, 1, 1, 0):
         h = encoder.layers[index](h, lengths)
     assert len(encoder.layers) == 2
-    assert torch.equal(encoder(x, lengths)[0], h)
+    with engine("modules"):
+        assert torch.equal(encoder(x, lengths)[0], h)
 
 
 # padding

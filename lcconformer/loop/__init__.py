@@ -7,13 +7,15 @@ serve raises with its reasons.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import inference, training
 
@@ -58,8 +60,11 @@ def engine(name: str) -> Iterator[None]:
         _override.pop()
 
 
-def choose(encoder: ConformerEncoder, x: Tensor, lengths: Tensor | None) -> Run | None:
+def choose(encoder: ConformerEncoder, x: Tensor, lengths: Tensor | None, backprop_depth: int) -> Run | None:
     """The engine that will run the loops of ``x [B, T, d_model]``; None: module by module.
+
+    Args:
+        backprop_depth: loops, the last ones, that gradients flow through.
 
     Raises:
         NotImplementedError: ``loop`` was forced and cannot serve.
@@ -68,12 +73,19 @@ def choose(encoder: ConformerEncoder, x: Tensor, lengths: Tensor | None) -> Run 
     if want == "modules" or (want == "auto" and torch.compiler.is_compiling()):
         return None
     records = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in encoder.parameters()))
-    module = training if records else inference
-    reasons = _reasons(encoder, x) + module.reasons(encoder, x, lengths)
-    if want == "auto" and module is inference:
-        reasons += inference.slower(x)
+    reasons = _reasons(x)
+    if records:
+        run: Run = functools.partial(training.run, backprop_depth=backprop_depth)
+        reasons += training.reasons(encoder, x)
+        if want == "auto" and not reasons:
+            reasons = training.slower(encoder, x)
+    else:
+        run = inference.run
+        reasons += inference.reasons(encoder, x, lengths)
+        if want == "auto":
+            reasons += inference.slower(x)
     if not reasons:
-        return module.run
+        return run
     if want == "loop":
         raise NotImplementedError(
             f"ConformerEncoder: engine 'loop' was forced but cannot serve these inputs: {'; '.join(reasons)}. "
@@ -82,9 +94,13 @@ def choose(encoder: ConformerEncoder, x: Tensor, lengths: Tensor | None) -> Run 
     return None
 
 
-def _reasons(encoder: ConformerEncoder, x: Tensor) -> list[str]:
+def _reasons(x: Tensor) -> list[str]:
     """Why no engine can stand in for the modules; empty: one can."""
     reasons = []
-    if torch.compiler.is_compiling():
-        reasons.append("torch.compile or torch.export is tracing")
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        reasons.append("a compiler is tracing the encoder")
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        reasons.append("a transform of torch.func or forward-mode differentiation is active")
+    if type(x) not in (Tensor, nn.Parameter):
+        reasons.append(f"the input is a {type(x).__name__}, not a plain tensor")
     return reasons

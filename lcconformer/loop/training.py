@@ -1,24 +1,249 @@
-"""The training engine."""
+"""The training engine: one autograd.Function over all loops of an encoder.
+
+Where loops share their weights (ALBERT, arXiv 1909.11942; Conformers: arXiv 2105.00812) the gradient of a matrix is one sum
+over the frames of all its loops.  It is accumulated here in float32 by products over as many loops as fill the machine,
+where autograd would make a gradient per loop and add them up.  Kept for the backward are the residual stream and the inputs
+of the non-linear steps, 18 d_model a frame and loop with ffn_dim = 4 d_model; norms, activations and the depthwise
+convolution come again, as does everything but the input of a loop with ``gradient_checkpointing`` (Chen et al. 2016,
+arXiv 1604.06174).
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
+
+from lcconformer.layer import ConformerLayer, ConvModule, FeedForward, RelativeAttention
+from lcconformer.ops._triton import dropout_seed
+
+from .gradients import Gradients
+from .shared_layer import KEPT, LAST, SEEDS, Plan, SharedLayer, plan_of
+from .steps import Steps, rows_of, steps_for
 
 if TYPE_CHECKING:
     from lcconformer.encoder import ConformerEncoder
 
-__all__ = ["reasons", "run"]
+__all__ = ["reasons", "run", "slower"]
 
 
-def reasons(encoder: ConformerEncoder, x: Tensor, lengths: Tensor | None) -> list[str]:
+def _dtype(x: Tensor) -> torch.dtype:
+    """Of the products; the residual stream keeps that of ``x``."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def reasons(encoder: ConformerEncoder, x: Tensor) -> list[str]:
     """Why this engine cannot run the loops of ``x [B, T, d_model]``; empty: it can."""
-    return ["there is no training engine yet"]
+    config, found = encoder.config, _changed(encoder.layers)
+    if not x.numel():
+        found.append("there are no frames")
+    if config.conditioning:
+        found.append("depth conditioning is left to the modules")
+    if config.conv_norm_statistics == "per_depth":
+        found.append("BatchNorm statistics per depth are left to the modules")
+    if config.position != "relative":
+        found.append(f"position {config.position!r} is left to the modules, only 'relative' is not")
+    if config.activation != "silu":
+        found.append(f"activation {config.activation!r} is not fused, only 'silu' is")
+    dtype = _dtype(x)
+    wrong = {p.dtype for p in encoder.layers.parameters()} - {dtype}
+    if dtype == x.dtype and wrong:
+        found.append(f"the input is {x.dtype} and weights are {', '.join(sorted(map(str, wrong)))}")
+    if not found:
+        try:
+            _steps(encoder, x)
+        except NotImplementedError as refused:
+            found.append(str(refused))
+    return found
+
+
+# what layer.py builds; any other type may compute something else
+_KNOWN = {
+    *(ConformerLayer, FeedForward, RelativeAttention, ConvModule),
+    *(nn.ModuleList, nn.Linear, nn.LayerNorm, nn.Conv1d, nn.BatchNorm1d, nn.GroupNorm, nn.Identity),
+}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _changed(layers: nn.Module) -> list[str]:
+    """Why the modules may do something else than their weights tell."""
+    if _has_any_global_hook():
+        return ["global module hooks would not run"]
+    for name, module in layers.named_modules():
+        if type(module) not in _KNOWN:
+            return [f"layers.{name} is a {type(module).__name__}"]
+        if "forward" in module.__dict__ or module._compiled_call_impl is not None:
+            return [f"layers.{name} has a forward of its own"]
+        if any(getattr(module, hooks) for hooks in _HOOKS):
+            return [f"layers.{name} has hooks, which would not run"]
+        for leaf, tensor in chain(module._parameters.items(), module._buffers.items()):
+            if tensor is not None and type(tensor) not in (Tensor, nn.Parameter):
+                return [f"layers.{name}.{leaf} is a {type(tensor).__name__}, not a plain tensor"]
+    return []
+
+
+def slower(encoder: ConformerEncoder, x: Tensor) -> list[str]:
+    """Why ``auto`` leaves to the modules what this engine could run."""
+    others = set(_steps(encoder, x).backends) - {"cpu"}
+    return [f"not measured on the kernels of {', '.join(sorted(others))}"] if others else []
+
+
+def _steps(encoder: ConformerEncoder, x: Tensor) -> Steps:
+    layer: Any = encoder.layers[0]
+    return steps_for(encoder.config, x, _dtype(x), layer.norm.weight, layer.conv.training)
 
 
 def run(
-    encoder: ConformerEncoder, x: Tensor, lengths: Tensor | None, depth: int, return_hidden_states: bool
+    encoder: ConformerEncoder,
+    x: Tensor,
+    lengths: Tensor | None,
+    depth: int,
+    return_hidden_states: bool,
+    backprop_depth: int,
 ) -> list[Tensor]:
     """Outputs ``[B, T, d_model]`` of each loop if ``return_hidden_states``, else of the last alone."""
-    raise NotImplementedError
+    layer_map = encoder.layer_map[:depth]
+    steps, used = _steps(encoder, x), sorted(set(layer_map))
+    layers: list[Any] = [encoder.layers[i] for i in used]
+    plans = tuple(plan_of(layer) for layer in layers)
+    tensors: list[Tensor] = []
+    for layer, plan in zip(layers, plans):
+        own = dict(layer.named_parameters(remove_duplicate=False)) | dict(layer.named_buffers())
+        tensors += [layer.positions(x).to(steps.dtype), *(own[name] for name in plan.names)]
+    call = _Call(
+        steps=steps,
+        plans=plans,
+        layer_map=tuple(used.index(i) for i in layer_map),
+        first=depth - backprop_depth,
+        every=return_hidden_states,
+        checkpointing=encoder.gradient_checkpointing,
+    )
+    seeds = dropout_seed(x, max(max(plan.inside + plan.on) for plan in plans), (depth, SEEDS))
+    return list(LoopFn.apply(call, x, lengths, seeds, *tensors))
+
+
+# Rows of a product for a weight gradient below which several loops are put together.
+# CPU: none, one loop at a time is as fast.  CUDA: by a model of an H200, not measured.
+_ROWS = {"cpu": 1, "cuda": 65536}
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a call of the engine is beside its tensors.
+
+    Attributes:
+        steps: the kernels.
+        plans: of the unique layers in use; ``layer_map`` tells which one a loop uses.
+        first: the first loop that gradients flow through.
+        every: whether the output of every loop is wanted.
+        checkpointing: keep nothing of a loop but its input.
+    """
+
+    steps: Steps
+    plans: tuple[Plan, ...]
+    layer_map: tuple[int, ...]
+    first: int
+    every: bool
+    checkpointing: bool
+
+    def bind(self, lengths: Tensor | None, tensors: tuple[Tensor, ...]) -> list[SharedLayer]:
+        """The layers with their tensors."""
+        layers, rest = [], list(tensors)
+        for plan in self.plans:
+            (pos, *parameters), rest = rest[: 1 + len(plan.names)], rest[1 + len(plan.names) :]
+            layers.append(SharedLayer(plan, self.steps, lengths, pos, parameters))
+        return layers
+
+    def seeds(self, seeds: Tensor | None, k: int) -> list[Tensor | None]:
+        """Of loop ``k``; None where nothing is dropped."""
+        plan = self.plans[self.layer_map[k]]
+        return [seeds[k, i : i + 1] if seeds is not None and p else None for i, p in enumerate(plan.inside + plan.on)]
+
+
+class LoopFn(torch.autograd.Function):
+    """(call, x [B, T, D], lengths, seeds, positions and parameters of each layer) -> outputs ``[B, T, D]``."""
+
+    @staticmethod
+    def forward(ctx, call: _Call, x: Tensor, lengths, seeds, *tensors: Tensor):
+        ctx.set_materialize_grads(False)
+        outputs: list[Tensor] = []
+        inputs: list[Tensor] = []  # of the loops to record: the first, or all with checkpointing
+        kept: list[Tensor] = []
+        last = len(call.layer_map) - 1
+        with torch.autocast(x.device.type, enabled=False):
+            layers = call.bind(lengths, tensors)
+            for k, index in enumerate(call.layer_map):
+                if k == call.first or (call.checkpointing and k > call.first):
+                    inputs.append(x)
+                x, more = layers[index].forward(x, call.seeds(seeds, k), update=True)
+                if k >= call.first and not call.checkpointing:
+                    kept += more
+                if call.every or k == last:
+                    outputs.append(x)
+        ctx.call, ctx.inputs = call, len(inputs)
+        ctx.save_for_backward(lengths, seeds, *inputs, *tensors, *kept)
+        if call.every:
+            ctx.mark_non_differentiable(*outputs[: call.first])
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *douts):
+        call: _Call = ctx.call
+        lengths, seeds, *rest = ctx.saved_tensors
+        inputs, rest = rest[: ctx.inputs], rest[ctx.inputs :]
+        count = sum(1 + len(plan.names) for plan in call.plans)
+        tensors, kept = tuple(rest[:count]), rest[count:]
+        b, t, d = inputs[0].shape
+        given = douts if call.every else (None,) * (len(call.layer_map) - 1) + douts
+        dx: Tensor | None = None
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            layers = call.bind(lengths, tensors)
+            gradients = _gradients(call, ctx.needs_input_grad[4:], b * t, inputs[0])
+            for k in reversed(range(call.first, len(call.layer_map))):
+                dout = given[k]
+                if dout is not None:
+                    dx = rows_of(dout) if dx is None else dx + rows_of(dout)
+                if dx is None:
+                    continue
+                layer, own = layers[call.layer_map[k]], k - call.first
+                if call.checkpointing:
+                    x = rows_of(inputs[own])
+                    _, more = layer.forward(inputs[own], call.seeds(seeds, k), update=False)
+                else:
+                    more = kept[own * KEPT : (own + 1) * KEPT]
+                    x = rows_of(inputs[0])
+                    if own:
+                        # the output of the loop before, from its last residual sum
+                        before = kept[(own - 1) * KEPT : own * KEPT]
+                        x = layers[call.layer_map[k - 1]].norm_out(before[LAST])
+                dx = layer.backward(dx, x, more, call.seeds(seeds, k), gradients[call.layer_map[k]], b)
+            found = _found(call, gradients, tensors)
+        into_x = dx.view(b, t, d) if dx is not None and ctx.needs_input_grad[1] and call.first == 0 else None
+        return None, into_x, None, None, *found
+
+
+def _gradients(call: _Call, wanted: tuple[bool, ...], rows: int, x: Tensor) -> list[Gradients]:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    loops = max(1, _ROWS.get(x.device.type, 1) // rows)
+    out, at = [], 0
+    for plan in call.plans:
+        names = ("pos", *plan.names)
+        own = wanted[at : at + len(names)]
+        at += len(names)
+        out.append(Gradients({n for n, want in zip(names, own) if want}, dtype, loops))
+    return out
+
+
+def _found(call: _Call, gradients: list[Gradients], tensors: tuple[Tensor, ...]) -> list[Tensor | None]:
+    """Gradients in the order and the dtypes of ``tensors``."""
+    names = [("pos", *plan.names) for plan in call.plans]
+    sums = [own.finish() for own in gradients]
+    found = [own.get(n) for own, some in zip(sums, names) for n in some]
+    return [None if g is None else g.to(p.dtype).view(p.shape) for g, p in zip(found, tensors)]

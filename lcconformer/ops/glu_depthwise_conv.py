@@ -251,7 +251,7 @@ def _triton_unsupported(x: Tensor, norm: str, activation: str, norm_weight: Tens
 
 
 @torch.no_grad()
-def update_running(running_mean, running_var, mean, var, count, momentum):
+def update_running(running_mean, running_var, mean, var, count, momentum=0.1):
     """As ``nn.BatchNorm1d``: unbiased variance; a batch without any real frame teaches nothing."""
     unbiased = var * (count / (count - 1).clamp(min=1))
     step = momentum * (count > 0).to(running_mean.dtype)

@@ -1,0 +1,264 @@
+"""One layer, forward and backward by hand: a norm, then four times a branch, its residual addition and the next norm.
+
+    n_0 = LN(x_0);    y_r = branch_r(n_r),  x_(r+1) = x_r + alpha_r drop(y_r),  n_(r+1) = LN(x_(r+1)),  r = 0 ... 3
+
+The branches are feed-forward, attention, convolution (or convolution, attention), feed-forward; n_4 is the output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .steps import Convolution, Norm, Steps, linear, rows_of
+
+if TYPE_CHECKING:
+    from lcconformer.layer import ConformerLayer
+
+    from .gradients import Gradients
+
+__all__ = ["KEPT", "LAST", "SEEDS", "Plan", "SharedLayer", "plan_of"]
+
+_ALPHAS = (0.5, 1.0, 1.0, 0.5)
+# the matrix that a branch applies to its normalised input
+_FIRST = {"ffn1": "ffn1.up", "attention": "attention.qkv", "conv": "conv.pointwise1", "ffn2": "ffn2.up"}
+# tensors a branch keeps: the up-projection; queries, keys and values, output and softmax; values and gates
+_KEPT = {"ffn1": 1, "attention": 3, "conv": 1, "ffn2": 1}
+
+KEPT = (
+    2 + 4 * 3 + sum(_KEPT.values())
+)  # tensors a loop keeps: statistics of n_0; x, its statistics, and those of a branch
+LAST = KEPT - 3 - _KEPT["ffn2"]  # where the last residual sum is among them
+SEEDS = 8  # of a loop: inside each branch, and on each branch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layer without its parameters.
+
+    Attributes:
+        branches: in order.
+        names: of the parameters, and of the statistics of a BatchNorm in evaluation, as :class:`SharedLayer` takes them.
+        heads: of attention.
+        eps: of the norms in front of each branch, and of the last one.
+        inside, on: dropout probability inside of and on each branch.
+        norm, groups, conv_training, conv_eps: of the convolution.
+        masked: whether the convolution gets the lengths.
+        statistics: running mean, running variance and counter of a BatchNorm in training, which are updated.
+    """
+
+    branches: tuple[str, ...]
+    names: tuple[str, ...]
+    heads: int
+    eps: tuple[float, ...]
+    inside: tuple[float, ...]
+    on: tuple[float, ...]
+    norm: str
+    groups: int
+    conv_training: bool
+    conv_eps: float
+    masked: bool
+    statistics: tuple[Tensor | None, ...]
+
+
+def plan_of(layer: ConformerLayer) -> Plan:
+    """What the modules of ``layer`` would do, in the modes they are in."""
+    branches = (
+        ("ffn1", "conv", "attention", "ffn2") if layer.convolution_first else ("ffn1", "attention", "conv", "ffn2")
+    )
+    ffn1, attention, conv, ffn2 = layer.ffn1, layer.attention, layer.conv, layer.ffn2
+    norm: Any = conv.depthwise_norm
+    batch = isinstance(norm, nn.BatchNorm1d)
+    names = [n for n, _ in layer.named_parameters(remove_duplicate=False) if n != "attention.pos.weight"]
+    statistics: tuple[Tensor | None, ...] = (None, None, None)
+    if batch and conv.training:
+        statistics = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+    elif batch:
+        names += ["conv.depthwise_norm.running_mean", "conv.depthwise_norm.running_var"]
+    p = {n: m.dropout if m.training else 0.0 for n, m in (("ffn1", ffn1), ("attention", attention), ("ffn2", ffn2))}
+    residual = layer.dropout if layer.training else 0.0
+    norms: list[Any] = [layer.get_submodule(f"{b}.norm") for b in branches]
+    return Plan(
+        branches=branches,
+        names=tuple(names),
+        heads=attention.heads,
+        eps=(*(n.eps for n in norms), layer.norm.eps),
+        inside=tuple(p.get(b, 0.0) for b in branches),
+        on=(p["ffn1"], residual, residual, p["ffn2"]),
+        norm=conv.config.conv_norm,
+        groups=conv.config.conv_norm_groups,
+        conv_training=batch and conv.training,
+        conv_eps=conv.config.layer_norm_eps,
+        masked=conv.config.padding == "masked",
+        statistics=statistics,
+    )
+
+
+class SharedLayer:
+    """A layer in one call.
+
+    Args:
+        plan, steps: what to do and by which kernels.
+        lengths: ``[B]`` or None.
+        pos: projected positions ``[2T-1, H, D]`` in C.
+        parameters: of ``plan.names``; cast here, once for all loops.
+    """
+
+    def __init__(self, plan: Plan, steps: Steps, lengths: Tensor | None, pos: Tensor, parameters: list[Tensor]) -> None:
+        self.plan, self.steps, self.lengths = plan, steps, lengths
+        wide = torch.float64 if steps.dtype == torch.float64 else torch.float32
+        given = zip(plan.names, parameters)
+        self._weights = {n: p.to(wide if "norm." in n else steps.dtype) for n, p in given}
+        names = [*(f"{b}.norm" for b in plan.branches), "norm"]
+        self._norm_names = names
+        self._norms = [
+            Norm(self._weights[f"{n}.weight"], self._weights[f"{n}.bias"], eps) for n, eps in zip(names, plan.eps)
+        ]
+        self._positions = (pos, self._weights["attention.u"], self._weights["attention.v_bias"])
+        mean, var, self._batches = plan.statistics
+        of_norm = "conv.depthwise_norm."
+        self._conv = Convolution(
+            weight=self._weights["conv.depthwise.weight"][:, 0],
+            bias=self._weights.get("conv.depthwise.bias"),
+            lengths=lengths if plan.masked else None,
+            norm_weight=self._weights.get(f"{of_norm}weight"),
+            norm_bias=self._weights.get(f"{of_norm}bias"),
+            running_mean=self._weights.get(f"{of_norm}running_mean", mean),
+            running_var=self._weights.get(f"{of_norm}running_var", var),
+            norm=plan.norm,
+            groups=plan.groups,
+            training=plan.conv_training,
+            eps=plan.conv_eps,
+        )
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        return linear(x, self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias"))
+
+    def _linear_backward(self, name: str, dy: Tensor) -> Tensor:
+        return linear(dy, self._weights[f"{name}.weight"].t())
+
+    def norm_out(self, x: Tensor) -> Tensor:
+        """The output of a loop from its last residual sum, both ``[M, D]``: the same bits as in :meth:`forward`."""
+        return self.steps.layer_norm(x, self._norms[4], x.dtype)[0]
+
+    def forward(self, x: Tensor, seeds: list[Tensor | None], *, update: bool) -> tuple[Tensor, list[Tensor]]:
+        """One loop: (output ``[B, T, D]``, the ``KEPT`` tensors its backward needs beside ``x``).
+
+        Args:
+            x: ``[B, T, D]``.
+            seeds: of dropout, ``SEEDS`` of them, None for none.
+            update: move the running statistics of a training BatchNorm.
+        """
+        b, t, d = x.shape
+        n, mean, rstd = self.steps.layer_norm(rows_of(x), self._norms[0], self.steps.dtype)
+        kept = [mean, rstd]
+        for r, branch in enumerate(self.plan.branches):
+            h = n.view(b * t, d).to(self.steps.dtype)
+            if branch == "attention":
+                y, inner = self._attention(h, (b, t), seeds[r], self.plan.inside[r])
+            elif branch == "conv":
+                y, inner = self._convolution(h, (b, t), update)
+            else:
+                y, inner = self._feed_forward(branch, h, seeds[r], self.plan.inside[r])
+            drop = (seeds[4 + r], self.plan.on[r])
+            x, n, mean, rstd = self.steps.residual_norm(x, y.view(b, t, d), self._norms[r + 1], _ALPHAS[r], *drop)
+            kept += [x.view(b * t, d), mean, rstd, *inner]
+        return n, kept
+
+    def backward(
+        self, dout: Tensor, x: Tensor, kept: list[Tensor], seeds: list[Tensor | None], gradients: Gradients, batch: int
+    ) -> Tensor:
+        """The gradient of ``x [M, D]`` from that of the output ``[M, D]``; those of parameters are added to ``gradients``."""
+        m, d = x.shape
+        shape = (batch, m // batch)
+        dn, dx = dout, dout.new_zeros(1, d).expand(m, d)
+        end = len(kept)
+        dfirst = None  # gradient of what the following branch's first matrix gives
+        for r in (3, 2, 1, 0):
+            branch, following = self.plan.branches[r], self.plan.branches[r + 1] if r < 3 else None
+            start = end - 3 - _KEPT[branch]
+            (s, mean, rstd, *inner), end = kept[start:end], start
+            first = _FIRST[following] if following else None
+            again = first is not None and gradients.wants(first)
+            drop = (seeds[4 + r], self.plan.on[r])
+            dx, dy, n, dnorm = self.steps.residual_norm_backward(
+                dn, dx, s, mean, rstd, self._norms[r + 1], _ALPHAS[r], *drop, again=again
+            )
+            self._first_done(r + 1, dnorm, dfirst, n, gradients)
+            dy = dx.to(self.steps.dtype) if dy is None else dy
+            if branch == "attention":
+                dn, dfirst = self._attention_backward(dy, inner, shape, seeds[r], self.plan.inside[r], gradients)
+            elif branch == "conv":
+                dn, dfirst = self._convolution_backward(dy, inner, shape, gradients)
+            else:
+                dn, dfirst = self._feed_forward_backward(branch, dy, inner, seeds[r], self.plan.inside[r], gradients)
+        again = gradients.wants(_FIRST[self.plan.branches[0]])
+        mean, rstd = kept[:2]
+        dx, _, n, dnorm = self.steps.residual_norm_backward(dn, dx, x, mean, rstd, self._norms[0], again=again)
+        self._first_done(0, dnorm, dfirst, n, gradients)
+        return dx
+
+    def _first_done(self, r: int, dnorm: Tensor, dfirst: Tensor | None, n: Tensor | None, gradients: Gradients) -> None:
+        """n_r is there again: gradients of its norm and of the first matrix of branch r."""
+        gradients.add(f"{self._norm_names[r]}.weight", dnorm[0])
+        gradients.add(f"{self._norm_names[r]}.bias", dnorm[1])
+        if dfirst is not None and n is not None:
+            first = _FIRST[self.plan.branches[r]]
+            gradients.product(first, dfirst, n, bias=not first.endswith(".up"))
+
+    def _feed_forward(self, name: str, h: Tensor, seed: Tensor | None, p: float) -> tuple[Tensor, list[Tensor]]:
+        u = linear(h, self._weights[f"{name}.up.weight"])
+        g = self.steps.activate(u, self._weights[f"{name}.up.bias"], seed, p)
+        return self._linear(f"{name}.down", g), [u]
+
+    def _feed_forward_backward(self, name, dy, inner, seed, p, gradients) -> tuple[Tensor, Tensor]:
+        bias = self._weights[f"{name}.up.bias"]
+        dg = self._linear_backward(f"{name}.down", dy)
+        du, g, dbias = self.steps.activate_backward(dg, inner[0], bias, seed, p)
+        gradients.product(f"{name}.down", dy, g)
+        gradients.add(f"{name}.up.bias", dbias)
+        return self._linear_backward(f"{name}.up", du), du
+
+    def _attention(
+        self, h: Tensor, shape: tuple[int, int], seed: Tensor | None, p: float
+    ) -> tuple[Tensor, list[Tensor]]:
+        qkv = self._linear("attention.qkv", h)
+        heads = qkv.view(*shape, 3, self.plan.heads, -1)
+        o, lse = self.steps.attend(heads, *self._positions, lengths=self.lengths, seed=seed, dropout_p=p)
+        return self._linear("attention.out", o.view(h.shape)), [qkv, o, lse]
+
+    def _attention_backward(self, dy, inner, shape, seed, p, gradients) -> tuple[Tensor, Tensor]:
+        qkv, o, lse = inner
+        do = self._linear_backward("attention.out", dy).view(o.shape)
+        gradients.product("attention.out", dy, o.view(dy.shape))
+        dq, dk, dv, *shared = self.steps.attend_backward(
+            do, qkv.view(*shape, 3, self.plan.heads, -1), *self._positions, lengths=self.lengths, seed=seed, out=o, lse=lse,
+            dropout_p=p,
+        )  # fmt: skip
+        for name, gradient in zip(("pos", "attention.u", "attention.v_bias"), shared):
+            gradients.add(name, gradient)
+        dqkv = torch.cat([x.reshape(dy.shape) for x in (dq, dk, dv)], 1)
+        return self._linear_backward("attention.qkv", dqkv), dqkv
+
+    def _convolution(self, h: Tensor, shape: tuple[int, int], update: bool) -> tuple[Tensor, list[Tensor]]:
+        p = self._linear("conv.pointwise1", h)
+        if update and self._batches is not None:
+            self._batches.add_(1)
+        c = self.steps.convolve(p.view(*shape, -1), self._conv, update=update)
+        return self._linear("conv.pointwise2", c.reshape(h.shape)), [p]
+
+    def _convolution_backward(self, dy, inner, shape, gradients) -> tuple[Tensor, Tensor]:
+        (p,) = inner
+        c, backward = self.steps.convolve_again(p.view(*shape, -1), self._conv)
+        gradients.product("conv.pointwise2", dy, c.reshape(dy.shape))
+        del c
+        dp, dweight, dbias, dnorm = backward(self._linear_backward("conv.pointwise2", dy).view(*shape, -1))
+        gradients.add("conv.depthwise.weight", dweight.t()[:, None])
+        gradients.add("conv.depthwise.bias", dbias)
+        for name, gradient in zip(("bias", "weight"), dnorm):
+            gradients.add(f"conv.depthwise_norm.{name}", gradient)
+        dp = dp.reshape(p.shape)
+        return self._linear_backward("conv.pointwise1", dp), dp
