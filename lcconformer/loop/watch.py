@@ -47,6 +47,7 @@ class Watch:
         self._plain = {type(t) for t in self.tensors()} <= {Tensor, nn.Parameter}
         self._modes = [m for m in self._layers if type(m) in _READ_THEIR_MODE]
         self._hooks = [hooks for m in self._layers for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooks += [nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks]
 
     def _ids(self) -> list[int]:
         return list(map(id, chain.from_iterable(map(dict.values, self._parts))))
@@ -89,10 +90,10 @@ class Watch:
         config = self._config
         if not self._plain:
             return ["a parameter is of a subclass of Tensor"]
-        if any(p["weight"].dtype != dtype for p in self._matrices):
-            return [f"the input is {dtype} and a weight is not"]
         if any(self._hooks):
             return ["a module has forward hooks, which the engine would not call"]
+        if any(getattr(p.get("weight"), "dtype", None) != dtype for p in self._matrices):
+            return [f"the input is {dtype} and a weight is not"]
         if any(map(_training, self._modes)) and (config.dropout > 0.0 or config.conv_norm == "batch"):
             return ["a module is in training mode"]
         for module in self._layers:

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from lcconformer import Conformer, ConformerConfig, ConformerEncoder, _extension, backend, engine
 from lcconformer.ops import _backend
@@ -255,6 +256,7 @@ REFUSED = {
     "subclass": (lambda e: setattr(e.layers[0].attention, "out", Scaled(24, 24)), "Scaled is not one"),
     "own forward": (with_own_forward, "FeedForward is not one"),
     "parametrized": (with_parametrization, "not one of this library's own"),
+    "pruned": (lambda e: prune.random_unstructured(e.layers[0].conv.pointwise1, "weight", 0.5), "forward hooks"),
     "epsilon": (lambda e: setattr(e.layers[0].norm, "eps", 0.1), "an epsilon other than"),
     "mixed dtypes": (lambda e: e.layers[0].ffn1.up.double(), "a weight is not"),
 }
@@ -269,6 +271,16 @@ def test_refuses_an_encoder_it_does_not_know(monkeypatch, change, reason):
         encoder(x)
     if reason != "a weight is not":  # which the modules refuse too
         assert not runs_the_engine(monkeypatch, encoder, x)
+
+
+def test_refuses_under_hooks_on_every_module():
+    encoder, x = make_encoder(), torch.randn(1, 9, 24)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with engine("loop"), torch.no_grad(), pytest.raises(NotImplementedError, match="forward hooks"):
+            encoder(x)
+    finally:
+        handle.remove()
 
 
 @pytest.mark.parametrize(
