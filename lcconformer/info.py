@@ -1,4 +1,4 @@
-"""``python -m lcconformer info``: versions, devices, and which backend each op uses here and why not the others."""
+"""``python -m lcconformer info``: versions, devices, which backend each op uses here, which engine the loop, and why."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import __version__, _extension, ops
+from . import __version__, _extension, loop, ops
+from .config import ConformerConfig
+from .encoder import ConformerEncoder
 from .ops._backend import BACKENDS, candidates_of, forced_backend, select, strict
 
 __all__ = ["add_arguments", "collect", "run"]
@@ -91,6 +93,19 @@ def _op(name: str, device: torch.device, dtype: torch.dtype, training: bool) -> 
     return {**row, "backend": backend, "error": error, "against": against}
 
 
+def _engine(device: torch.device, dtype: torch.dtype, training: bool) -> dict[str, Any]:
+    config = ConformerConfig(d_model=_D, num_heads=_H, ffn_dim=_F, conv_kernel_size=_K)
+    encoder = ConformerEncoder(config).to(device, dtype).train(training)
+    x, lengths = torch.zeros(_B, _T, _D, device=device, dtype=dtype), torch.full((_B,), _T, device=device)
+    with _silent(), torch.set_grad_enabled(training):
+        against = loop.reasons_against(encoder, x, lengths)
+    engine: str | None = "modules" if against else "loop"
+    if against and loop.forced_engine() == "loop":
+        engine = None
+    row = {"device": str(device), "dtype": str(dtype).removeprefix("torch."), "training": training}
+    return {**row, "engine": engine, "against": against}
+
+
 def _devices() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [
         {
@@ -118,11 +133,12 @@ def collect() -> dict[str, Any]:
     """Everything the command prints, as JSON types."""
     missing = _extension.why_missing()
     devices = _devices()
-    rows = []
+    rows, engines = [], []
     for device in devices:
         dtype = torch.float32 if device["device"] == "cpu" else torch.bfloat16
         for name in _TYPICAL:
             rows += [_op(name, torch.device(device["device"]), dtype, training) for training in (False, True)]
+        engines += [_engine(torch.device(device["device"]), dtype, training) for training in (False, True)]
     return {
         "versions": {
             "lcconformer": __version__,
@@ -132,10 +148,15 @@ def collect() -> dict[str, Any]:
             "triton": _version("triton"),
             "platform": platform.platform(),
         },
-        "settings": {"LCCONFORMER_BACKEND": forced_backend(), "LCCONFORMER_STRICT": "1" if strict() else "0"},
+        "settings": {
+            "LCCONFORMER_BACKEND": forced_backend(),
+            "LCCONFORMER_ENGINE": loop.forced_engine(),
+            "LCCONFORMER_STRICT": "1" if strict() else "0",
+        },
         "extension": {"missing": missing, "build": None if missing else _extension.build_info()},
         "devices": devices,
         "ops": rows,
+        "engines": engines,
     }
 
 
@@ -169,6 +190,12 @@ def _text(info: dict[str, Any]) -> str:
             if row["error"]:
                 out.append(f"      {row['error']}")
             out += [f"      not {name}: {'; '.join(reasons)}" for name, reasons in row["against"].items()]
+
+    out += ["", "Engine of the loop for such a batch:"]
+    for row in info["engines"]:
+        mode = "training" if row["training"] else "inference"
+        out.append(f"  {mode:<{width}}  {row['device']} {row['dtype']}: {row['engine'] or 'none'}")
+        out += [f"      not loop: {'; '.join(row['against'])}"] if row["against"] else []
     return "\n".join(out)
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from lcconformer import backend, info, ops
+from lcconformer import ConformerConfig, ConformerEncoder, backend, engine, info, loop, ops
 from lcconformer.__main__ import main
 from lcconformer.ops import _backend
 
@@ -24,6 +24,8 @@ def test_covers_every_op_device_and_mode(capsys):
         # every backend is the choice, or has reasons against it; torch needs none
         assert {row["backend"], "torch", *row["against"]} == set(_backend.BACKENDS)
         assert all(row["against"].values())
+    assert {(e["device"], e["training"]) for e in found["engines"]} == {(d, m) for d in devices for m in (False, True)}
+    assert all((row["engine"] == "modules") == bool(row["against"]) for row in found["engines"])
     assert found["versions"]["torch"] == torch.__version__
 
 
@@ -39,11 +41,31 @@ def test_text_names_ops_versions_and_reasons(capsys):
 def test_a_forced_backend_that_cannot_serve_is_shown_not_raised(capsys):
     with backend("cuda"):
         assert main(["info"]) == 0
-    text = capsys.readouterr().out
+    text, _, engines = capsys.readouterr().out.partition("Engine of the loop")
+    assert "not loop: backend 'cuda' is forced" in engines
     cpu = [line for line in text.splitlines() if " cpu float32" in line]
     assert len(cpu) >= 4
     assert all(line.endswith(": none") for line in cpu)
     assert "backend 'cuda' was forced but cannot serve these inputs" in text
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_engine_named_is_the_one_that_runs(training):
+    (row,) = [r for r in info.collect()["engines"] if r["device"] == "cpu" and r["training"] == training]
+    encoder = ConformerEncoder(ConformerConfig()).train(training)
+    with torch.set_grad_enabled(training):
+        run = loop.choose(encoder, torch.zeros(8, 400, 256), torch.full((8,), 400), 12)
+    assert row["engine"] == ("modules" if run is None else "loop")
+
+
+def test_a_forced_engine_is_shown(capsys):
+    with engine("modules"):
+        assert main(["info"]) == 0
+    assert capsys.readouterr().out.count("not loop: engine 'modules' is forced") >= 2
+    with engine("loop"), backend("torch"):
+        assert main(["info"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "inference cpu float32: none not loop: backend 'torch' is forced" in text
 
 
 def test_asking_computes_nothing(monkeypatch):

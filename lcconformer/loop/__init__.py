@@ -22,7 +22,7 @@ from . import inference, training
 if TYPE_CHECKING:
     from lcconformer.encoder import ConformerEncoder
 
-__all__ = ["ENGINES", "choose", "engine", "forced_engine"]
+__all__ = ["ENGINES", "choose", "engine", "forced_engine", "reasons_against"]
 
 ENGINES = ("modules", "loop")
 _override: list[str] = []  # innermost ``with engine(...)`` last
@@ -72,26 +72,39 @@ def choose(encoder: ConformerEncoder, x: Tensor, lengths: Tensor | None, backpro
     want = forced_engine()
     if want == "modules" or (want == "auto" and torch.compiler.is_compiling()):
         return None
-    records = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in encoder.parameters()))
-    reasons = _reasons(x)
-    if records:
-        run: Run = functools.partial(training.run, backprop_depth=backprop_depth)
-        reasons += training.reasons(encoder, x)
-        if want == "auto" and not reasons:
-            reasons = training.slower(encoder, x)
-    else:
-        run = inference.run
-        reasons += inference.reasons(encoder, x, lengths)
-        if want == "auto":
-            reasons += inference.slower(x)
+    reasons = reasons_against(encoder, x, lengths)
+    if not reasons and _records(encoder, x):
+        return functools.partial(training.run, backprop_depth=backprop_depth)
     if not reasons:
-        return run
+        return inference.run
     if want == "loop":
         raise NotImplementedError(
             f"ConformerEncoder: engine 'loop' was forced but cannot serve these inputs: {'; '.join(reasons)}. "
             "Change the inputs or the encoder, or let LCCONFORMER_ENGINE=auto choose"
         )
     return None
+
+
+def reasons_against(encoder: ConformerEncoder, x: Tensor, lengths: Tensor | None) -> list[str]:
+    """Why the loops of ``x [B, T, d_model]`` run module by module; empty: they run on an engine."""
+    want = forced_engine()
+    if want == "modules":
+        return ["engine 'modules' is forced"]
+    reasons = _reasons(x)
+    if _records(encoder, x):
+        reasons += training.reasons(encoder, x)
+        if want == "auto" and not reasons:
+            reasons = training.slower(encoder, x)
+    else:
+        reasons += inference.reasons(encoder, x, lengths)
+        if want == "auto":
+            reasons += inference.slower(x)
+    return reasons
+
+
+def _records(encoder: ConformerEncoder, x: Tensor) -> bool:
+    """Whether autograd is to record the loops."""
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in encoder.parameters()))
 
 
 def _reasons(x: Tensor) -> list[str]:
