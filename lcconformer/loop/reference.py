@@ -44,7 +44,7 @@ class residual_layer_norm:
     @staticmethod
     def forward(x, y, weight, bias, seed, alpha, dropout_p, eps) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with drawn_from(seed):
-            s = x + alpha * F.dropout(y.view(x.shape), dropout_p)
+            s = x.contiguous() + alpha * F.dropout(y, dropout_p)
         return s, *residual_layer_norm.layer_norm(s, weight, bias, eps)
 
     @staticmethod
