@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from lcconformer.layer import ConformerLayer, ConvModule, FeedForward, RelativeAttention
 
@@ -46,6 +47,8 @@ class Watch:
         self._matrices: list[dict[str, Any]] = [m._parameters for m in self._layers if type(m) is nn.Linear]
         self._plain = {type(t) for t in self.tensors()} <= {Tensor, nn.Parameter}
         self._modes = [m for m in self._layers if type(m) in _READ_THEIR_MODE]
+        self._written = 0
+        self._ids_of_tensors = {id(t) for t in self.tensors()}
         self._hooks = [hooks for m in self._layers for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._hooks += [nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks]
 
@@ -78,8 +81,12 @@ class Watch:
         )
 
     def state(self) -> tuple[list, ...]:
-        """:meth:`places`, and how often each was written as far as autograd knows."""
-        return *self.places(), list(map(_version, self.tensors()))
+        """:meth:`places`, and how often each tensor was written as far as autograd or an optimizer tells."""
+        return *self.places(), list(map(_version, self.tensors())), [self._written]
+
+    def stepped(self, parameters: set[int]) -> None:
+        """An optimizer has written to parameters with these ids."""
+        self._written += not self._ids_of_tensors.isdisjoint(parameters)
 
     def memory(self) -> list[StorageWeakRef]:
         """While these live, no other memory gets the address of what the tensors lie in now."""
@@ -113,3 +120,15 @@ def watch(encoder: ConformerEncoder) -> Watch:
     if found is None or not found.holds(encoder):
         found = _watched[encoder] = Watch(encoder)
     return found
+
+
+def _after_step(optimizer: Optimizer, *_: object) -> None:
+    """The kernels of fused optimizers write without autograd's counting (seen with torch 2.13's and ``fused=True``)."""
+    found = list(_watched.values())
+    if found:
+        parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for each in found:
+            each.stepped(parameters)
+
+
+register_optimizer_step_post_hook(_after_step)

@@ -5,11 +5,11 @@ projection of the feed-forwards, an evaluated BatchNorm into the depthwise taps,
 
 Packed weights belong to an encoder but are no part of it: they are kept beside it, by weak reference, so that they are not
 saved, moved, copied or pickled with it and end with it.  At every call (:mod:`.watch`) each parameter and buffer is compared
-with what was packed: which memory, which layout, and autograd's version counter.  Writes that the counter does not see
-(through ``p.data`` or ``p.numpy()``) are noticed if they change one of up to 64 values spread over the tensor, as any
-optimizer, average or initialisation does; after such a write to a few elements alone, call :func:`forget`.  Tensors of
-``torch.inference_mode`` have no counter, and those in shared memory can be written by another process: with such tensors
-the weights are packed at every call.
+with what was packed: which memory, which layout, autograd's version counter, and whether an optimizer stepped.  Other
+writes that the counter does not see (through ``p.data`` or ``p.numpy()``) are noticed if they change one of up to 64 values
+spread over the tensor, as any average or initialisation does; after such a write to a few elements alone, call
+:func:`forget`.  Tensors of ``torch.inference_mode`` have no counter, and those in shared memory can be written by another
+process: with such tensors the weights are packed at every call.
 """
 
 from __future__ import annotations

@@ -186,6 +186,34 @@ def test_conditioning(form):
     assert not torch.equal(check(encoder), before)
 
 
+def test_a_counted_write_to_one_element_is_seen():
+    encoder = make_encoder(ffn_dim=640)
+    before = check(encoder)
+    with torch.no_grad():
+        encoder.layers[0].ffn1.up.weight[1, 1] += 50.0  # not one of the values that are looked at
+    assert not torch.equal(check(encoder), before)
+
+
+@pytest.mark.parametrize("kind", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_a_step_of_an_optimizer_that_changes_one_element_is_seen(kind):
+    encoder = make_encoder(ffn_dim=640)
+    before, weight = check(encoder), encoder.layers[0].ffn1.up.weight
+    optimizer = torch.optim.SGD([weight], lr=1.0, **kind)
+    weight.grad = torch.zeros_like(weight)
+    weight.grad[1, 1] = 50.0
+    optimizer.step()
+    assert not torch.equal(check(encoder), before)
+
+
+def test_a_step_of_another_optimizer_packs_nothing(count_packs):
+    encoder, other = make_encoder(), nn.Linear(3, 3)
+    by("loop", encoder)
+    other(torch.randn(2, 3)).sum().backward()
+    torch.optim.SGD(other.parameters(), lr=1.0).step()
+    by("loop", encoder)
+    assert count_packs == [1]
+
+
 def test_a_write_that_nothing_counts_to_one_element_is_seen_after_forget():
     encoder = make_encoder(ffn_dim=640)
     check(encoder)
