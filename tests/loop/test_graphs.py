@@ -125,8 +125,9 @@ def test_frames_are_exact_where_padding_leaks():
 
 def test_infinities_of_an_earlier_call_are_gone():
     encoder, record = make_encoder(), Recorder()
-    by_graphs(encoder, torch.full((2, 64, 16), torch.inf), record=record)
-    check(encoder, torch.randn(2, 40, 16), record=record)
+    with backend("torch"):  # other kernels may not even look at the padding
+        by_graphs(encoder, torch.full((2, 64, 16), torch.inf), record=record)
+        check(encoder, torch.randn(2, 40, 16), record=record)
 
 
 def test_outputs_are_not_written_again():

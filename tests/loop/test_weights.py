@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -183,6 +184,18 @@ def test_conditioning(form):
     before = check(encoder)
     with torch.no_grad():
         next(encoder.conditioning.parameters()).add_(0.3)
+    assert not torch.equal(check(encoder), before)
+
+
+@pytest.mark.parametrize("replacements", [1, 2])
+def test_other_memory_at_the_same_address_is_seen(replacements):
+    encoder, values = make_encoder(ffn_dim=640), np.random.randn(640, 16).astype(np.float32) / 4
+    weight = encoder.layers[0].ffn1.up.weight
+    weight.data = torch.from_numpy(values)
+    before = check(encoder)
+    values[1, 1] += 50.0
+    for _ in range(replacements):  # each time another storage; at the second, that of the first is free again
+        weight.data = torch.from_numpy(values)
     assert not torch.equal(check(encoder), before)
 
 
