@@ -32,6 +32,7 @@ from ._common import (
     launch,
     next_power_of_2,
 )
+from ._tuning import tuned
 from .partials import sum_rows
 
 # what changes with T, B or K: specialised on ones and multiples of 16 it would compile again for new lengths
@@ -504,6 +505,11 @@ def norm_config(channels: int, layer: bool) -> LaunchConfig:
     return LaunchConfig(min(8, max(4, block_c // 128)), 1, {"BLOCK_T": block_t, "BLOCK_C": block_c})
 
 
+# what may be tuned; a program of LayerNorm has all channels, so BLOCK_C stays
+_CONV_LIMITS = {"BLOCK_R": (4, 16), "TAPS": (4, 8)}
+_WEIGHT_LIMITS = {"BLOCK_S": (1, 8), "TAPS": (8, 16)}
+_NORM_LIMITS = {"BLOCK_T": (1, 64)}
+
 _MERGE_BATCH = LaunchConfig(4, 1, {"BLOCK_P": 64, "BLOCK_C": 16})
 _MERGE_GROUP = LaunchConfig(4, 1, {"BLOCK_P": 1024})
 
@@ -556,7 +562,7 @@ def forward(
     y = x.new_empty((b, t, c) if save or stats else (0,))
     mean, var, count = (x.new_empty((0,), dtype=torch.float32) for _ in range(3))
 
-    config = conv_config(c, t, norm == "layer")
+    config = tuned("glu_depthwise_conv.forward", x, conv_config(c, t, norm == "layer"), _CONV_LIMITS)
     blocks = config.blocks
     taps = _taps(weight, blocks["TAPS"])
     tile = blocks["BLOCK_S"] * blocks["BLOCK_R"]
@@ -587,7 +593,7 @@ def forward(
             _merge_group_kernel, (b, num_groups), _MERGE_GROUP, x,
             part_mean, part_m2, lengths, mean, var, t, c, tiles, tile, c // num_groups,
         )  # fmt: skip
-    config = norm_config(c, False)
+    config = tuned("glu_depthwise_conv.forward_norm", x, norm_config(c, False), _NORM_LIMITS)
     tiles = cdiv(t, config.blocks["BLOCK_T"])
     grid = (b * tiles, cdiv(c, config.blocks["BLOCK_C"]))
     launch(
@@ -626,7 +632,7 @@ def backward(
     dy, g = torch.empty_like(y), torch.empty_like(y)
     dx = x.new_empty(x.shape)
 
-    config = norm_config(c, norm == "layer")
+    config = tuned("glu_depthwise_conv.backward_norm", x, norm_config(c, norm == "layer"), _NORM_LIMITS)
     blocks = config.blocks
     channel_blocks = cdiv(c, blocks["BLOCK_C"])
     chunks, chunk = _chunks(b, t, 512 // channel_blocks, blocks["BLOCK_T"])
@@ -663,7 +669,7 @@ def backward(
             )  # fmt: skip
         dnorm = dnorm.to(norm_weight.dtype)
 
-    config = conv_config(c, t, False)
+    config = tuned("glu_depthwise_conv.backward_input", x, conv_config(c, t, False), _CONV_LIMITS)
     blocks = config.blocks
     taps = _taps(weight.flip(1), blocks["TAPS"])
     tiles = cdiv(t, blocks["BLOCK_S"] * blocks["BLOCK_R"])
@@ -672,7 +678,7 @@ def backward(
         t, c, k, tiles,
     )  # fmt: skip
 
-    config = weight_config(k)
+    config = tuned("glu_depthwise_conv.backward_weight", x, weight_config(k), _WEIGHT_LIMITS)
     blocks = config.blocks
     channel_blocks, tap_blocks = cdiv(c, blocks["BLOCK_C"]), cdiv(k, blocks["TAPS"])
     # about four programs for each of 132 multiprocessors

@@ -59,6 +59,7 @@ from ._common import (
     next_power_of_2,
     unit_stride,
 )
+from ._tuning import tuned
 
 __all__ = ["aot_configs", "backward", "config_for", "forward"]
 
@@ -492,6 +493,20 @@ def config_for(kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> Lau
     return LaunchConfig(warps, 2 if ahead else 1, blocks | tile)
 
 
+# what may be tuned: dropout takes columns by eight, products sixteen; a tile has no more queries than keys
+_LIMITS = {
+    "forward": {"BLOCK_N": (16, 64)},
+    "backward_query": {"BLOCK_N": (16, 64)},
+    "backward_key": {"BLOCK_M": (16, 32), "BLOCK_N": (32, 128)},
+    "backward_position": {"BLOCK_M": (16, 32), "BLOCK_N": (32, 128)},
+}
+
+
+def _config(kernel: str, q: Tensor) -> LaunchConfig:
+    heuristic = config_for(kernel, arch_of(q), q.dtype, q.shape[-1])
+    return tuned(f"relpos_attention.{kernel}", q, heuristic, _LIMITS[kernel])
+
+
 def _precision(dtype: torch.dtype) -> str:
     """float32 products as PyTorch's own matmuls do them: exact, or TF32 where that is allowed."""
     allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -548,7 +563,7 @@ def forward(
     out = q.new_empty(q.shape)
     lse = q.new_empty(h, rows, dtype=torch.float32)
     q, k, v, pos = (unit_stride(x) for x in (q, k, v, pos))
-    config = config_for("forward", arch_of(q), q.dtype, d)
+    config = _config("forward", q)
     launch(
         _forward,
         (cdiv(t, 2 * config.blocks["BLOCK_N"]), b * h),
@@ -582,9 +597,8 @@ def backward(
     b, t, rows = _sizes(q, pos, cu_seqlens)
     h, d = q.shape[-2:]
     dout, q, k, v, pos = (unit_stride(x) for x in (dout, q, k, v, pos))
-    arch = arch_of(q)
     delta = torch.empty_like(lse)
-    delta_config = config_for("delta", arch, q.dtype, d)
+    delta_config = config_for("delta", arch_of(q), q.dtype, d)
     launch(
         _delta, (cdiv(rows, delta_config.blocks["BLOCK_M"]), h), delta_config, q,
         out_ptr=out, dout_ptr=dout, delta_ptr=delta, **_strides("o", dout), H=h, rows=rows, D=d,
@@ -600,15 +614,15 @@ def backward(
     }  # fmt: skip
 
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
-    config = config_for("backward_query", arch, q.dtype, d)
+    config = _config("backward_query", q)
     launch(_backward_query, (cdiv(t, 2 * config.blocks["BLOCK_N"]), b * h), config, q, dq_ptr=dq, **common)
 
-    config = config_for("backward_key", arch, q.dtype, d)
+    config = _config("backward_key", q)
     tiles = cdiv(t, config.blocks["BLOCK_N"])
     du = q.new_empty(b, h, tiles, d, dtype=torch.float32)
     launch(_backward_key, (tiles, b * h), config, q, dk_ptr=dk, dv_ptr=dv, du_ptr=du, **common)
 
-    config = config_for("backward_position", arch, q.dtype, d)
+    config = _config("backward_position", q)
     tiles = 2 * cdiv(t, config.blocks["BLOCK_N"])
     parts = _position_parts(b, h, tiles)
     dpos = q.new_empty(parts, 2 * t - 1, h, d, dtype=torch.float32)

@@ -25,6 +25,7 @@ from ._common import (
     next_power_of_2,
     unit_stride,
 )
+from ._tuning import tuned
 from .partials import sum_rows
 
 # what changes with T, B or K: specialised on ones and multiples of 16 it would compile again for new lengths
@@ -118,6 +119,10 @@ def row_config(width: int) -> LaunchConfig:
     return LaunchConfig(min(16, max(4, block_d // 512)), 1, {"BLOCK_M": max(1, 2048 // block_d), "BLOCK_D": block_d})
 
 
+def _config(direction: str, x: torch.Tensor) -> LaunchConfig:
+    return tuned(f"residual_layer_norm.{direction}", x, row_config(x.shape[-1]), {"BLOCK_M": (1, 64)})
+
+
 def rows_of(x: torch.Tensor) -> torch.Tensor:
     """[..., D] -> [M, D] with unit stride in D; a view where the strides allow it."""
     return unit_stride(x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty((0, 0)))
@@ -131,7 +136,7 @@ def layer_norm(
     weight, bias = dense(weight, bias)
     n = x.new_empty((m, d), dtype=dtype)
     mean, rstd = (x.new_empty((m,), dtype=torch.float32) for _ in range(2))
-    config = row_config(d)
+    config = _config("forward", x)
     launch(
         _layer_norm_fwd_kernel, (cdiv(m, config.blocks["BLOCK_M"]),), config, x, x, x.stride(0), None, 0, None,
         weight, bias, None, n, mean, rstd, m, d, 1.0, 0, 1.0, eps,
@@ -157,7 +162,7 @@ def layer_norm_backward(
     """(dx [M, D], (dweight, dbias) [2, D]) of rows; fills `n` (needs `bias`) and `dy` where given."""
     m, d = s.shape
     weight, bias = dense(weight, bias)
-    config = row_config(d)
+    config = _config("backward", s)
     block_m = config.blocks["BLOCK_M"]
     # at most 512 partial sums; a function of the shape alone
     rows_each = max(1, cdiv(cdiv(m, 512), block_m)) * block_m
@@ -188,7 +193,7 @@ def forward(
     m, d = x2.shape
     s, n = x.new_empty(x.shape), x.new_empty(x.shape)
     mean, rstd = (x.new_empty((m,), dtype=torch.float32) for _ in range(2))
-    config = row_config(d)
+    config = _config("forward", x)
     launch(
         _layer_norm_fwd_kernel, (cdiv(m, config.blocks["BLOCK_M"]),), config, x, x2, x2.stride(0), y2, y2.stride(0),
         seed, weight, bias, s, n, mean, rstd, m, d, alpha, dropout_threshold(dropout_p), dropout_scale(dropout_p), eps,

@@ -21,6 +21,7 @@ COMMANDS = {
     "pretrain": ("lcconformer.ssl.pretrain", "self-supervised pretraining on your speech"),
     "probe": ("lcconformer.ssl.probe", "phone-classification probe at every depth of a checkpoint"),
     "consistency": ("lcconformer.ssl.consistency", "how alike the hidden states of different depths are"),
+    "tune": ("lcconformer.tune", "measure launch configurations of the Triton kernels on this GPU, and keep the best"),
     "bench": ("lcconformer.bench.cli", "speed of training and inference against PyTorch and the peers"),
 }
 

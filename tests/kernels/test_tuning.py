@@ -1,0 +1,150 @@
+"""Tuned launch configurations: candidates, files, choice; and the command, which needs a GPU for its clock alone."""
+
+from __future__ import annotations
+
+import json
+import types
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+from lcconformer.kernels import _tuning, residual_layer_norm
+from lcconformer.kernels._common import LaunchConfig
+
+from lcconformer import tune
+from lcconformer.__main__ import main
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HEURISTIC = LaunchConfig(4, 2, {"BLOCK_M": 32, "BLOCK_D": 64})
+LIMITS = {"BLOCK_M": (16, 32)}
+OTHER = LaunchConfig(8, 2, {"BLOCK_M": 16, "BLOCK_D": 64})
+KEY = "op.forward float32 warps=4 stages=2 BLOCK_M=32 BLOCK_D=64"
+GPU = "NVIDIA Some-GPU 80GB"
+ON_GPU = types.SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("LCCONFORMER_TUNED", str(tmp_path))
+    _tuning._table.cache_clear()
+    yield
+    _tuning._table.cache_clear()
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    monkeypatch.setattr(_tuning, "_gpu", lambda index: GPU)
+    return lambda: _tuning.tuned("op.forward", ON_GPU, HEURISTIC, LIMITS)
+
+
+def test_candidates_stay_within_limits():
+    found = _tuning.candidates(HEURISTIC, LIMITS)
+    assert found[0] == HEURISTIC
+    assert OTHER in found
+    assert {c.blocks["BLOCK_M"] for c in found} == {16, 32}
+    assert {c.blocks["BLOCK_D"] for c in found} == {64}
+    assert {c.num_stages for c in found} == {1, 2, 3}
+    assert len(found) == 8
+
+
+SMALL = types.SimpleNamespace(
+    batch=1, frames=21, d_model=16, heads=1, kernel_size=3, norm="layer", dropout=0.0, dtype="float32"
+)
+
+
+def test_every_candidate_computes_the_same():
+    for name, call in tune.calls(SMALL, torch.device(DEVICE)):
+        with _tuning.watched() as (seen, forced):
+            want = call()
+            assert seen, name
+            for key, candidates in list(seen.items()):
+                # the interpreter knows neither warps nor stages
+                for blocks in {tuple(c.blocks.items()) for c in candidates}:
+                    forced[key] = next(c for c in candidates if tuple(c.blocks.items()) == blocks)
+                    for got, expected in zip(call(), want, strict=True):
+                        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+                del forced[key]
+
+
+def test_a_filed_configuration_is_chosen(choose):
+    assert choose() == HEURISTIC
+    _tuning.write(_tuning.file_of(GPU), GPU, {KEY: OTHER})
+    assert choose() == OTHER
+    assert _tuning.read(_tuning.file_of(GPU)) == {KEY: OTHER}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        LaunchConfig(8, 2, {"BLOCK_M": 16, "BLOCK_D": 32}),
+        LaunchConfig(8, 2, {"BLOCK_M": 64, "BLOCK_D": 64}),
+        LaunchConfig(8, 2, {"BLOCK_M": 16}),
+        LaunchConfig(3, 2, {"BLOCK_M": 16, "BLOCK_D": 64}),
+    ],
+)
+def test_a_configuration_that_is_no_candidate_is_not_chosen(choose, given):
+    _tuning.write(_tuning.file_of(GPU), GPU, {KEY: given})
+    assert choose() == HEURISTIC
+
+
+def test_files_of_others_are_not_read(choose):
+    _tuning.write(_tuning.file_of("another GPU"), "another GPU", {KEY: OTHER})
+    assert choose() == HEURISTIC
+    assert triton.__version__ in _tuning.file_of(GPU).name
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"configs": [1]}', '{"configs": {"k": {"num_warps": 4}}}',
+             json.dumps({"configs": {KEY: {"num_warps": "4", "num_stages": 2}}})],
+)  # fmt: skip
+def test_a_damaged_file_is_named_and_the_heuristic_chooses(choose, caplog, text):
+    _tuning.file_of(GPU).write_text(text)
+    with pytest.raises(ValueError, match=_tuning.file_of(GPU).name):
+        _tuning.read(_tuning.file_of(GPU))
+    assert choose() == choose() == HEURISTIC
+    (record,) = caplog.records
+    assert _tuning.file_of(GPU).name in record.message
+
+
+def test_the_fastest_candidate_wins():
+    x, weight = torch.randn(9, 256, device=DEVICE), torch.ones(256, device=DEVICE)
+    times = {(4, 8): 1.0, (8, 8): 0.9, (4, 4): 0.7, (8, 4): 0.8}
+
+    def timer(call):
+        call()
+        ((_, config),) = _tuning._forced.items()
+        if config.num_stages == 2:
+            return 0.99
+        if (config.num_warps, config.blocks["BLOCK_M"]) not in times:
+            raise triton.OutOfResources(1, 0, "shared memory")
+        return times[config.num_warps, config.blocks["BLOCK_M"]]
+
+    def call():
+        residual_layer_norm.layer_norm(x, weight, weight, 1e-5, x.dtype)
+
+    ((key, best),) = tune.tune("norm", call, timer).items()
+    assert key == "residual_layer_norm.forward float32 warps=4 stages=1 BLOCK_M=8 BLOCK_D=256"
+    assert best == LaunchConfig(4, 1, {"BLOCK_M": 4, "BLOCK_D": 256})
+    times[4, 4] = times[8, 4] = times[8, 8] = 0.98  # not worth a change
+    assert tune.tune("norm", call, timer)[key] == LaunchConfig(4, 1, {"BLOCK_M": 8, "BLOCK_D": 256})
+    assert not _tuning._forced
+    assert _tuning._seen is None
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU is here")
+def test_without_a_gpu_the_command_says_so(capsys):
+    assert main(["tune"]) == 2
+    assert "this machine has none that torch can use; run it on the machine that will" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_on_the_gpu(tmp_path, capsys):
+    given = ["--batch", "2", "--frames", "64", "--d-model", "64", "--heads", "1", "--dtype", "float16"]
+    assert main(["tune", *given, "--folder", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    table = _tuning.read(path)
+    assert len(table) >= 9
+    assert f"{len(table)} configurations in {path}" in capsys.readouterr().out
