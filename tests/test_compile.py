@@ -57,7 +57,8 @@ def test_one_graph_for_all_lengths(changes, backend):
         with torch.compiler.set_stance("default" if frames == 21 else "fail_on_recompile"):
             got = step(compiled, x, lengths)
         for g, w in zip(got, want, strict=True):
-            torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
+            # sums of cancelling terms have the error of the largest gradient beside them
+            torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5 * max(1.0, float(w.abs().max())))
     for name, buffer in eager.named_buffers():
         torch.testing.assert_close(encoder.get_buffer(name), buffer)
 
