@@ -2,7 +2,7 @@
 
 The heuristics of the kernels choose well by what the compiler says (registers, spills, shared memory); this measures a few
 neighbours of every choice that a training step of one layer makes, and files the fastest for later processes to load.
-Nothing else ever tunes.
+Nothing else ever tunes. Each neighbour is compiled: it takes minutes.
 """
 
 from __future__ import annotations
