@@ -18,7 +18,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 def _missing() -> str:
     """Why the extension cannot be used; empty = it can.  A constant of the process, also to a tracer."""
     reason = _extension.why_missing()
-    if reason is None and not hasattr(_extension.load().cpu, "attention_forward"):
+    if reason is None and not hasattr(_extension.load().cpu, "rows_forward"):
         reason = "lcconformer._C is older than this source; reinstall lcconformer"
     return reason or ""
 
