@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lcconformer import ConformerConfig, ConformerEncoder, backend, engine
-from lcconformer.loop import training
+from lcconformer.loop import shared_layer, training
 
 BASE = ConformerConfig(d_model=16, num_heads=2, ffn_dim=24, num_layers=4, conv_kernel_size=5, dropout=0.0)
 LENGTHS = torch.tensor([9, 4, 0])
@@ -174,6 +174,18 @@ def test_autocast(name, dtype):
     check_low(got, plain, exact, torch.float32)
 
 
+def test_backward_under_autocast():
+    """What the forward computed in float32 has gradients in float32."""
+    encoder, x = make_encoder(), data(torch.float32)
+    _, want = step(encoder, x, None, "loop", last=True)
+    encoder.zero_grad()
+    with engine("loop"):
+        loss = loss_of([encoder(x)[0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss.backward()
+    assert all(torch.equal(p.grad, want[n]) for n, p in encoder.named_parameters() if not n.endswith("pos.weight"))
+
+
 def test_bfloat16_module():
     encoder, x = make_encoder(num_layers=3), data(torch.float32)
     exact = step(copy.deepcopy(encoder), x, LENGTHS, "modules")
@@ -265,6 +277,26 @@ def test_every_site_and_loop_has_a_seed_of_its_own():
     encoder.layers[0].attention.dropout = 0.0
     assert [loop[1] for loop in drawn(encoder, x, 8)] == [None] * 4
     assert all(s is None for loop in drawn(encoder.eval(), x, 8) for s in loop)
+
+
+@pytest.mark.parametrize("convolution_first", [False, True])
+def test_each_module_has_its_own_rate_and_mode(convolution_first):
+    (layer,) = make_encoder(dropout=0.1, convolution_first=convolution_first).layers
+    layer.ffn1.dropout, layer.attention.dropout, layer.ffn2.dropout = 0.2, 0.3, 0.4
+    plan = shared_layer.plan_of(layer)
+    assert plan.inside == ((0.2, 0.0, 0.3, 0.4) if convolution_first else (0.2, 0.3, 0.0, 0.4))
+    assert plan.on == (0.2, 0.1, 0.1, 0.4)
+    layer.ffn1.eval(), layer.attention.eval()
+    plan = shared_layer.plan_of(layer)
+    assert plan.inside == (0.0, 0.0, 0.0, 0.4)
+    assert plan.on == (0.0, 0.1, 0.1, 0.4)
+
+
+def test_frozen_statistics():
+    """BatchNorm of a convolution module in evaluation, the rest in training."""
+    encoder = make_encoder(torch.float64, conv_norm="batch")
+    encoder.layers[0].conv.eval()
+    check_exact(encoder, data(), LENGTHS)
 
 
 @pytest.mark.parametrize("convolution_first", [False, True])
