@@ -2,12 +2,14 @@
 
 One row per kernel, dtype, shape and architecture: registers a thread, bytes of stack (spills), shared memory a block,
 instructions, and how many of them are tensor-core instructions. The exit status is 1 if a row breaks its budget.
+bench/results/triton_resources.json is what `--out` wrote of all of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import pkgutil
 import re
@@ -16,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import triton
@@ -27,7 +29,7 @@ from . import __name__ as PACKAGE
 from . import __path__ as PACKAGE_PATH
 from ._common import INTERPRETED, SHARED_MEMORY, AotConfig, divisible_by_16
 
-__all__ = ["Resources", "compile_config", "kernel_modules", "main", "report", "violations"]
+__all__ = ["Resources", "compile_config", "configs", "kernel_modules", "main", "report", "violations", "write"]
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # HMMA: sm_80 ... 89 and sm_120; HGMMA: sm_90; UTCHMMA: sm_100
@@ -106,7 +108,8 @@ def violations(config: AotConfig, arch: int, used: Resources) -> list[str]:
     return found
 
 
-def _configs(module: str, arch: int) -> list[AotConfig]:
+def configs(module: str, arch: int) -> list[AotConfig]:
+    """What the module ships for an architecture."""
     return list(importlib.import_module(f"{PACKAGE}.{module}").aot_configs(arch))
 
 
@@ -125,7 +128,7 @@ class Row:
 
 def _work(job: tuple[str, int, int]) -> Row:
     module, arch, index = job
-    config = _configs(module, arch)[index]
+    config = configs(module, arch)[index]
     used = compile_config(config, arch)
     return Row(
         config.name,
@@ -144,7 +147,7 @@ def report(modules: Iterable[str], archs: Iterable[int], match: str = "", jobs: 
         (module, arch, index)
         for module in modules
         for arch in archs
-        for index, config in enumerate(_configs(module, arch))
+        for index, config in enumerate(configs(module, arch))
         if match in f"{config.name} {config.dtype}"
     ]
     if jobs == 1:
@@ -154,25 +157,38 @@ def report(modules: Iterable[str], archs: Iterable[int], match: str = "", jobs: 
         yield from pool.map(_work, todo)
 
 
+def write(rows: Iterable[Row], path: Path) -> None:
+    """The rows and the version of Triton as JSON, a row a line, atomically."""
+    flat = [{k: v for k, v in asdict(row).items() if k != "resources"} | asdict(row.resources) for row in rows]
+    lines = ",\n  ".join(json.dumps(row) for row in flat)
+    part = path.with_name(path.name + ".part")
+    part.write_text(f'{{\n "triton": "{triton.__version__}",\n "kernels": [\n  {lines}\n ]\n}}\n')
+    os.replace(part, path)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lcconformer.kernels.report", description=__doc__)
     parser.add_argument("--op", choices=kernel_modules(), action="append", help="only this op (repeatable)")
     parser.add_argument("--arch", type=int, choices=sorted(SHARED_MEMORY), action="append", help="only this one")
     parser.add_argument("--match", default="", help="only configurations whose name and dtype contain this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, help="also write the rows to this file (JSON)")
     args = parser.parse_args(argv)
     print("| kernel | dtype | sm | warps | stages | registers | stack | shared KiB | instructions | tensor core | |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
-    bad = 0
+    rows = []
     for row in report(args.op or kernel_modules(), args.arch or SHARED_MEMORY, args.match, args.jobs):
         r = row.resources
-        bad += bool(row.violations)
+        rows.append(row)
         print(
             f"| {row.name} | {row.dtype} | {row.arch} | {row.num_warps} | {row.num_stages} | {r.registers} | {r.stack} "
             f"| {r.shared / 1024:.1f} | {r.instructions} | {r.tensor_core} {r.tensor_core_kind} "
             f"| {'; '.join(row.violations)} |",
             flush=True,
         )
+    if args.out:
+        write(rows, args.out)
+    bad = sum(bool(row.violations) for row in rows)
     if bad:
         print(f"{bad} configurations break their budget", file=sys.stderr)
     return int(bad > 0)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
+
 from lcconformer.kernels import report
 from lcconformer.kernels._common import INTERPRETED, SHARED_MEMORY, AotConfig, LaunchConfig
+
+TABLE = Path(__file__).parents[2] / "bench" / "results" / "triton_resources.json"
 
 
 def run_report(*args: str) -> subprocess.CompletedProcess[str]:
@@ -84,6 +89,30 @@ def test_attention_on_hopper():
         if "delta" not in name:
             assert row[9].endswith("HGMMA"), row
     assert int(table["relpos_attention.forward D=64"][6]) <= 64
+
+
+def test_rows_are_written(tmp_path):
+    out = tmp_path / "rows.json"
+    row = report.Row("op", "bf16", 90, 4, 2, resources(stack=8), ())
+    report.write([row, row], out)
+    written = json.loads(out.read_text())
+    assert written["triton"] == report.triton.__version__
+    assert len(written["kernels"]) == 2
+    assert written["kernels"][0].items() >= {"name": "op", "arch": 90, "stack": 8, "tensor_core_kind": "HGMMA"}.items()
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.json"]
+
+
+def test_the_filed_table_is_of_what_is_shipped():
+    """What users read is what would be compiled today, and breaks no budget."""
+    filed = json.loads(TABLE.read_text())["kernels"]
+    shipped = [
+        (config.name, config.dtype, arch, config.launch.num_warps, config.launch.num_stages)
+        for module in report.kernel_modules()
+        for arch in SHARED_MEMORY
+        for config in report.configs(module, arch)
+    ]
+    assert [(r["name"], r["dtype"], r["arch"], r["num_warps"], r["num_stages"]) for r in filed] == shipped
+    assert [r for r in filed if r["violations"]] == []
 
 
 def test_no_such_match_is_an_empty_table():
