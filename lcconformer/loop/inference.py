@@ -49,8 +49,8 @@ def reasons(encoder: ConformerEncoder, x: Tensor, lengths: Tensor | None) -> lis
     return found
 
 
-# float32 engine against the bfloat16 products of oneDNN, EPYC 9004, d = 256, times as fast: 2.8 at 16 frames, 1.16 at 100,
-# 0.84 at 400, 0.75 at 8 x 400
+# float32 engine against the bfloat16 products of oneDNN, EPYC 9004, d = 256, times as fast: 2.5 at 16 frames, 1.09 at 100,
+# 0.82 at 400, 0.76 at 8 x 400
 _BFLOAT16_FRAMES = 192
 
 
