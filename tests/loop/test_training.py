@@ -396,6 +396,10 @@ def test_hidden_states_before_the_last_loops_have_no_gradient():
         with engine(name):
             states = encoder(data(torch.float32), return_hidden_states=True, backprop_depth=2)[2]
         assert [h.requires_grad for h in states] == [False, False, False, True, True]
+    encoder.requires_grad_(False)  # then there is nothing to learn, also if the input wants a gradient
+    for name in ("modules", "loop"):
+        with engine(name):
+            assert not encoder(data(torch.float32).requires_grad_(), backprop_depth=2)[0].requires_grad
 
 
 @pytest.mark.parametrize("value", [0, 3, True, 1.0])
