@@ -32,7 +32,8 @@ OP = "shared_loop"
 def reasons(encoder: ConformerEncoder, x: Tensor, lengths: Tensor | None) -> list[str]:
     """Why this engine cannot run the loops of ``x [B, T, d_model]``; empty: it can."""
     config = encoder.config
-    found = watch(encoder).reasons(x.dtype)
+    layers = watch(encoder)
+    found = layers.changed() or layers.unfit(x.dtype)
     if torch.is_autocast_enabled(x.device.type):
         found.append("autocast is on")
     if x.device.type == "cuda":

@@ -11,20 +11,18 @@ does (Chen et al. 2016, arXiv 1604.06174).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.module import _has_any_global_hook
 
-from lcconformer.layer import ConformerLayer, ConvModule, FeedForward, RelativeAttention
 from lcconformer.ops._triton import dropout_seed
 
 from .gradients import Gradients
 from .shared_layer import KEPT, LAST, SEEDS, Plan, SharedLayer, plan_of
 from .steps import Steps, rows_of, steps_for
+from .watch import watch
 
 if TYPE_CHECKING:
     from lcconformer.encoder import ConformerEncoder
@@ -40,7 +38,7 @@ def _dtype(x: Tensor) -> torch.dtype:
 
 def reasons(encoder: ConformerEncoder, x: Tensor) -> list[str]:
     """Why this engine cannot run the loops of ``x [B, T, d_model]``; empty: it can."""
-    config, found = encoder.config, _changed(encoder.layers)
+    config, found = encoder.config, watch(encoder).changed()
     if not x.numel():
         found.append("there are no frames")
     if config.conditioning:
@@ -61,31 +59,6 @@ def reasons(encoder: ConformerEncoder, x: Tensor) -> list[str]:
         except NotImplementedError as refused:
             found.append(str(refused))
     return found
-
-
-# what layer.py builds; any other type may compute something else
-_KNOWN = {
-    *(ConformerLayer, FeedForward, RelativeAttention, ConvModule),
-    *(nn.ModuleList, nn.Linear, nn.LayerNorm, nn.Conv1d, nn.BatchNorm1d, nn.GroupNorm, nn.Identity),
-}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def _changed(layers: nn.Module) -> list[str]:
-    """Why the modules may do something else than their weights tell."""
-    if _has_any_global_hook():
-        return ["global module hooks would not run"]
-    for name, module in layers.named_modules():
-        if type(module) not in _KNOWN:
-            return [f"layers.{name} is a {type(module).__name__}"]
-        if "forward" in module.__dict__ or module._compiled_call_impl is not None:
-            return [f"layers.{name} has a forward of its own"]
-        if any(getattr(module, hooks) for hooks in _HOOKS):
-            return [f"layers.{name} has hooks, which would not run"]
-        for leaf, tensor in chain(module._parameters.items(), module._buffers.items()):
-            if tensor is not None and type(tensor) not in (Tensor, nn.Parameter):
-                return [f"layers.{name}.{leaf} is a {type(tensor).__name__}, not a plain tensor"]
-    return []
 
 
 def slower(encoder: ConformerEncoder, x: Tensor) -> list[str]:

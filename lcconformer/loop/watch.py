@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.module import _has_any_global_hook
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from lcconformer.layer import ConformerLayer, ConvModule, FeedForward, RelativeAttention
@@ -25,7 +26,9 @@ _KNOWN = {
     *_READ_THEIR_MODE,
     *(nn.ModuleList, nn.Linear, nn.LayerNorm, nn.Conv1d, nn.BatchNorm1d, nn.GroupNorm, nn.Identity),
 }
+_PLAIN = {Tensor, nn.Parameter}
 _version, _address, _training = attrgetter("_version"), attrgetter("_cdata"), attrgetter("training")
+_hooks = attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Watch:
@@ -45,12 +48,10 @@ class Watch:
         self._found = self._ids()
         self._own = (encoder._modules.get("layers"), encoder._modules.get("conditioning"))
         self._matrices: list[dict[str, Any]] = [m._parameters for m in self._layers if type(m) is nn.Linear]
-        self._plain = {type(t) for t in self.tensors()} <= {Tensor, nn.Parameter}
         self._modes = [m for m in self._layers if type(m) in _READ_THEIR_MODE]
         self._written = 0
         self._ids_of_tensors = {id(t) for t in self.tensors()}
-        self._hooks = [hooks for m in self._layers for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self._hooks += [nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks]
+        self._names = [f"layers.{name}" if name else "layers" for name, _ in encoder.layers.named_modules()]
 
     def _ids(self) -> list[int]:
         return list(map(id, chain.from_iterable(map(dict.values, self._parts))))
@@ -92,22 +93,32 @@ class Watch:
         """While these live, no other memory gets the address of what the tensors lie in now."""
         return [StorageWeakRef(t.untyped_storage()) for t in self.tensors()]
 
-    def reasons(self, dtype: torch.dtype) -> list[str]:
-        """Why the layers may compute something else for inputs of ``dtype`` than their weights tell; empty: they do not."""
+    def changed(self) -> list[str]:
+        """Why the layers may do something else than their weights tell; empty: they do not."""
+        if _has_any_global_hook():
+            return ["global module hooks would not run"]
+        for name, module in zip(self._names, self._layers):
+            if type(module) not in _KNOWN:
+                return [f"{name} is a {type(module).__name__}"]
+            if "forward" in module.__dict__ or module._compiled_call_impl is not None:
+                return [f"{name} has a forward of its own"]
+            if any(_hooks(module)):
+                return [f"{name} has hooks, which would not run"]
+            for leaf, tensor in chain(module._parameters.items(), module._buffers.items()):
+                if tensor is not None and type(tensor) not in _PLAIN:
+                    return [f"{name}.{leaf} is a {type(tensor).__name__}, not a plain tensor"]
+        return []
+
+    def unfit(self, dtype: torch.dtype) -> list[str]:
+        """Why the layers cannot evaluate inputs of ``dtype`` from their weights alone; empty: they can."""
         config = self._config
-        if not self._plain:
-            return ["a parameter is of a subclass of Tensor"]
-        if any(self._hooks):
-            return ["a module has forward hooks, which the engine would not call"]
         if any(getattr(p.get("weight"), "dtype", None) != dtype for p in self._matrices):
             return [f"the input is {dtype} and a weight is not"]
         if any(map(_training, self._modes)) and (config.dropout > 0.0 or config.conv_norm == "batch"):
             return ["a module is in training mode"]
-        for module in self._layers:
-            if type(module) not in _KNOWN or "forward" in module.__dict__:
-                return [f"{type(module).__name__} is not one of this library's own modules"]
+        for name, module in zip(self._names, self._layers):
             if module.__dict__.get("eps", config.layer_norm_eps) != config.layer_norm_eps:
-                return [f"{type(module).__name__} has an epsilon other than the config's {config.layer_norm_eps}"]
+                return [f"{name} has an epsilon other than the config's {config.layer_norm_eps}"]
         return []
 
 

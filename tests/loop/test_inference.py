@@ -251,12 +251,12 @@ def with_parametrization(encoder):
 REFUSED = {
     "training": (lambda e: e.train(), "training mode"),
     "training of a part": (lambda e: e.layers[0].attention.train(), "training mode"),
-    "hook": (lambda e: e.layers[0].ffn1.up.register_forward_hook(lambda *_: None), "forward hooks"),
-    "pre-hook": (lambda e: e.layers[0].register_forward_pre_hook(lambda *_: None), "forward hooks"),
-    "subclass": (lambda e: setattr(e.layers[0].attention, "out", Scaled(24, 24)), "Scaled is not one"),
-    "own forward": (with_own_forward, "FeedForward is not one"),
-    "parametrized": (with_parametrization, "not one of this library's own"),
-    "pruned": (lambda e: prune.random_unstructured(e.layers[0].conv.pointwise1, "weight", 0.5), "forward hooks"),
+    "hook": (lambda e: e.layers[0].ffn1.up.register_forward_hook(lambda *_: None), "layers.0.ffn1.up has hooks"),
+    "pre-hook": (lambda e: e.layers[0].register_forward_pre_hook(lambda *_: None), "layers.0 has hooks"),
+    "subclass": (lambda e: setattr(e.layers[0].attention, "out", Scaled(24, 24)), "layers.0.attention.out is a Scaled"),
+    "own forward": (with_own_forward, "layers.0.ffn1 has a forward of its own"),
+    "parametrized": (with_parametrization, "layers.0.ffn1.up is a Parametrized"),
+    "pruned": (lambda e: prune.random_unstructured(e.layers[0].conv.pointwise1, "weight", 0.5), "pointwise1 has hooks"),
     "epsilon": (lambda e: setattr(e.layers[0].norm, "eps", 0.1), "an epsilon other than"),
     "mixed dtypes": (lambda e: e.layers[0].ffn1.up.double(), "a weight is not"),
 }
@@ -277,7 +277,7 @@ def test_refuses_under_hooks_on_every_module():
     encoder, x = make_encoder(), torch.randn(1, 9, 24)
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:
-        with engine("loop"), torch.no_grad(), pytest.raises(NotImplementedError, match="forward hooks"):
+        with engine("loop"), torch.no_grad(), pytest.raises(NotImplementedError, match="global module hooks"):
             encoder(x)
     finally:
         handle.remove()
