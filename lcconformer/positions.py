@@ -16,7 +16,10 @@ def _work_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def relative_sinusoids(frames: int, width: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """``[2T-1, width]``: interleaved sin, cos of the positions T-1 ... -(T-1) at rates 10000^(-2k/width)."""
+    """``[2T-1, width]``: interleaved sin, cos of the positions T-1 ... -(T-1) at rates 10000^(-2k/width); no rows
+    without frames."""
+    if frames == 0:
+        return torch.empty(0, width, device=device, dtype=dtype)
     work = _work_dtype(dtype)
     position = torch.arange(frames - 1, -frames, -1, device=device).to(work)
     rate = torch.exp(torch.arange(0, width, 2, device=device).to(work) * (-math.log(10000.0) / width))

@@ -379,3 +379,15 @@ def test_empty_batch_and_single_frame():
         encoder = make_encoder(**changes).eval()
         assert encoder(torch.zeros(0, 5, 16), torch.zeros(0, dtype=torch.int64))[0].shape == (0, 5, 16)
         assert encoder(torch.randn(1, 1, 16), torch.tensor([1]))[0].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 16), (0, 5, 16)])
+def test_nothing_in_nothing_out(shape):
+    encoder = ConformerEncoder(ConformerConfig(d_model=16, num_heads=2, num_layers=2, ffn_dim=32, conv_kernel_size=3))
+    x = torch.randn(shape, requires_grad=True)
+    out, _ = encoder(x)
+    assert out.shape == shape
+    out.sum().backward()
+    assert x.grad.shape == shape
+    with torch.no_grad():
+        assert encoder.eval()(x)[0].shape == shape
