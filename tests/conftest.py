@@ -118,3 +118,15 @@ def _lay_out(data: Any, x: torch.Tensor) -> torch.Tensor:
 def lay_out() -> Callable[[Any, torch.Tensor], torch.Tensor]:
     """``lay_out(data, x)``: ``x`` in other strides, for tests with Hypothesis' ``data()``."""
     return _lay_out
+
+
+def with_random_values(encoder: torch.nn.Module) -> None:
+    """Move every parameter and running statistic away from its initial value."""
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, buffer in encoder.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(0, 0.3)
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 2.0)

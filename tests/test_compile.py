@@ -28,7 +28,8 @@ def data(frames, batch=2):
 
 def loss_of(out):
     """A weighted sum: the plain one and that of squares hardly depend on anything behind a LayerNorm."""
-    return (out.float() * torch.arange(out.numel()).sin().view_as(out)).sum()
+    out = out.to(torch.promote_types(out.dtype, torch.float32))
+    return (out * torch.arange(out.numel()).sin().view_as(out)).sum()
 
 
 def step(model, x, lengths):
@@ -47,18 +48,19 @@ def step(model, x, lengths):
 def test_one_graph_for_all_lengths(changes, backend):
     """Forward and backward in one graph without breaks, compiled once for every T, equal to eager."""
     torch._dynamo.reset()
-    encoder = ConformerEncoder(BASE.replace(**changes)).train()
+    # in float64: gradients that are sums of cancelling terms differ by more than any tight bound in float32
+    encoder = ConformerEncoder(BASE.replace(**changes)).double().train()
     eager = copy.deepcopy(encoder)
     compiled = torch.compile(encoder, backend=backend, fullgraph=True, dynamic=True)
     for frames in (21, 9, 34, 13):
         x, lengths = data(frames)
+        x = x.double()
         with lcconformer.backend("torch"):  # what is compiled is the reference
             want = step(eager, x, lengths)
         with torch.compiler.set_stance("default" if frames == 21 else "fail_on_recompile"):
             got = step(compiled, x, lengths)
         for g, w in zip(got, want, strict=True):
-            # sums of cancelling terms have the error of the largest gradient beside them
-            torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5 * max(1.0, float(w.abs().max())))
+            torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-9)
     for name, buffer in eager.named_buffers():
         torch.testing.assert_close(encoder.get_buffer(name), buffer)
 

@@ -10,6 +10,8 @@ from torch import nn
 
 from lcconformer import ConformerConfig, ConformerEncoder, ConformerLayer, ExitRule, backend, engine
 
+from .conftest import with_random_values
+
 BASE = ConformerConfig(d_model=16, num_heads=2, ffn_dim=24, num_layers=4, conv_kernel_size=5, dropout=0.0)
 SHARINGS = ["all", "none", "sequence:2", "cycle:2", "middle_cycle:1", "prelude_core_coda:1,2,0", (0, 1, 1, 0)]
 NORMS = ["layer", "batch", "group", "none"]
@@ -25,14 +27,7 @@ FRONT_ENDS = [
 def make_encoder(dtype=torch.float32, **changes) -> ConformerEncoder:
     """An encoder with nothing at its initial value."""
     encoder = ConformerEncoder(BASE.replace(**changes)).to(dtype)
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-        for name, buffer in encoder.named_buffers():
-            if name.endswith("running_mean"):
-                buffer.normal_(0, 0.3)
-            elif name.endswith("running_var"):
-                buffer.uniform_(0.5, 2.0)
+    with_random_values(encoder)
     return encoder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import re
 
 import pytest
@@ -295,8 +296,8 @@ def test_parakeet(parakeet_model, attention):
     real = want.attention_mask.bool()
     assert 0 < real.sum() < real.numel()
     assert got.last_hidden_state[real].isfinite().all()
-    if want.last_hidden_state[real].isnan().any():
-        pytest.skip("this version of transformers gives NaN for a padded utterance with this attention")
+    if attention == "eager" and importlib.metadata.version("transformers").startswith("5.17."):
+        pytest.skip("transformers 5.17 gives NaN for a padded utterance with eager attention")
     torch.testing.assert_close(got.last_hidden_state[real], want.last_hidden_state[real], rtol=0, atol=1e-5)
     torch.testing.assert_close(model(features).last_hidden_state, peer(features).last_hidden_state, rtol=0, atol=1e-5)
     with pytest.raises(NotImplementedError, match=r"accelerated for inference only .*call model\.eval"):

@@ -13,6 +13,8 @@ from torch import nn
 from lcconformer import ConformerConfig, ConformerEncoder, backend, engine
 from lcconformer.loop import graphs
 
+from ..conftest import with_random_values
+
 BASE = ConformerConfig(d_model=16, num_heads=2, ffn_dim=24, num_layers=4, conv_kernel_size=5, dropout=0.1)
 
 
@@ -35,12 +37,7 @@ class Recorder:
 
 def make_encoder(**changes) -> ConformerEncoder:
     encoder = ConformerEncoder(BASE.replace(**changes)).eval()
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-        for name, buffer in encoder.named_buffers():
-            if name.endswith("running_var"):
-                buffer.uniform_(0.5, 2.0)
+    with_random_values(encoder)
     return encoder
 
 

@@ -12,6 +12,8 @@ from torch.nn.utils import prune
 from lcconformer import Conformer, ConformerConfig, ConformerEncoder, _extension, backend, engine
 from lcconformer.ops import _backend
 
+from ..conftest import with_random_values
+
 if (_reason := _extension.why_missing()) is not None:
     pytest.skip(f"no compiled extension: {_reason}", allow_module_level=True)
 
@@ -22,14 +24,7 @@ BASE = ConformerConfig(d_model=24, num_heads=2, ffn_dim=40, num_layers=3, conv_k
 def make_encoder(**changes) -> ConformerEncoder:
     """An encoder with nothing at its initial value."""
     encoder = ConformerEncoder(BASE.replace(**changes)).eval()
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-        for name, buffer in encoder.named_buffers():
-            if name.endswith("running_mean"):
-                buffer.normal_(0, 0.3)
-            elif name.endswith("running_var"):
-                buffer.uniform_(0.5, 2.0)
+    with_random_values(encoder)
     return encoder
 
 

@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from lcconformer import ConformerConfig, ConformerEncoder, backend, engine
 from lcconformer.loop import shared_layer, training
 
+from ..conftest import with_random_values
+
 BASE = ConformerConfig(d_model=16, num_heads=2, ffn_dim=24, num_layers=4, conv_kernel_size=5, dropout=0.0)
 LENGTHS = torch.tensor([9, 4, 0])
 SHARINGS = ["all", "none", "sequence:2", "cycle:2", (0, 1, 1, 0)]
@@ -21,14 +23,7 @@ SHARINGS = ["all", "none", "sequence:2", "cycle:2", (0, 1, 1, 0)]
 def make_encoder(dtype=torch.float32, **changes) -> ConformerEncoder:
     """An encoder with nothing at its initial value."""
     encoder = ConformerEncoder(BASE.replace(**changes)).to(dtype)
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-        for name, buffer in encoder.named_buffers():
-            if name.endswith("running_mean"):
-                buffer.normal_(0, 0.3)
-            elif name.endswith("running_var"):
-                buffer.uniform_(0.5, 2.0)
+    with_random_values(encoder)
     return encoder
 
 
