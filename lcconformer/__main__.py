@@ -14,6 +14,7 @@ from . import __version__
 
 COMMANDS = {
     "info": ("lcconformer.info", "versions, device, and which backend each op would use and why not the others"),
+    "doctor": ("lcconformer.doctor", "run every op by every backend here and compare with float64"),
     "demo": (
         "lcconformer.ssl.demo",
         "pretrain a small encoder on real speech in minutes and write a report with plots",

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,39 +19,11 @@ from . import __version__, _extension, loop, ops
 from .config import ConformerConfig
 from .encoder import ConformerEncoder
 from .ops._backend import BACKENDS, candidates_of, forced_backend, select, strict
+from .typical import CALLS, Sizes
 
 __all__ = ["add_arguments", "collect", "run"]
 
-# one batch of a base model: [B, T, D], heads, hidden width, kernel width
-_B, _T, _D, _H, _F, _K = 8, 400, 256, 4, 1024, 31
-
-
-def _relpos_attention(tensor: Callable[..., Tensor], lengths: Tensor) -> object:
-    q, k, v = (tensor(_B, _T, _H, _D // _H) for _ in range(3))
-    pos, u, v_bias = tensor(2 * _T - 1, _H, _D // _H), tensor(_H, _D // _H), tensor(_H, _D // _H)
-    return ops.relpos_attention(q, k, v, pos, u, v_bias, lengths=lengths)
-
-
-def _glu_depthwise_conv(tensor: Callable[..., Tensor], lengths: Tensor) -> object:
-    x, weight, bias, scale, shift = tensor(_B, _T, 2 * _D), tensor(_D, _K), tensor(_D), tensor(_D), tensor(_D)
-    return ops.glu_depthwise_conv(x, weight, bias, lengths=lengths, norm="layer", norm_weight=scale, norm_bias=shift)
-
-
-def _feed_forward(tensor: Callable[..., Tensor], lengths: Tensor) -> object:
-    weights = tensor(_D), tensor(_D), tensor(_F, _D), tensor(_F), tensor(_D, _F), tensor(_D)
-    return ops.feed_forward(tensor(_B, _T, _D), *weights)
-
-
-def _residual_layer_norm(tensor: Callable[..., Tensor], lengths: Tensor) -> object:
-    return ops.residual_layer_norm(tensor(_B, _T, _D), tensor(_B, _T, _D), tensor(_D), tensor(_D))
-
-
-_TYPICAL = {
-    "relpos_attention": _relpos_attention,
-    "glu_depthwise_conv": _glu_depthwise_conv,
-    "feed_forward": _feed_forward,
-    "residual_layer_norm": _residual_layer_norm,
-}
+_SIZES = Sizes()
 
 
 @contextlib.contextmanager
@@ -66,11 +38,11 @@ def _silent() -> Iterator[None]:
 
 
 def _op(name: str, device: torch.device, dtype: torch.dtype, training: bool) -> dict[str, Any]:
-    def tensor(*shape: int) -> Tensor:
+    def tensor(_name: str, *shape: int) -> Tensor:
         return torch.zeros(shape, device=device, dtype=dtype, requires_grad=training)
 
-    lengths = torch.full((_B,), _T, device=device)
-    candidates = candidates_of(lambda: _TYPICAL[name](tensor, lengths))
+    lengths = torch.full((_SIZES.batch,), _SIZES.frames, device=device)
+    candidates = candidates_of(lambda: CALLS[name](getattr(ops, name), tensor, _SIZES, lengths))
     backend: str | None
     try:
         with _silent():
@@ -94,9 +66,12 @@ def _op(name: str, device: torch.device, dtype: torch.dtype, training: bool) -> 
 
 
 def _engine(device: torch.device, dtype: torch.dtype, training: bool) -> dict[str, Any]:
-    config = ConformerConfig(d_model=_D, num_heads=_H, ffn_dim=_F, conv_kernel_size=_K)
+    b, t, d = _SIZES.batch, _SIZES.frames, _SIZES.d_model
+    config = ConformerConfig(
+        d_model=d, num_heads=_SIZES.heads, ffn_dim=_SIZES.ffn_dim, conv_kernel_size=_SIZES.kernel_size
+    )
     encoder = ConformerEncoder(config).to(device, dtype).train(training)
-    x, lengths = torch.zeros(_B, _T, _D, device=device, dtype=dtype), torch.full((_B,), _T, device=device)
+    x, lengths = torch.zeros(b, t, d, device=device, dtype=dtype), torch.full((b,), t, device=device)
     with _silent(), torch.set_grad_enabled(training):
         against = loop.reasons_against(encoder, x, lengths)
     engine: str | None = "modules" if against else "loop"
@@ -136,7 +111,7 @@ def collect() -> dict[str, Any]:
     rows, engines = [], []
     for device in devices:
         dtype = torch.float32 if device["device"] == "cpu" else torch.bfloat16
-        for name in _TYPICAL:
+        for name in CALLS:
             rows += [_op(name, torch.device(device["device"]), dtype, training) for training in (False, True)]
         engines += [_engine(torch.device(device["device"]), dtype, training) for training in (False, True)]
     return {
@@ -177,7 +152,8 @@ def _text(info: dict[str, Any]) -> str:
     width = max(len(line[0]) for line in lines)
     out = [f"{name:<{width}}  {value}" for name, value in lines]
 
-    out += ["", f"Backend of each op for a batch of {_B} utterances of {_T} frames, width {_D}:"]
+    batch = f"{_SIZES.batch} utterances of {_SIZES.frames} frames, width {_SIZES.d_model}"
+    out += ["", f"Backend of each op for a batch of {batch}:"]
     pairs = [info["ops"][i : i + 2] for i in range(0, len(info["ops"]), 2)]  # inference, training
     width = max(len(row["op"]) for row in info["ops"])
     for inference, training in pairs:

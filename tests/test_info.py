@@ -88,11 +88,11 @@ def test_choice_is_that_of_select(monkeypatch):
     for reasons, want in (({"cpu": []}, "cpu"), ({"cpu": ["too small"]}, "torch"), ({"triton": []}, "torch")):
         candidates = {name: (lambda r=r: r) for name, r in reasons.items()}
 
-        def fake(tensor, lengths, candidates=candidates):
+        def fake(op, tensor, sizes, lengths, candidates=candidates):
             _backend.select("feed_forward", "cpu", candidates)
             pytest.fail("the op ran")
 
-        monkeypatch.setitem(info._TYPICAL, "feed_forward", fake)
+        monkeypatch.setitem(info.CALLS, "feed_forward", fake)
         row = next(r for r in info.collect()["ops"] if r["op"] == "feed_forward" and r["device"] == "cpu")
         assert row["backend"] == want
         for name, r in reasons.items():
