@@ -76,3 +76,43 @@ def test_compiled_is_one_graph_for_all_lengths():
                 (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
             found.append([out, *(p.grad for p in encoder.parameters())])
         torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.fixture
+def deterministic(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or PyTorch refuses cuBLAS
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def steps_in_deterministic_mode(device, dtype, runs):
+    """Gradients and outputs of one training step with dropout, again and again."""
+    torch.manual_seed(0)
+    config = ConformerConfig(d_model=32, num_heads=2, ffn_dim=48, num_layers=2, conv_kernel_size=5, conv_norm="batch")
+    encoder, found = ConformerEncoder(config).to(device, dtype), []
+    start = {k: v.clone() for k, v in encoder.state_dict().items()}
+    x, lengths = torch.randn(3, 17, 32).to(device, dtype), torch.tensor(LENGTHS, device=device)
+    for _ in range(runs):
+        encoder.load_state_dict(start)
+        encoder.zero_grad()
+        torch.manual_seed(1)
+        with backend("triton"):
+            out, _ = encoder(x, lengths)
+            out.float().square().sum().backward()
+        found.append([out.detach(), *(p.grad.clone() for p in encoder.parameters())])
+    return found
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_deterministic_mode():
+    """No kernel asks PyTorch for an operator that this mode refuses."""
+    first, second = steps_in_deterministic_mode(torch.device("cpu"), torch.float32, 2)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("deterministic")
+def test_gpu_deterministic_mode():
+    first, *others = steps_in_deterministic_mode(torch.device("cuda"), torch.bfloat16, 30)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))
