@@ -77,7 +77,7 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
   device=cuda
   latency="1x100,1x400" batches="8x400,32x400" long="32x1500" train="8x400,32x400" odd="3x203"
-  widths=(256 512 768) tiny=()
+  widths=(256 512 768) tiny=() doctor=()
 else
   device=cpu
   say "missing: a GPU that torch can use. Dry run: tiny shapes on the CPU, Triton interpreted; its times mean nothing"
@@ -85,7 +85,7 @@ else
   # the ten minutes are for a GPU; a busy laptop may take longer
   deadline=$((SECONDS + 3600)) patience=10
   latency="1x8" batches="2x8" long="1x17" train="2x8" odd="2x7"
-  widths=(32) tiny=(--layers 2 --rounds 1 --threads 1)
+  widths=(32) tiny=(--layers 2 --rounds 1 --threads 1) doctor=(--frames 9)
 fi
 for tool in nvcc compute-sanitizer; do
   command -v "$tool" >/dev/null || say "missing: $tool on PATH"
@@ -102,12 +102,21 @@ small=(${tiny[@]+"${tiny[@]}"} --d-model "$width")
 
 stage "build" 150 bash -c build
 stage "info" 30 "$python" -m lcconformer info
+stage "errors against float64" 60 "$python" -m lcconformer doctor --device "$device" ${doctor[@]+"${doctor[@]}"}
 bench "inference, latency, d=$width" 45 --shapes "$latency" --providers "$plain" "${small[@]}"
 bench "training, d=$width" 60 --mode training --shapes "$train" --providers "$plain" "${small[@]}"
 bench "inference, batches, d=$width" 45 --shapes "$batches,$long" --providers "$plain" "${small[@]}"
 stage "GPU tests" 150 "$python" -m pytest -q -p no:cacheprovider -c "$repo/pyproject.toml" --rootdir "$repo" -m gpu \
   --continue-on-collection-errors --junitxml "$out/gpu_tests.xml" "$repo"/tests/{ops,kernels,extension,loop}
 bench "ops, d=$width" 60 --mode ops --shapes "$batches,$long" --providers eager,sdpa,lcconformer "${small[@]}"
+if [ "$device" = cuda ]; then
+  # cuBLAS between pointwise kernels, or products with those steps inside; the choice is filed beside the results
+  for shape in "32 400" "1 100" "8 400"; do
+    stage "tune the feed-forward, ${shape/ /x}, d=$width" 60 "$python" -m lcconformer tune --op feed_forward \
+      --batch "${shape% *}" --frames "${shape#* }" --d-model "$width" --folder "$out"
+    grep -h '^feed_forward' "$work/stage.txt" >>"$out/summary.txt"
+  done
+fi
 bench "inference against torch.compile, d=$width" 90 --shapes "$latency,$batches" --providers "$compiled" "${small[@]}"
 bench "training against torch.compile, d=$width" 120 --mode training --shapes "$train" --providers "$compiled" "${small[@]}"
 bench "training, long, d=$width" 45 --mode training --shapes "$long" --providers "$plain" "${small[@]}"

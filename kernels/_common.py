@@ -40,11 +40,15 @@ TRITON_DTYPE: dict[torch.dtype, str] = {
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How one kernel is launched; `blocks` are its BLOCK_* constexprs."""
+    """How one kernel is launched; `blocks` are its BLOCK_* constexprs. No warps: not this kernel but the library."""
 
     num_warps: int
     num_stages: int
     blocks: Mapping[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        tiles = "".join(f" {name}={size}" for name, size in self.blocks.items())
+        return f"warps={self.num_warps} stages={self.num_stages}{tiles}" if self.num_warps else "the library's"
 
     def kwargs(self) -> dict[str, Any]:
         """Keyword arguments for `kernel[grid](...)`; the fusion of a*b+c is pinned since Triton's default moves."""
@@ -160,6 +164,39 @@ def dropout_keep(seed, stream, major, rows, col_start, threshold, BLOCK_N: tl.co
     hi = tl.join(tl.join((r0 >> 16) >= t, (r2 >> 16) >= t), tl.join((r1 >> 16) >= t, (r3 >> 16) >= t))
     # [M, BLOCK_N / 8, word / 2, word % 2, half] -> [M, BLOCK_N]
     return tl.reshape(tl.join(lo, hi), (rows.shape[0], BLOCK_N))
+
+
+# dropout streams of the feed-forward
+HIDDEN = tl.constexpr(0)
+OUTPUT = tl.constexpr(1)
+
+
+@triton.jit
+def dropped(x, seed_ptr, stream, rows, col_start, threshold, keep_scale, BLOCK_N: tl.constexpr):
+    """x [M, BLOCK_N] with dropped elements zero and the others scaled; x itself without a seed."""
+    if seed_ptr is None:
+        return x
+    else:
+        keep = dropout_keep(tl.load(seed_ptr), stream, 0, rows, col_start, threshold, BLOCK_N)
+        return tl.where(keep, x * tl.cast(keep_scale, tl.float32), 0.0)
+
+
+# --- pointwise -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def sigmoid(x):
+    # by exp2: exp costs four more instructions (sm_90, Triton 3.6)
+    return 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * x))
+
+
+@triton.jit
+def add_bias(x, bias_ptr, cols, N):
+    """x [M, BLOCK_N] float32 plus bias[cols]; x itself without a bias."""
+    if bias_ptr is None:
+        return x
+    else:
+        return x + tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
 
 
 # --- ahead of time ---------------------------------------------------------------------------------------------------

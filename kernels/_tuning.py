@@ -1,8 +1,8 @@
 """Launch configurations measured by `python -m lcconformer tune` on this GPU, in place of the heuristics.
 
 One JSON file per GPU and version of Triton, in the folder LCCONFORMER_TUNED or ~/.cache/lcconformer/tuned, read when a kernel
-is first launched on that GPU. A heuristic's choice is the key, the measured one the value; one that is not among the
-candidates around the heuristic's is not used, so whatever a file says, a kernel gets tiles that it was written for.
+is first launched on that GPU. A heuristic's choice or a shape is the key, the measured one the value; one that is not among
+the candidates is not used, so whatever a file says, a kernel gets tiles that it was written for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ _seen: dict[str, list[LaunchConfig]] | None = None
 _forced: dict[str, LaunchConfig] = {}
 
 Limits = Mapping[str, tuple[int, int]]
+# what may be chosen in place of the heuristic's choice: its neighbours, with these tiles in limits; or those listed
+Others = Limits | Sequence[LaunchConfig]
 
 
 def folder() -> Path:
@@ -43,10 +45,12 @@ def file_of(gpu: str, where: Path | None = None) -> Path:
     return (where or folder()) / f"{slug}-triton-{triton.__version__}.json"
 
 
-def candidates(heuristic: LaunchConfig, limits: Limits) -> list[LaunchConfig]:
+def candidates(heuristic: LaunchConfig, others: Others) -> list[LaunchConfig]:
     """The heuristic's choice first; then one tile halved or doubled within its limits, warps too, or other stages."""
+    if not isinstance(others, Mapping):
+        return [heuristic, *others]
     tiles = [heuristic.blocks]
-    for name, (low, high) in limits.items():
+    for name, (low, high) in others.items():
         size = heuristic.blocks[name]
         tiles += [{**heuristic.blocks, name: n} for n in (size // 2, 2 * size) if low <= n <= high]
     warps = [w for w in (heuristic.num_warps, heuristic.num_warps // 2, 2 * heuristic.num_warps) if 1 <= w <= 16]
@@ -55,17 +59,16 @@ def candidates(heuristic: LaunchConfig, limits: Limits) -> list[LaunchConfig]:
     return found + [LaunchConfig(heuristic.num_warps, s, heuristic.blocks) for s in stages]
 
 
-def tuned(kernel: str, x: torch.Tensor, heuristic: LaunchConfig, limits: Limits) -> LaunchConfig:
-    """The configuration to launch `kernel` with on tensors like `x`; `limits` are of the tiles that may vary."""
+def tuned(kernel: str, x: torch.Tensor, heuristic: LaunchConfig, others: Others, shape: str = "") -> LaunchConfig:
+    """The configuration to launch `kernel` with on tensors like `x`, by what the heuristic chooses for them, or by `shape`."""
     table = _table(_gpu(x.device.index)) if x.device.type == "cuda" else {}
     if not table and _seen is None:
         return heuristic
-    sizes = " ".join(f"{name}={size}" for name, size in heuristic.blocks.items())
-    key = f"{kernel} {str(x.dtype)[6:]} warps={heuristic.num_warps} stages={heuristic.num_stages} {sizes}"
+    key = f"{kernel} {str(x.dtype)[6:]} {shape or heuristic}"
     if _seen is not None:
-        _seen[key] = candidates(heuristic, limits)
+        _seen[key] = candidates(heuristic, others)
     found = _forced.get(key) or table.get(key, heuristic)
-    return found if found == heuristic or found in candidates(heuristic, limits) else heuristic
+    return found if found == heuristic or found in candidates(heuristic, others) else heuristic
 
 
 @contextlib.contextmanager

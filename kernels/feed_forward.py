@@ -1,7 +1,9 @@
-"""Triton kernels of ``feed_forward`` around cuBLAS: everything between the GEMMs in one pass each.
+"""Triton kernels of ``feed_forward`` around cuBLAS, everything between the GEMMs in one pass each; or GEMMs with it inside.
 
     forward     h = LN(x);  u = h W1';  g = drop(silu(u + b1));  z = g W2';  out = x + scale * drop(z + b2)
     backward    dz, db2;  dg = dz W2;  du, g again, db1;  dh = du W1;  dx, h again, LN gradients;  dW2, dW1
+
+Where tuning found it faster, a product of feed_forward_products.py takes the place of cuBLAS and the steps beside it.
 
 Kept for the backward: x, the row statistics of LN, and u. h and g are recomputed where they are needed, dropout
 masks come from counters, and bias gradients are sums of per-program partials in a fixed order.
@@ -16,53 +18,31 @@ import torch
 import triton
 import triton.language as tl
 
+from . import feed_forward_products as products
 from ._common import (
+    HIDDEN,
+    OUTPUT,
     AotConfig,
     LaunchConfig,
+    add_bias,
     cdiv,
     constexpr_signature,
     dense,
-    dropout_keep,
     dropout_scale,
     dropout_threshold,
+    dropped,
     launch,
+    sigmoid,
 )
+from .feed_forward_products import LIBRARY
 from .partials import sum_rows
 from .residual_layer_norm import layer_norm, layer_norm_backward, rows_of
 
 # what changes with T, B or K: specialised on ones and multiples of 16 it would compile again for new lengths
 RUNTIME = ("M", "rows_each", "threshold")
 
-# dropout streams
-HIDDEN = tl.constexpr(0)
-OUTPUT = tl.constexpr(1)
-
 # 16 elements a thread
 _CONFIG = LaunchConfig(num_warps=4, num_stages=1, blocks={"BLOCK_M": 16, "BLOCK_N": 128})
-
-
-@triton.jit
-def _sigmoid(x):
-    # by exp2: exp costs four more instructions (sm_90, Triton 3.6)
-    return 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * x))
-
-
-@triton.jit
-def _drop(x, seed_ptr, stream, rows, col_start, threshold, keep_scale, BLOCK_N: tl.constexpr):
-    """x with dropped elements zero and the others scaled; x itself without a seed."""
-    if seed_ptr is None:
-        return x
-    else:
-        keep = dropout_keep(tl.load(seed_ptr), stream, 0, rows, col_start, threshold, BLOCK_N)
-        return tl.where(keep, x * tl.cast(keep_scale, tl.float32), 0.0)
-
-
-@triton.jit
-def _add_bias(x, bias_ptr, offs_n, N):
-    if bias_ptr is None:
-        return x
-    else:
-        return x + tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -75,8 +55,8 @@ def _activation_fwd_kernel(
     offs_n = col_start + tl.arange(0, BLOCK_N)
     mask = (rows < M)[:, None] & (offs_n < N)[None, :]
     at = rows.to(tl.int64)[:, None] * N + offs_n[None, :]
-    u = _add_bias(tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32), bias_ptr, offs_n, N)
-    g = _drop(u * _sigmoid(u), seed_ptr, HIDDEN, rows, col_start, threshold, keep_scale, BLOCK_N)
+    u = add_bias(tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32), bias_ptr, offs_n, N)
+    g = dropped(u * sigmoid(u), seed_ptr, HIDDEN, rows, col_start, threshold, keep_scale, BLOCK_N)
     tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), mask=mask)
 
 
@@ -95,12 +75,12 @@ def _activation_bwd_kernel(
         rows = start + tl.arange(0, BLOCK_M)
         mask = (rows < last)[:, None] & (offs_n < N)[None, :]
         at = rows.to(tl.int64)[:, None] * N + offs_n[None, :]
-        u = _add_bias(tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32), bias_ptr, offs_n, N)
+        u = add_bias(tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32), bias_ptr, offs_n, N)
         dg = tl.load(dg_ptr + at, mask=mask, other=0.0).to(tl.float32)
         # dropout is linear: one factor serves g and its gradient
-        factor = _drop(tl.full([BLOCK_M, BLOCK_N], 1.0, tl.float32), seed_ptr, HIDDEN, rows, col_start, threshold,
+        factor = dropped(tl.full([BLOCK_M, BLOCK_N], 1.0, tl.float32), seed_ptr, HIDDEN, rows, col_start, threshold,
                        keep_scale, BLOCK_N)  # fmt: skip
-        s = _sigmoid(u)
+        s = sigmoid(u)
         du = dg * factor * s * (1.0 + u * (1.0 - s))
         acc += du
         tl.store(du_ptr + at, du.to(du_ptr.dtype.element_ty), mask=mask)
@@ -119,8 +99,8 @@ def _residual_fwd_kernel(
     offs_n = col_start + tl.arange(0, BLOCK_N)
     mask = (rows < M)[:, None] & (offs_n < N)[None, :]
     wide = rows.to(tl.int64)[:, None]
-    z = _add_bias(tl.load(z_ptr + wide * N + offs_n[None, :], mask=mask, other=0.0).to(tl.float32), bias_ptr, offs_n, N)
-    z = _drop(z, seed_ptr, OUTPUT, rows, col_start, threshold, keep_scale, BLOCK_N)
+    z = add_bias(tl.load(z_ptr + wide * N + offs_n[None, :], mask=mask, other=0.0).to(tl.float32), bias_ptr, offs_n, N)
+    z = dropped(z, seed_ptr, OUTPUT, rows, col_start, threshold, keep_scale, BLOCK_N)
     x = tl.load(x_ptr + wide * stride_xm + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
     out = x + tl.cast(scale, tl.float32) * z
     tl.store(out_ptr + wide * N + offs_n[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
@@ -142,7 +122,7 @@ def _residual_bwd_kernel(
         mask = (rows < last)[:, None] & (offs_n < N)[None, :]
         wide = rows.to(tl.int64)[:, None]
         dz = tl.load(dout_ptr + wide * stride_dm + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-        dz = _drop(dz * tl.cast(scale, tl.float32), seed_ptr, OUTPUT, rows, col_start, threshold, keep_scale, BLOCK_N)
+        dz = dropped(dz * tl.cast(scale, tl.float32), seed_ptr, OUTPUT, rows, col_start, threshold, keep_scale, BLOCK_N)
         acc += dz
         tl.store(dz_ptr + wide * N + offs_n[None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
     tl.store(part_ptr + program.to(tl.int64) * N + offs_n, tl.sum(acc, 0), mask=offs_n < N)
@@ -190,6 +170,64 @@ def activation_backward(
     return du, g, sum_rows(part, dtype)
 
 
+def up(
+    h: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    *,
+    save: bool = True,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """(u = h W1' or None unless `save`, g = drop(silu(u + b1))), [M, F], of rows h [M, D] in the dtype of w1."""
+    config = products.choice("up", h, w1, w1.shape[0])
+    if config != LIBRARY:
+        g, u, *_ = products.up(h, None, w1, b1, seed, dropout_p, config, save=save)
+        return u, g
+    u = torch.mm(h, w1.t())
+    return u if save else None, activation(u, b1, seed, dropout_p)
+
+
+def up_backward(
+    dz: torch.Tensor,
+    w2: torch.Tensor,
+    u: torch.Tensor,
+    b1: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(du, g again [M, F], db1 [F] in `dtype`) from the gradient dz [M, D] of z = g W2'."""
+    config = products.choice("up_backward", dz, w2, w2.shape[1])
+    if config != LIBRARY:
+        return products.up_backward(dz, w2, u, b1, seed, dropout_p, dtype, config)
+    return activation_backward(torch.mm(dz, w2), u, b1, seed, dropout_p, dtype)
+
+
+def _down(
+    g: torch.Tensor,
+    w2: torch.Tensor,
+    b2: torch.Tensor | None,
+    x: torch.Tensor,
+    seed: torch.Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> torch.Tensor:
+    """x + scale * drop(g W2' + b2), [M, D]"""
+    config = products.choice("down", g, w2, w2.shape[0])
+    if config != LIBRARY:
+        return products.down(g, w2, b2, x, seed, scale, dropout_p, config)
+    m, d = x.shape
+    (b2,) = dense(b2)
+    z = torch.mm(g, w2.t())
+    out = x.new_empty((m, d))
+    launch(
+        _residual_fwd_kernel, _grid(cdiv(m, _CONFIG.blocks["BLOCK_M"]), d), _CONFIG, x, z, b2, x, x.stride(0), seed, out,
+        m, d, scale, dropout_threshold(dropout_p), dropout_scale(dropout_p),
+    )  # fmt: skip
+    return out
+
+
 def forward(
     x: torch.Tensor,
     norm_weight: torch.Tensor,
@@ -202,19 +240,23 @@ def forward(
     scale: float,
     dropout_p: float,
     eps: float,
+    save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(out like x, mean [M], rstd [M] float32, u [M, F] = LN(x) W1' in the dtype of w1)."""
-    x2 = rows_of(x)
-    (b2,) = dense(b2)
-    m, d = x2.shape
-    drop = (dropout_threshold(dropout_p), dropout_scale(dropout_p))
-    blocks_m = cdiv(m, _CONFIG.blocks["BLOCK_M"])
-    h, mean, rstd = layer_norm(x2, norm_weight, norm_bias, eps, w1.dtype)
-    u = torch.mm(h, w1.t())
-    g = activation(u, b1, seed, dropout_p)
-    z = torch.mm(g, w2.t())
-    out = x.new_empty(x.shape)
-    launch(_residual_fwd_kernel, _grid(blocks_m, d), _CONFIG, x, z, b2, x2, x2.stride(0), seed, out, m, d, scale, *drop)
+    """(out like x, mean [M], rstd [M] float32, u [M, F] = LN(x) W1' like w1); the last three empty unless `save`."""
+    rows = rows_of(x)
+    config = products.choice("norm_up", rows, w1, w1.shape[0])
+    mean: torch.Tensor | None
+    rstd: torch.Tensor | None
+    if config != LIBRARY:
+        norm = (norm_weight, norm_bias, eps)
+        g, u, mean, rstd = products.up(rows, norm, w1, b1, seed, dropout_p, config, save=save)
+    else:
+        h, mean, rstd = layer_norm(rows, norm_weight, norm_bias, eps, w1.dtype)
+        u, g = up(h, w1, b1, seed, dropout_p, save=save)
+    out = _down(g, w2, b2, rows, seed, scale, dropout_p).view(x.shape)
+    if u is None or mean is None or rstd is None:
+        nothing = x.new_empty((0,), dtype=torch.float32)
+        return out, nothing, torch.empty_like(nothing), w1.new_empty((0,))
     return out, mean, rstd, u
 
 
@@ -236,7 +278,6 @@ def backward(
     """(dx, (dnorm_weight, dnorm_bias) [2, D], dw1, db1, dw2, db2)"""
     x2, dout2 = rows_of(x), rows_of(dout)
     m, d = x2.shape
-    drop = (dropout_threshold(dropout_p), dropout_scale(dropout_p))
     each = _rows_each(m)
     programs = cdiv(m, each)
 
@@ -244,12 +285,11 @@ def backward(
     part = x.new_empty((programs, d), dtype=torch.float32)
     launch(
         _residual_bwd_kernel, _grid(programs, d), _CONFIG, x, dout2, dout2.stride(0), seed, dz, part, m, d, each,
-        scale, *drop,
+        scale, dropout_threshold(dropout_p), dropout_scale(dropout_p),
     )  # fmt: skip
     db2 = sum_rows(part, w2.dtype)
 
-    dg = torch.mm(dz, w2)
-    du, g, db1 = activation_backward(dg, u, b1, seed, dropout_p, w1.dtype)
+    du, g, db1 = up_backward(dz, w2, u, b1, seed, dropout_p, w1.dtype)
     dw2 = torch.mm(dz.t(), g)
 
     dh = torch.mm(du, w1)

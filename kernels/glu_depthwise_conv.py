@@ -31,6 +31,7 @@ from ._common import (
     dense,
     launch,
     next_power_of_2,
+    sigmoid,
 )
 from ._tuning import tuned
 from .partials import sum_rows
@@ -42,12 +43,6 @@ NONE, RUNNING, LAYER, STATS = (tl.constexpr(i) for i in range(4))
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _sigmoid(x):
-    # by exp2: exp costs four more instructions (sm_90, Triton 3.6)
-    return 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * x))
 
 
 @triton.jit
@@ -66,7 +61,7 @@ def _frame(ptr, offs_t, stride_t, gate, n, mask_c, GLU: tl.constexpr):
     p = ptr + offs_t.to(tl.int64)[:, None] * stride_t
     value = tl.load(p, mask=mask, other=0.0).to(tl.float32)
     if GLU:
-        value = value * _sigmoid(tl.load(p + gate, mask=mask, other=0.0).to(tl.float32))
+        value = value * sigmoid(tl.load(p + gate, mask=mask, other=0.0).to(tl.float32))
     return value
 
 
@@ -152,7 +147,7 @@ def _conv_fwd_kernel(
                 centred = tl.where(mask_c[None, :], y - mean[:, None], 0.0)
                 rstd = tl.rsqrt(tl.sum(centred * centred, 1) / C + tl.cast(eps, tl.float32))
                 y = centred * rstd[:, None] * gamma + beta
-            tl.store(out_ptr + at, (y * _sigmoid(y)).to(out_ptr.dtype.element_ty), mask=mask)
+            tl.store(out_ptr + at, (y * sigmoid(y)).to(out_ptr.dtype.element_ty), mask=mask)
 
     if NORM == STATS:
         # count, mean and M2 of the tile's real frames, of y as stored; the count follows from the length
@@ -258,7 +253,7 @@ def _norm_fwd_kernel(
     mask = (offs_t < T)[:, None] & mask_c[None, :]
     at = (b * T + offs_t.to(tl.int64))[:, None] * C + offs_c[None, :]
     z = (tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :] + beta[None, :]
-    tl.store(out_ptr + at, (z * _sigmoid(z)).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + at, (z * sigmoid(z)).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 # --- backward --------------------------------------------------------------------------------------------------------
@@ -311,7 +306,7 @@ def _norm_bwd_kernel(
         z = xhat
         if NORM != NONE:
             z = xhat * gamma + beta
-        s = _sigmoid(z)
+        s = sigmoid(z)
         dz = dout * s * (1.0 + z * (1.0 - s))
         dy = dz
         if NORM == RUNNING:
@@ -386,7 +381,7 @@ def _stats_bwd_kernel(
     at_d = b * stride_db + wide_t * stride_dt + (offs_c.to(tl.int64) * stride_dc)[None, :]
     dout = tl.load(dout_ptr + at_d, mask=mask, other=0.0).to(tl.float32)
     z = xhat * gamma + beta
-    s = _sigmoid(z)
+    s = sigmoid(z)
     dz = dout * s * (1.0 + z * (1.0 - s))
     through_stats = tl.where((offs_t < n)[:, None], mean_dz + xhat * mean_dzx, 0.0)
     tl.store(dy_ptr + at, (rstd * (dz * gamma - through_stats)).to(dy_ptr.dtype.element_ty), mask=mask)
@@ -417,7 +412,7 @@ def _input_bwd_kernel(
         real = (t < n)[:, None] & mask_c[None, :]
         p = x_ptr + b * stride_xb + wide_t * stride_xt + (wide_c * stride_xc)[None, :]
         value = tl.load(p, mask=real, other=0.0).to(tl.float32)
-        s = _sigmoid(tl.load(p + wide * stride_xc, mask=real, other=0.0).to(tl.float32))
+        s = sigmoid(tl.load(p + wide * stride_xc, mask=real, other=0.0).to(tl.float32))
         g = value * s
         dvalue = tl.where(real, dg[r] * s, 0.0)
         mask = (t < T)[:, None] & mask_c[None, :]

@@ -66,17 +66,22 @@ class residual_layer_norm:
 
 class feed_forward:
     @staticmethod
-    def activation(u: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: float) -> Tensor:
-        with drawn_from(seed):
-            return F.dropout(F.silu(u if b1 is None else u + b1), dropout_p)
+    def up(h, w1, b1, seed, dropout_p) -> tuple[Tensor, Tensor]:
+        u = F.linear(h, w1)
+        return u, feed_forward._activation(u, b1, seed, dropout_p)
 
     @staticmethod
-    def activation_backward(dg, u, b1, seed, dropout_p) -> tuple[Tensor, Tensor, Tensor]:
+    def up_backward(dz, w2, u, b1, seed, dropout_p) -> tuple[Tensor, Tensor, Tensor]:
         with torch.enable_grad():
             leaf = u.detach().requires_grad_()
-            g = feed_forward.activation(leaf, b1, seed, dropout_p)
-        (du,) = torch.autograd.grad(g, leaf, dg)
+            g = feed_forward._activation(leaf, b1, seed, dropout_p)
+        (du,) = torch.autograd.grad(g, leaf, F.linear(dz, w2.t()))
         return du, g.detach(), du.sum(0)
+
+    @staticmethod
+    def _activation(u: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: float) -> Tensor:
+        with drawn_from(seed):
+            return F.dropout(F.silu(u if b1 is None else u + b1), dropout_p)
 
 
 class relpos_attention:

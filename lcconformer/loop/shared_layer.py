@@ -210,14 +210,12 @@ class SharedLayer:
             gradients.product(first, dfirst, n, bias=not first.endswith(".up"))
 
     def _feed_forward(self, name: str, h: Tensor, seed: Tensor | None, p: float) -> tuple[Tensor, list[Tensor]]:
-        u = linear(h, self._weights[f"{name}.up.weight"])
-        g = self.steps.activate(u, self._weights[f"{name}.up.bias"], seed, p)
+        u, g = self.steps.up(h, self._weights[f"{name}.up.weight"], self._weights[f"{name}.up.bias"], seed, p)
         return self._linear(f"{name}.down", g), [u]
 
     def _feed_forward_backward(self, name, dy, inner, seed, p, gradients) -> tuple[Tensor, Tensor]:
         bias = self._weights[f"{name}.up.bias"]
-        dg = self._linear_backward(f"{name}.down", dy)
-        du, g, dbias = self.steps.activate_backward(dg, inner[0], bias, seed, p)
+        du, g, dbias = self.steps.up_backward(dy, self._weights[f"{name}.down.weight"], inner[0], bias, seed, p)
         gradients.product(f"{name}.down", dy, g)
         gradients.add(f"{name}.up.bias", dbias)
         return self._linear_backward(f"{name}.up", du), du

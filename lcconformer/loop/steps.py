@@ -71,19 +71,19 @@ class Steps:
     """The backend of each op, and what is called of it.
 
     Attributes:
-        attention, convolution, activation, norm: backends, as the ops choose them.
+        attention, convolution, feed_forward, norm: backends, as the ops choose them.
         dtype: C.
     """
 
     attention: str
     convolution: str
-    activation: str
+    feed_forward: str
     norm: str
     dtype: torch.dtype
 
     @property
     def backends(self) -> tuple[str, ...]:
-        return self.attention, self.convolution, self.activation, self.norm
+        return self.attention, self.convolution, self.feed_forward, self.norm
 
     def layer_norm(self, x: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """(LN(x) ``[M, D]`` in ``dtype``, mean, rstd ``[M]``) of rows."""
@@ -124,15 +124,17 @@ class Steps:
         )
         return dx, None if dy is None else dy.to(self.dtype), None if n is None else n.to(self.dtype), dparams
 
-    def activate(self, u: Tensor, bias: Tensor | None, seed: Tensor | None, dropout_p: float) -> Tensor:
-        """drop(silu(u + bias)) of ``[M, F]``."""
-        return _kernels("feed_forward", self.activation).activation(u, bias, seed, dropout_p)
+    def up(
+        self, h: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, dropout_p: float
+    ) -> tuple[Tensor, Tensor]:
+        """(u = h weight', drop(silu(u + bias))), ``[M, F]``, of ``h [M, D]``."""
+        return _kernels("feed_forward", self.feed_forward).up(h, weight, bias, seed, dropout_p)
 
-    def activate_backward(
-        self, dg: Tensor, u: Tensor, bias: Tensor | None, seed: Tensor | None, dropout_p: float
+    def up_backward(
+        self, dz: Tensor, down: Tensor, u: Tensor, bias: Tensor | None, seed: Tensor | None, dropout_p: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(du, drop(silu(u + bias)) again ``[M, F]``, dbias ``[F]``)."""
-        return _kernels("feed_forward", self.activation).activation_backward(dg, u, bias, seed, dropout_p)
+        """(du, drop(silu(u + bias)) again ``[M, F]``, dbias ``[F]``) from ``dz [M, D]`` behind the matrix ``down [D, F]``."""
+        return _kernels("feed_forward", self.feed_forward).up_backward(dz, down, u, bias, seed, dropout_p)
 
     def attend(self, qkv: Tensor, *positions: Tensor, lengths, seed, dropout_p) -> tuple[Tensor, Tensor]:
         """(output ``[B, T, H, D]``, what the backward wants of the softmax) of ``qkv [B, T, 3, H, D]``."""
@@ -188,7 +190,7 @@ def steps_for(config: ConformerConfig, x: Tensor, dtype: torch.dtype, norm_weigh
     return Steps(
         attention=relpos_attention.backend_of(heads),
         convolution=glu_depthwise_conv.backend_of(*conv),
-        activation=feed_forward.backend_of(nothing.expand(b, t, d), norm_weight, weight, activation),
+        feed_forward=feed_forward.backend_of(nothing.expand(b, t, d), norm_weight, weight, activation),
         norm=residual_layer_norm.backend_of(x, norm_weight),
         dtype=dtype,
     )

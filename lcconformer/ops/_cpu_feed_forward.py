@@ -9,7 +9,7 @@ from ._cpu import dropout, f32, pointer, rows_of, run
 from ._cpu_linear import matmul_transposed
 from ._cpu_residual_layer_norm import layer_norm, layer_norm_backward
 
-__all__ = ["activation", "activation_backward", "backward", "forward"]
+__all__ = ["activation", "activation_backward", "backward", "forward", "up", "up_backward"]
 
 _HIDDEN, _OUTPUT = 0, 1  # dropout streams
 
@@ -58,6 +58,19 @@ def activation_backward(
     return du, g, db1
 
 
+def up(h: Tensor, w1: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: float) -> tuple[Tensor, Tensor]:
+    """(u = h W1', g = drop(silu(u + b1))), ``[M, F]``, of rows h ``[M, D]``."""
+    u = matmul_transposed(h, w1)
+    return u, activation(u, b1, seed, dropout_p)
+
+
+def up_backward(
+    dz: Tensor, w2: Tensor, u: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(du, g again ``[M, F]``, db1 float32 ``[F]``) from the gradient dz ``[M, D]`` of z = g W2'."""
+    return activation_backward(matmul_transposed(dz, w2.t()), u, b1, seed, dropout_p)
+
+
 def forward(
     x: Tensor,
     norm_weight: Tensor,
@@ -70,14 +83,14 @@ def forward(
     scale: float,
     dropout_p: float,
     eps: float,
+    save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out like x, mean [M], rstd [M] float32, u [M, F] = LN(x) W1')"""
+    """(out like x, mean [M], rstd [M] float32, u [M, F] = LN(x) W1'); the last three empty unless ``save``."""
     rows = rows_of(x)
     m, d = rows.shape
     drop = dropout(seed, dropout_p)
     h, mean, rstd = layer_norm(rows, norm_weight, norm_bias, eps)
-    u = matmul_transposed(h, w1)
-    g = activation(u, b1, seed, dropout_p)
+    u, g = up(h, w1, b1, seed, dropout_p)
     z = matmul_transposed(g, w2)
     out = x.new_empty(x.shape)
     bias = f32(b2)
@@ -95,6 +108,8 @@ def forward(
         M=m,
         N=d,
     )
+    if not save:
+        mean, rstd, u = (t.new_empty((0,)) for t in (mean, rstd, u))
     return out, mean, rstd, u
 
 
@@ -133,10 +148,9 @@ def backward(
         M=m,
         N=d,
     )
-    dg = matmul_transposed(dz, w2.t())
-    du, g, db1 = activation_backward(dg, u, b1, seed, dropout_p)
+    du, g, db1 = up_backward(dz, w2, u, b1, seed, dropout_p)
     dw2 = torch.mm(dz.t(), g)
-    del g, dg
+    del g
     dh = matmul_transposed(du, w1.t())
     h = torch.empty_like(dh)
     dx, dnorm = layer_norm_backward(dh, drows, rows, mean, rstd, norm_weight, norm_bias, n=h)

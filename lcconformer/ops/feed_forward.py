@@ -112,7 +112,7 @@ def feed_forward(
     tensors = (x, norm_weight, norm_bias, w1, b1, w2, b2, dropout_seed(x, dropout_p))
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in tensors):
         return FeedForwardFn.apply(*tensors, scale, dropout_p, eps, backend)
-    return torch.ops.lcconformer.feed_forward_fwd(*tensors, scale, dropout_p, eps, backend=backend)[0]
+    return torch.ops.lcconformer.feed_forward_fwd(*tensors, scale, dropout_p, eps, False, backend=backend)[0]
 
 
 # --- fused -----------------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def _cpu_unsupported(x: Tensor, w1: Tensor, activation: str) -> list[str]:
 torch.library.define(
     "lcconformer::feed_forward_fwd",
     "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? seed, "
-    "float scale, float dropout_p, float eps, *, str backend='triton') "
+    "float scale, float dropout_p, float eps, bool save, *, str backend='triton') "
     "-> (Tensor out, Tensor mean, Tensor rstd, Tensor u)",
 )
 torch.library.define(
@@ -172,10 +172,10 @@ def _bwd(*args: Any, backend: str = "triton") -> tuple[Tensor, ...]:
 
 
 @torch.library.register_fake("lcconformer::feed_forward_fwd")
-def _fwd_fake(x, norm_weight, norm_bias, w1, b1, w2, b2, seed, scale, dropout_p, eps, *, backend="triton"):
+def _fwd_fake(x, norm_weight, norm_bias, w1, b1, w2, b2, seed, scale, dropout_p, eps, save, *, backend="triton"):
     rows = x.shape[0] * x.shape[1]
-    mean, rstd = (x.new_empty((rows,), dtype=torch.float32) for _ in range(2))
-    return x.new_empty(x.shape), mean, rstd, w1.new_empty((rows, w1.shape[0]))
+    mean, rstd = (x.new_empty((rows if save else 0,), dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape), mean, rstd, w1.new_empty((rows, w1.shape[0]) if save else (0,))
 
 
 @torch.library.register_fake("lcconformer::feed_forward_bwd")
@@ -192,7 +192,7 @@ class FeedForwardFn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, w1, b1, w2, b2, seed, scale, dropout_p, eps, backend):
         out, mean, rstd, u = torch.ops.lcconformer.feed_forward_fwd(
-            x, norm_weight, norm_bias, w1, b1, w2, b2, seed, scale, dropout_p, eps, backend=backend
+            x, norm_weight, norm_bias, w1, b1, w2, b2, seed, scale, dropout_p, eps, True, backend=backend
         )
         ctx.save_for_backward(x, norm_weight, norm_bias, w1, b1, w2, mean, rstd, u, seed)
         ctx.options, ctx.backend = (scale, dropout_p), backend

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def run(tensors, dout, seed=None, dropout_p=0.0, scale=0.5):
-    out, *saved = kernels.forward(*tensors, seed, scale, dropout_p, EPS)
+    out, *saved = kernels.forward(*tensors, seed, scale, dropout_p, EPS, True)
     dx, dnorm, dw1, db1, dw2, db2 = kernels.backward(dout, *tensors[:6], *saved, seed, scale, dropout_p)
     return {"out": out, **dict(zip(("d" + n for n in NAMES), (dx, *dnorm, dw1, db1, dw2, db2)))}
 
@@ -111,7 +111,7 @@ def masks(m: int, f: int, d: int, p: float, seed: torch.Tensor) -> tuple[torch.T
     zero_w2 = torch.zeros(d, f, device=DEVICE)
     norm = torch.ones(d, device=DEVICE), torch.zeros(d, device=DEVICE)
     # only b2 reaches the output: the factors of the output
-    args = (x, *norm, w1, b1, zero_w2, torch.ones(d, device=DEVICE), seed, 1.0, p, EPS)
+    args = (x, *norm, w1, b1, zero_w2, torch.ones(d, device=DEVICE), seed, 1.0, p, EPS, True)
     output = kernels.forward(*args)[0][0]
     # the gradient of w2 for a single one in dout is g of that row, times the factor of that output
     hidden = torch.zeros(m, f, device=DEVICE)

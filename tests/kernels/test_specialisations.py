@@ -20,10 +20,17 @@ import torch
 
 pytest.importorskip("triton")
 
-from lcconformer.kernels import feed_forward, glu_depthwise_conv, partials, relpos_attention, residual_layer_norm
+from lcconformer.kernels import (
+    feed_forward,
+    glu_depthwise_conv,
+    partials,
+    relpos_attention,
+    residual_layer_norm,
+)
+from lcconformer.kernels import feed_forward_products as products
 from lcconformer.kernels._common import AotConfig, LaunchConfig
 
-MODULES = (feed_forward, glu_depthwise_conv, partials, relpos_attention, residual_layer_norm)
+MODULES = (feed_forward, glu_depthwise_conv, partials, products, relpos_attention, residual_layer_norm)
 OPTIONAL = ("lengths_ptr", "bias_ptr", "seed_ptr")
 # unrolled loops, as short as they go
 SHORT = {"BLOCK_R": 2, "TAPS": 2, "STEP": 2}
@@ -113,8 +120,17 @@ def calls(b: int, t: int) -> Iterator[tuple[str, Callable[[], object]]]:
 
     def feed() -> None:
         w1, w2, b1 = torch.zeros(f, d), torch.zeros(d, f), torch.zeros(f)
-        out, *saved = feed_forward.forward(x, vector, vector, w1, b1, w2, vector, seed, 0.5, p, 1e-5)
+        out, *saved = feed_forward.forward(x, vector, vector, w1, b1, w2, vector, seed, 0.5, p, 1e-5, True)
         feed_forward.backward(out, x, vector, vector, w1, b1, w2, *saved, seed, 0.5, p)
+
+    def feed_by_products() -> None:
+        narrow, w1, w2 = x.bfloat16(), torch.zeros(f, d, dtype=torch.bfloat16), torch.zeros(d, f, dtype=torch.bfloat16)
+        chosen, products.choice = products.choice, lambda product, *_: products.CONFIGS[product][-1]
+        try:
+            out, *saved = feed_forward.forward(narrow, vector, vector, w1, None, w2, vector, seed, 0.5, p, 1e-5, True)
+            feed_forward.backward(out, narrow, vector, vector, w1, None, w2, *saved, seed, 0.5, p)
+        finally:
+            products.choice = chosen
 
     def residual() -> None:
         s, n, *saved = residual_layer_norm.forward(x, x, vector, vector, seed, 0.5, p, 1e-5)
@@ -134,6 +150,7 @@ def calls(b: int, t: int) -> Iterator[tuple[str, Callable[[], object]]]:
         relpos_attention.backward(torch.zeros_like(out), *given, out, lse, p)
 
     yield "feed_forward", feed
+    yield "feed_forward by products", feed_by_products
     yield "residual_layer_norm", residual
     for norm in ("none", "layer", "batch", "group"):
         yield f"glu_depthwise_conv {norm}", functools.partial(convolution, norm)

@@ -155,8 +155,9 @@ def test_opcheck(layout, dropout_p):
         args[3], args[5] = (w.t().contiguous().t() for w in (args[3], args[5]))
     seed = torch.tensor([7], device=DEVICE) if dropout_p else None
     forward = torch.ops.lcconformer.feed_forward_fwd.default
-    torch.library.opcheck(forward, (*args, seed, 0.5, dropout_p, 1e-5))
-    out, *saved = forward(*args, seed, 0.5, dropout_p, 1e-5)
+    for save in (False, True):
+        torch.library.opcheck(forward, (*args, seed, 0.5, dropout_p, 1e-5, save))
+    out, *saved = forward(*args, seed, 0.5, dropout_p, 1e-5, True)
     backward = torch.ops.lcconformer.feed_forward_bwd.default
     torch.library.opcheck(backward, (out, *args[:6], *saved, seed, 0.5, dropout_p))
 
