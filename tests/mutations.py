@@ -1,0 +1,690 @@
+"""Would the tests notice?  Lines of the kernels changed one at a time, and of each the test that must go red.
+
+``python tests/mutations.py [--match TEXT]`` copies the tracked files to a temporary folder, builds the C++ extension there
+if a change of it was chosen, and runs the named tests: all must pass.  Then each change is made, built, tested and undone:
+
+  caught    an assertion of the test failed
+  MISSED    the test passed
+  BROKEN    no answer: the build failed, or the test was skipped, not found, or stopped by something else
+
+The exit status is 0 if all were caught.  The checkout is only read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+LIMIT = 600  # seconds of one build or one run of pytest
+# how junit's message starts where a test said no; anything else (a NameError in a kernel, ...) is no answer
+ASSERTED = ("AssertionError", "assert ", "Failed: ")
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """``before``, which occurs once in ``file``, becomes ``after``, and ``test``, the node id of one test, fails."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+    test: str
+
+    def of(self, text: str) -> str:
+        if text.count(self.before) != 1:
+            raise ValueError(f"{self.name}: {self.before!r} occurs {text.count(self.before)} times in {self.file}")
+        return text.replace(self.before, self.after)
+
+
+ATTENTION, ON_ATTENTION = "kernels/relpos_attention.py", "tests/kernels/test_relpos_attention.py"
+CONVOLUTION, ON_CONVOLUTION = "kernels/glu_depthwise_conv.py", "tests/kernels/test_glu_depthwise_conv.py"
+LAYER_NORM, ON_LAYER_NORM = "kernels/residual_layer_norm.py", "tests/kernels/test_residual_layer_norm.py"
+FEED_FORWARD, ON_FEED_FORWARD = "kernels/feed_forward.py", "tests/kernels/test_feed_forward.py"
+ON_STRIDES = "tests/kernels/test_strides.py"
+
+TRITON = (
+    Mutation(
+        "attention: key mask removed",
+        ATTENTION,
+        '            s = tl.where(_inside(j0, keys, N)[None, :], s, float("-inf"))\n',
+        "",
+        f"{ON_ATTENTION}::test_equals_the_oracle[1-2-16-None-fp32]",
+    ),
+    Mutation(
+        "attention: rotation of the relative shift off by one",
+        ATTENTION,
+        "input_precision=PRECISION), (j - i - 1) & (N - 1), 1)",
+        "input_precision=PRECISION), (j - i) & (N - 1), 1)",
+        f"{ON_ATTENTION}::test_equals_the_oracle[1-2-16-None-fp32]",
+    ),
+    Mutation(
+        "attention: rotated product of the previous tile not carried",
+        ATTENTION,
+        "            latest = r\n"
+        "            k = _load_tile(k_base, j0, keys, stride_kt, D, N, BLOCK_D)\n"
+        "            s = tl.dot(qu, tl.trans(k), s, input_precision=PRECISION)\n"
+        "            s = tl.where(",
+        "            k = _load_tile(k_base, j0, keys, stride_kt, D, N, BLOCK_D)\n"
+        "            s = tl.dot(qu, tl.trans(k), s, input_precision=PRECISION)\n"
+        "            s = tl.where(",
+        f"{ON_ATTENTION}::test_equals_the_oracle[65-1-64-lengths4-fp32]",
+    ),
+    Mutation(
+        "attention: accumulator not rescaled",
+        ATTENTION,
+        "acc * alpha[:, None]",
+        "acc",
+        f"{ON_ATTENTION}::test_equals_the_oracle[63-1-24-None-fp32]",
+    ),
+    Mutation(
+        "attention: no guard for rows without keys",
+        ATTENTION,
+        "        denominator = tl.where(some, denominator, 1.0)\n",
+        "",
+        f"{ON_ATTENTION}::test_equals_the_oracle[65-1-64-lengths4-fp32]",
+    ),
+    Mutation(
+        "attention: packed start ignored",
+        ATTENTION,
+        "stride_b + start * stride_t +",
+        "stride_b +",
+        f"{ON_ATTENTION}::test_packed[fp32]",
+    ),
+    Mutation(
+        "attention: strides of `pos` assumed",
+        ATTENTION,
+        "stride_pt=pos.stride(0), stride_ph=pos.stride(1)",
+        "stride_pt=h * d, stride_ph=d",
+        f"{ON_STRIDES}::test_relpos_attention",
+    ),
+    Mutation(
+        "attention: specialised on the number of frames",
+        ATTENTION,
+        'RUNTIME = ("B", "T", "rows", "threshold")',
+        'RUNTIME = ("B", "rows", "threshold")',
+        "tests/kernels/test_specialisations.py::test_one_specialisation_for_all_lengths_and_batches",
+    ),
+    Mutation(
+        "attention backward: delta not subtracted",
+        ATTENTION,
+        "w * (dp - delta)",
+        "w * dp",
+        f"{ON_ATTENTION}::test_equals_the_oracle[7-2-32-lengths2-fp32]",
+    ),
+    Mutation(
+        "attention backward: band boundary `<=`",
+        ATTENTION,
+        "j[:, None] + i[None, :] + 1 < N",
+        "j[:, None] + i[None, :] + 1 <= N",
+        f"{ON_ATTENTION}::test_equals_the_oracle[7-2-32-lengths2-fp32]",
+    ),
+    Mutation(
+        "attention backward: only the first part of the batch in dpos",
+        ATTENTION,
+        "dpos.sum(0)",
+        "dpos[0]",
+        f"{ON_ATTENTION}::test_parts_of_the_batch_are_added",
+    ),
+    Mutation(
+        "attention backward: dropout not applied to dP",
+        ATTENTION,
+        "        dp = tl.where(keep, dp * keep_scale, 0.0)\n",
+        "",
+        f"{ON_ATTENTION}::test_dropout_is_the_same_in_forward_and_backward[9-2-lengths1-dtype1]",
+    ),
+    Mutation(
+        "attention backward: `u` assumed contiguous",
+        ATTENTION,
+        '"u_ptr": u.contiguous()',
+        '"u_ptr": u',
+        f"{ON_STRIDES}::test_relpos_attention",
+    ),
+    Mutation(
+        "convolution: halo off by one",
+        CONVOLUTION,
+        "first = offs_t - K // 2",
+        "first = offs_t - K // 2 + 1",
+        f"{ON_CONVOLUTION}::test_equals_the_oracle[none-1-5-1-None-fp32]",
+    ),
+    Mutation(
+        "convolution: a frame beyond the length is read",
+        CONVOLUTION,
+        "((offs_t >= 0) & (offs_t < n))",
+        "((offs_t >= 0) & (offs_t <= n))",
+        f"{ON_CONVOLUTION}::test_equals_the_oracle[none-1-5-1-None-fp32]",
+    ),
+    Mutation(
+        "convolution: window shift between blocks of taps",
+        CONVOLUTION,
+        "window = frames[TAPS:]",
+        "window = frames[TAPS - 1 : BLOCK_R + TAPS - 2]",
+        f"{ON_CONVOLUTION}::test_equals_the_oracle[none-7-24-31-lengths1-fp32]",
+    ),
+    Mutation(
+        "convolution: means of tiles not merged",
+        CONVOLUTION,
+        "mean + delta * (n / total)",
+        "mean",
+        f"{ON_CONVOLUTION}::test_equals_the_oracle[batch-7-24-31-None-fp32]",
+    ),
+    Mutation(
+        "convolution: distance of means left out of the variance",
+        CONVOLUTION,
+        "m2 + spread + delta * delta * (count * n / total)",
+        "m2 + spread",
+        f"{ON_CONVOLUTION}::test_statistics_of_many_tiles[batch]",
+    ),
+    Mutation(
+        "convolution backward: bias accumulation dropped",
+        CONVOLUTION,
+        "            acc_bias += dy\n",
+        "",
+        f"{ON_CONVOLUTION}::test_equals_the_oracle[none-1-5-1-None-fp32]",
+    ),
+    Mutation(
+        "convolution backward: taps not reversed",
+        CONVOLUTION,
+        "weight.flip(1)",
+        "weight",
+        f"{ON_CONVOLUTION}::test_equals_the_oracle[none-7-24-31-lengths1-fp32]",
+    ),
+    Mutation(
+        "convolution backward: statistics get gradients of padding",
+        CONVOLUTION,
+        "tl.where((offs_t < n)[:, None], mean_dz + xhat * mean_dzx, 0.0)",
+        "mean_dz + xhat * mean_dzx",
+        f"{ON_CONVOLUTION}::test_statistics_of_many_tiles[group]",
+    ),
+    Mutation(
+        "convolution backward: weights of the norm assumed contiguous",
+        CONVOLUTION,
+        "\n    lengths, norm_weight, norm_bias = dense(lengths, norm_weight, norm_bias)",
+        "\n    (lengths,) = dense(lengths)",
+        f"{ON_STRIDES}::test_glu_depthwise_conv",
+    ),
+    Mutation(
+        "LayerNorm: columns beyond D in the variance",
+        LAYER_NORM,
+        "tl.where(mask_d, s - mean[:, None], 0.0)",
+        "s - mean[:, None]",
+        f"{ON_LAYER_NORM}::test_equals_the_oracle[shape1-fp32]",
+    ),
+    Mutation(
+        "LayerNorm backward: weight accumulation",
+        LAYER_NORM,
+        "sum_weight += dn * xhat",
+        "sum_weight = dn * xhat",
+        f"{ON_LAYER_NORM}::test_programs_of_several_row_blocks",
+    ),
+    Mutation(
+        "feed-forward: both dropout masks from one stream",
+        FEED_FORWARD,
+        "OUTPUT = tl.constexpr(1)",
+        "OUTPUT = tl.constexpr(0)",
+        f"{ON_FEED_FORWARD}::test_dropout",
+    ),
+    Mutation(
+        "feed-forward backward: bias accumulation",
+        FEED_FORWARD,
+        "acc += dz",
+        "acc = dz",
+        f"{ON_FEED_FORWARD}::test_programs_of_several_row_blocks",
+    ),
+    Mutation(
+        "partial sums: blocks of them not added",
+        "kernels/partials.py",
+        "acc += tl.load(",
+        "acc = tl.load(",
+        f"{ON_FEED_FORWARD}::test_programs_of_several_row_blocks",
+    ),
+    Mutation(
+        "dropout: six rounds of Philox instead of seven",
+        "kernels/_common.py",
+        "zero + stream, 7)",
+        "zero + stream, 6)",
+        f"{ON_ATTENTION}::test_dropout_is_the_same_in_forward_and_backward[9-2-lengths1-dtype1]",
+    ),
+)
+
+CPU_ATTENTION, ON_CPU_ATTENTION = "csrc/cpu/simd/relpos_attention.cpp", "tests/extension/test_cpu_relpos_attention.py"
+CPU_CONVOLUTION, ON_CPU_CONVOLUTION = (
+    "csrc/cpu/simd/glu_depthwise_conv.cpp",
+    "tests/extension/test_cpu_glu_depthwise_conv.py",
+)
+CPU_LAYER_NORM, ON_CPU_LAYER_NORM = (
+    "csrc/cpu/simd/residual_layer_norm.cpp",
+    "tests/extension/test_cpu_residual_layer_norm.py",
+)
+CPU_FEED_FORWARD, ON_CPU_FEED_FORWARD = "csrc/cpu/simd/feed_forward.cpp", "tests/extension/test_cpu_feed_forward.py"
+ROWS, ON_ROWS = "csrc/cpu/simd/rows.cpp", "tests/extension/test_cpu_rows.py"
+DROPOUT = "csrc/cpu/simd/dropout.h"
+
+# tested at the level that every processor has
+CXX = (
+    Mutation(
+        "attention: pitch of the relative shift off by one",
+        CPU_ATTENTION,
+        "shifted = {band + M - 1, PITCH - 1};",
+        "shifted = {band + M - 1, PITCH};",
+        f"{ON_CPU_ATTENTION}::test_odd_lengths[7-generic]",
+    ),
+    Mutation(
+        "attention: no -inf after the last key",
+        CPU_ATTENTION,
+        "            for (int64_t j = n; j < n_padded; j++) row[j] = -INFINITY;\n            vec row_max",
+        "            vec row_max",
+        f"{ON_CPU_ATTENTION}::test_odd_lengths[1-generic]",
+    ),
+    Mutation(
+        "attention: output not rescaled by a new maximum",
+        CPU_ATTENTION,
+        "load(output + i * s.row + d) * shrink);",
+        "load(output + i * s.row + d));",
+        f"{ON_CPU_ATTENTION}::test_odd_lengths[203-generic]",
+    ),
+    Mutation(
+        "attention: band of positions carried one column off",
+        CPU_ATTENTION,
+        "memcpy(band + i * PITCH, band + i * PITCH + N,",
+        "memcpy(band + i * PITCH, band + i * PITCH + N + 1,",
+        f"{ON_CPU_ATTENTION}::test_odd_lengths[203-generic]",
+    ),
+    Mutation(
+        "attention backward: last columns of the band dropped",
+        CPU_ATTENTION,
+        "N : M + n_padded;",
+        "N : M + n_padded - W;",
+        f"{ON_CPU_ATTENTION}::test_odd_lengths[190-generic]",
+    ),
+    Mutation(
+        "attention backward: delta not subtracted",
+        CPU_ATTENTION,
+        "p * (dp - delta[i])",
+        "p * dp",
+        f"{ON_CPU_ATTENTION}::test_odd_lengths[7-generic]",
+    ),
+    Mutation(
+        "attention backward: only the first part of the batch in dpos",
+        CPU_ATTENTION,
+        "for (int64_t part = 0; part < parts; part++)",
+        "for (int64_t part = 0; part < 1; part++)",
+        f"{ON_CPU_ATTENTION}::test_odd_lengths[7-generic]",
+    ),
+    Mutation(
+        "convolution: GLU ignores lengths",
+        CPU_CONVOLUTION,
+        "if (t < 0 || t >= strip.real) {",
+        "if (t < 0 || t >= s.T) {",
+        f"{ON_CPU_CONVOLUTION}::test_odd_lengths[1-none-generic]",
+    ),
+    Mutation(
+        "convolution: halo one frame short",
+        CPU_CONVOLUTION,
+        "strip.first + 2 * s.half;",
+        "strip.first + 2 * s.half - 1;",
+        f"{ON_CPU_CONVOLUTION}::test_odd_lengths[127-none-generic]",
+    ),
+    Mutation(
+        "convolution: channels of the pad in the variance",
+        CPU_CONVOLUTION,
+        "first_lanes(load(y + c) - mean, C - c)",
+        "load(y + c) - mean",
+        f"{ON_CPU_CONVOLUTION}::test_odd_lengths[1-layer-generic]",
+    ),
+    Mutation(
+        "convolution: padding in the statistics of the batch",
+        CPU_CONVOLUTION,
+        "imax(0, imin(strip.end, strip.real) - strip.first)",
+        "imax(0, strip.end - strip.first)",
+        f"{ON_CPU_CONVOLUTION}::test_odd_lengths[1-batch in training-generic]",
+    ),
+    Mutation(
+        "convolution backward: taps not reversed",
+        CPU_CONVOLUTION,
+        "pack_taps(a, s, true, taps);",
+        "pack_taps(a, s, false, taps);",
+        f"{ON_CPU_CONVOLUTION}::test_odd_lengths[7-none-generic]",
+    ),
+    Mutation(
+        "convolution backward: last taps counted twice",
+        CPU_CONVOLUTION,
+        "for (int64_t q = k - start; q < n; q++) {",
+        "for (int64_t q = 0; q < n; q++) {",
+        f"{ON_CPU_CONVOLUTION}::test_odd_lengths[63-none-generic]",
+    ),
+    Mutation(
+        "convolution backward: statistics get gradients of padding",
+        CPU_CONVOLUTION,
+        "statistics && t < strip.real ? sums",
+        "statistics ? sums",
+        f"{ON_CPU_CONVOLUTION}::test_odd_lengths[7-group-generic]",
+    ),
+    Mutation(
+        "convolution backward: last partial sum dropped",
+        CPU_CONVOLUTION,
+        "for (int64_t part = 0; part < s.parts; part++)\n        for",
+        "for (int64_t part = 0; part < s.parts - 1; part++)\n        for",
+        f"{ON_CPU_CONVOLUTION}::test_kernel_widths[1-generic]",
+    ),
+    Mutation(
+        "LayerNorm: columns beyond D in the variance",
+        CPU_LAYER_NORM,
+        "first_lanes(load(buffer + d) - mean, a.D - d)",
+        "load(buffer + d) - mean",
+        f"{ON_CPU_LAYER_NORM}::test_widths[7-generic]",
+    ),
+    Mutation(
+        "LayerNorm backward: mean of the gradient not subtracted",
+        CPU_LAYER_NORM,
+        "(load(buffer + d) - mean_grad - normal * mean_normal)",
+        "(load(buffer + d) - normal * mean_normal)",
+        f"{ON_CPU_LAYER_NORM}::test_widths[1-generic]",
+    ),
+    Mutation(
+        "LayerNorm backward: last partial sum dropped",
+        CPU_LAYER_NORM,
+        "part < parts; part++) {\n            dweight",
+        "part < parts - 1; part++) {\n            dweight",
+        f"{ON_CPU_LAYER_NORM}::test_widths[1-generic]",
+    ),
+    Mutation(
+        "feed-forward: both dropout masks from one stream",
+        CPU_FEED_FORWARD,
+        "a.stream, 0, (uint32_t)row",
+        "0, 0, (uint32_t)row",
+        f"{ON_CPU_FEED_FORWARD}::test_dropout_is_that_of_the_counters[generic]",
+    ),
+    Mutation(
+        "feed-forward backward: last partial sum dropped",
+        CPU_FEED_FORWARD,
+        "part < parts; part++) total +=",
+        "part < parts - 1; part++) total +=",
+        f"{ON_CPU_FEED_FORWARD}::test_widths[1-1-generic]",
+    ),
+    Mutation(
+        "dropout: random bits repeated",
+        DROPOUT,
+        "(uint16_t)(words[w][l] >> 16)",
+        "(uint16_t)words[w][l]",
+        f"{ON_CPU_FEED_FORWARD}::test_dropout_is_that_of_the_counters[generic]",
+    ),
+    Mutation(
+        "dropout: six rounds of Philox instead of seven",
+        DROPOUT,
+        "round < 7",
+        "round < 6",
+        f"{ON_CPU_LAYER_NORM}::test_dropout_is_that_of_the_counters[20-generic]",
+    ),
+    Mutation(
+        "rows: chunks of the hidden layer not added",
+        ROWS,
+        "f ? Addend{y, row} : bias_of(a.down)",
+        "bias_of(a.down)",
+        f"{ON_ROWS}::test_widths[256-1030-768-generic]",
+    ),
+    Mutation(
+        "rows: last row left out",
+        ROWS,
+        "blocks * ROWS, a.M)",
+        "blocks * ROWS, a.M - 1)",
+        f"{ON_ROWS}::test_widths[1-1-1-generic]",
+    ),
+    Mutation(
+        "rows: columns beyond D in the variance",
+        ROWS,
+        "first_lanes(load(h + d) - mean, a.D - d)",
+        "load(h + d) - mean",
+        f"{ON_ROWS}::test_widths[7-30-14-generic]",
+    ),
+)
+
+CUDA_CONVOLUTION = "csrc/cuda/glu_depthwise_conv.cu"
+ON_CUDA_CONVOLUTION = "tests/extension/test_cuda_glu_depthwise_conv.py"
+
+CUDA = (
+    Mutation(
+        "halo off by one",
+        CUDA_CONVOLUTION,
+        "tile.t0 + f - halo, c, x_paired",
+        "tile.t0 + f - halo + 1, c, x_paired",
+        f"{ON_CUDA_CONVOLUTION}::test_odd_shapes[emulated-1-1]",
+    ),
+    Mutation(
+        "tail of the halo dropped",
+        CUDA_CONVOLUTION,
+        "f < kFrames + op.width - 1; f += kWarps) {\n        glu",
+        "f < kFrames; f += kWarps) {\n        glu",
+        f"{ON_CUDA_CONVOLUTION}::test_odd_shapes[emulated-65-3]",
+    ),
+    Mutation(
+        "mask off by one",
+        CUDA_CONVOLUTION,
+        "t >= tile.real",
+        "t > tile.real",
+        f"{ON_CUDA_CONVOLUTION}::test_odd_shapes[emulated-1-1]",
+    ),
+    Mutation(
+        "padding mask dropped",
+        CUDA_CONVOLUTION,
+        "op.lengths == nullptr ? op.frames : min(op.lengths[b], op.frames)",
+        "op.frames",
+        f"{ON_CUDA_CONVOLUTION}::test_lengths[emulated-lengths0]",
+    ),
+    Mutation(
+        "missing barrier after the load",
+        CUDA_CONVOLUTION,
+        "    __syncthreads();\n\n    float2 acc",
+        "\n    float2 acc",
+        f"{ON_CUDA_CONVOLUTION}::test_odd_shapes[emulated-1-1]",
+    ),
+    Mutation(
+        "missing barrier between tiles",
+        CUDA_CONVOLUTION,
+        "        __syncthreads();  // the last tile has been read by every warp\n",
+        "",
+        f"{ON_CUDA_CONVOLUTION}::test_blocks_that_walk_over_several_tiles[emulated-1]",
+    ),
+    Mutation(
+        "missing barrier in the reduction over slots",
+        CUDA_CONVOLUTION,
+        "    sums[threadIdx.x] = sum;\n    __syncthreads();\n",
+        "    sums[threadIdx.x] = sum;\n",
+        f"{ON_CUDA_CONVOLUTION}::test_blocks_that_walk_over_several_tiles[emulated-3]",
+    ),
+    Mutation(
+        "reduction over slots left out",
+        CUDA_CONVOLUTION,
+        "slot < g.slots;",
+        "slot < 1;",
+        f"{ON_CUDA_CONVOLUTION}::test_blocks_that_walk_over_several_tiles[emulated-3]",
+    ),
+    Mutation(
+        "taps not reversed in the backward",
+        CUDA_CONVOLUTION,
+        "weights + (op.width - 1) * kWarp + lane, -1, op.width",
+        "weights + lane, 1, op.width",
+        f"{ON_CUDA_CONVOLUTION}::test_odd_shapes[emulated-7-3]",
+    ),
+    Mutation(
+        "partial sums over frames not added",
+        CUDA_CONVOLUTION,
+        "count = taps ? parts : kWarps",
+        "count = taps ? 1 : kWarps",
+        f"{ON_CUDA_CONVOLUTION}::test_odd_shapes[emulated-63-1]",
+    ),
+    Mutation(
+        "frames of the halo in the bias gradient",
+        CUDA_CONVOLUTION,
+        "if (f >= halo && f < halo + kFrames) {",
+        "if (f >= halo) {",
+        f"{ON_CUDA_CONVOLUTION}::test_odd_shapes[emulated-65-3]",
+    ),
+    Mutation(
+        "bias gradient without the folded scale",
+        CUDA_CONVOLUTION,
+        "op.scale == nullptr ? sum : sum * op.scale[c]",
+        "sum",
+        f"{ON_CUDA_CONVOLUTION}::test_folded_batch_norm[emulated-True-float32]",
+    ),
+    Mutation(
+        "padding gets a gradient",
+        CUDA_CONVOLUTION,
+        "if (t < tile.real) {",
+        "if (t < op.frames) {",
+        f"{ON_CUDA_CONVOLUTION}::test_lengths[emulated-lengths0]",
+    ),
+    Mutation(
+        "alignment of rows assumed",
+        CUDA_CONVOLUTION,
+        "    if (blocks == 0) return;\n"
+        "    const bool x_paired = rows_paired(static_cast<const T*>(op.x), op.x_batch, op.x_frame, op.channels);",
+        "    if (blocks == 0) return;\n    const bool x_paired = true;",
+        f"{ON_CUDA_CONVOLUTION}::test_strided_input_and_gradient[emulated-5-float32]",
+    ),
+)
+
+MUTATIONS = (*TRITON, *CXX, *CUDA)
+
+
+# pytest, and then where the package came from: behind the copy an editable install of the checkout lies in wait
+RUN = """
+import sys
+from pathlib import Path
+import pytest
+pytest.main(sys.argv[2:])
+used = [m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "lcconformer" and getattr(m, "__file__", None)]
+foreign = [f for f in used if not Path(f).resolve().is_relative_to(sys.argv[1])]
+sys.exit(f"not from the copy: {foreign[0]}" if foreign else 0)
+"""
+
+
+def run(command: Sequence[str], root: Path) -> tuple[int, str]:
+    """Exit status and output of a command in ``root``, whose Python finds the package there."""
+    # no bytecode: a change within a second, of the same length, would not be seen
+    env = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "LCCONFORMER_CUDA": "0"}
+    process = subprocess.Popen(
+        command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=LIMIT)
+    except BaseException as error:
+        # with the process of the emulated kernels
+        os.killpg(process.pid, signal.SIGKILL)
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
+        return 124, f"took more than {LIMIT} s"
+    return process.returncode, output.strip()
+
+
+def lacking_for_the_build() -> list[str]:
+    """Requirements that pip's isolated build brings for itself."""
+    lacking = []
+    for name, least in (("setuptools", 77), ("pybind11", 2), ("ninja", 1)):
+        try:
+            major = int(importlib.metadata.version(name).split(".")[0])
+        except importlib.metadata.PackageNotFoundError:
+            major = 0
+        if major < least and not (name == "ninja" and shutil.which("ninja")):
+            lacking.append(f"{name}>={least}")
+    return lacking
+
+
+def build(root: Path) -> str:
+    """The C++ extension, into the package; returns what went wrong, or nothing."""
+    status, output = run([sys.executable, "setup.py", "build_ext", "--inplace"], root)
+    return f"build failed: {output[-3000:]}" if status else ""
+
+
+def run_tests(root: Path, tests: Sequence[str]) -> tuple[str, str]:
+    """Whether the tests in ``root`` passed, failed or gave no answer: "passed", "failed" or "broken", and why."""
+    report = root / "report.xml"
+    report.unlink(missing_ok=True)
+    options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    status, output = run([sys.executable, "-c", RUN, str(root), *options, *tests], root)
+    if status or not report.exists():
+        return "broken", output[-3000:]
+    cases = list(ElementTree.parse(report).iter("testcase"))
+    answers = [(child.tag, child.get("message", ""), child.text or "") for case in cases for child in case]
+    for kind, message, text in answers:
+        # a module that was built but does not load stops the process of the emulated kernels: no answer either
+        if kind != "failure" or not message.startswith(ASSERTED) or "ImportError" in text:
+            return "broken", f"{kind}: {message}\n{text[-3000:]}"
+    if len(cases) != len(tests):
+        return "broken", f"{len(cases)} tests ran instead of {len(tests)}: {output[-3000:]}"
+    return ("failed", answers[0][1]) if answers else ("passed", "")
+
+
+def check(mutation: Mutation, root: Path, build: Callable[[Path], str]) -> tuple[str, str]:
+    """What becomes of one change: "caught", "MISSED" or "BROKEN", and why; the sources are left as they were."""
+    path = root / mutation.file
+    text = path.read_text()
+    path.write_text(mutation.of(text))
+    try:
+        problem = build(root)
+        answer, why = ("broken", problem) if problem else run_tests(root, [mutation.test])
+    finally:
+        path.write_text(text)
+    return {"failed": "caught", "passed": "MISSED", "broken": "BROKEN"}[answer], why
+
+
+def copy(root: Path) -> None:
+    """The tracked files as they are now."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=CHECKOUT, check=True, stdout=subprocess.PIPE, text=True)
+    for name in listed.stdout.split("\0"):
+        if (CHECKOUT / name).is_file():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(CHECKOUT / name, root / name)
+    # where an install has these two packages
+    for name in ("kernels", "bench"):
+        (root / "lcconformer" / name).symlink_to(root / name)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--match", default="", metavar="TEXT", help="only changes with this in their name, file or test"
+    )
+    match = parser.parse_args().match
+    chosen = [m for m in MUTATIONS if match in f"{m.name} {m.file} {m.test}"]
+    if not chosen:
+        parser.error(f"no change has {match!r} in its name, file or test")
+    extension = any(m.file.startswith("csrc/cpu/") for m in chosen)
+    if extension and (lacking := lacking_for_the_build()):
+        parser.error(f"the C++ extension needs what this environment lacks: pip install {shlex.join(lacking)}")
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder).resolve()
+        copy(root)
+        build_if_needed = build if extension else lambda _: ""
+        print(f"building and testing without a change in {root}", flush=True)
+        if problem := build_if_needed(root):
+            sys.exit(problem)
+        answer, why = run_tests(root, list(dict.fromkeys(m.test for m in chosen)))
+        if answer != "passed":
+            sys.exit(f"without a change the tests are {answer}; all must pass: {why}")
+        caught = 0
+        for mutation in chosen:
+            start = time.monotonic()
+            result, why = check(mutation, root, build_if_needed)
+            print(f"{result}  {mutation.name}  {mutation.test}  {time.monotonic() - start:.1f} s", flush=True)
+            if result == "BROKEN":
+                print(why, flush=True)
+            caught += result == "caught"
+    print(f"{caught} of {len(chosen)} caught")
+    return int(caught < len(chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
