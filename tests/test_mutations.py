@@ -1,0 +1,125 @@
+"""The list of mutations holds, CONTRIBUTING's tables are that list, and what a run says of each is right.
+
+The run itself takes minutes: ``python tests/mutations.py``.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from . import mutations
+from .mutations import CUDA, CXX, MUTATIONS, TRITON, Mutation
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.file}: {m.name}")
+def test_changes_one_place_and_names_a_test(mutation):
+    text = (ROOT / mutation.file).read_text()
+    assert mutation.of(text) != text
+    path, _, test = mutation.test.partition("::")
+    functions = [node.name for node in ast.parse((ROOT / path).read_text()).body if isinstance(node, ast.FunctionDef)]
+    assert test.partition("[")[0] in functions
+
+
+@pytest.mark.parametrize(
+    ("chosen", "folder"),
+    [
+        (TRITON, "tests/kernels/"),
+        (CXX, "tests/extension/"),
+        (CUDA, "tests/extension/test_cuda_glu_depthwise_conv.py::"),
+    ],
+    ids=["triton", "cxx", "cuda"],
+)
+def test_contributing_has_a_row_for_each(chosen: Sequence[Mutation], folder):
+    assert all(m.test.startswith(folder) for m in chosen)
+    rows = "\n".join(f"| {m.name} | `{m.test.removeprefix(folder)}` |" for m in chosen)
+    table = f"\n\n| change | caught by |\n|---|---|\n{rows}\n\n"
+    assert table in (ROOT / "CONTRIBUTING.md").read_text(), f"the table is to be{table}"
+
+
+def test_a_change_of_two_places_is_refused():
+    with pytest.raises(ValueError, match=r"name: 'x' occurs 2 times in toy\.py"):
+        Mutation("name", "toy.py", "x", "y", "").of("x = x")
+
+
+TOY = "def double(x):\n    return 2 * x\n"
+TESTS = """
+import sys
+from types import ModuleType
+
+import pytest
+import toy
+
+
+def test_two():
+    assert toy.double(2) == 4
+
+
+def test_zero():
+    assert toy.double(0) == 0
+
+
+def test_two_or_skip():
+    if toy.double(2) != 4:
+        pytest.skip("no such machine")
+
+
+@pytest.fixture
+def two():
+    assert toy.double(2) == 4
+
+
+def test_fixture(two):
+    pass
+
+
+def test_process():
+    if toy.double(2) != 4:
+        pytest.fail("its process stopped:\\nImportError: undefined symbol")
+
+
+def test_from_elsewhere():
+    if toy.double(2) != 4:
+        module = sys.modules["lcconformer.kernels"] = ModuleType("lcconformer.kernels")
+        module.__file__ = "/elsewhere/kernels.py"
+        raise AssertionError
+"""
+
+
+@pytest.mark.parametrize(
+    ("after", "test", "build", "result", "reason"),
+    [
+        ("3 * x", "test_two", "", "caught", "assert 6 == 4"),
+        ("3 * x", "test_zero", "", "MISSED", ""),
+        ("3 * x", "test_two", "build failed: no compiler", "BROKEN", "build failed: no compiler"),
+        ("3 *", "test_two", "", "BROKEN", "error: collection failure"),
+        ("y", "test_two", "", "BROKEN", "failure: NameError"),
+        ("3 * x", "test_two_or_skip", "", "BROKEN", "skipped: no such machine"),
+        ("3 * x", "test_fixture", "", "BROKEN", "error: failed on setup"),
+        ("3 * x", "test_process", "", "BROKEN", "ImportError: undefined symbol"),
+        ("3 * x", "test_from_elsewhere", "", "BROKEN", "not from the copy: /elsewhere/kernels.py"),
+        ("3 * x", "test_three", "", "BROKEN", "not found"),
+    ],
+)
+def test_answers(tmp_path, after, test, build, result, reason):
+    (tmp_path / "toy.py").write_text(TOY)
+    (tmp_path / "test_toy.py").write_text(TESTS)
+    mutation = Mutation("double", "toy.py", "2 * x", after, f"test_toy.py::{test}")
+    found, why = mutations.check(mutation, tmp_path, lambda root: build)
+    assert found == result, why
+    assert reason in why
+    assert (tmp_path / "toy.py").read_text() == TOY
+
+
+def test_several_tests_without_a_change(tmp_path):
+    (tmp_path / "toy.py").write_text(TOY)
+    (tmp_path / "test_toy.py").write_text(TESTS)
+    tests = [f"test_toy.py::{test}" for test in ("test_two", "test_zero")]
+    assert mutations.run_tests(tmp_path, tests) == ("passed", "")
+    # a whole file is no narrow test
+    assert mutations.run_tests(tmp_path, ["test_toy.py"])[0] == "broken"
