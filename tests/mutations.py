@@ -53,6 +53,7 @@ ATTENTION, ON_ATTENTION = "kernels/relpos_attention.py", "tests/kernels/test_rel
 CONVOLUTION, ON_CONVOLUTION = "kernels/glu_depthwise_conv.py", "tests/kernels/test_glu_depthwise_conv.py"
 LAYER_NORM, ON_LAYER_NORM = "kernels/residual_layer_norm.py", "tests/kernels/test_residual_layer_norm.py"
 FEED_FORWARD, ON_FEED_FORWARD = "kernels/feed_forward.py", "tests/kernels/test_feed_forward.py"
+PRODUCTS, ON_PRODUCTS = "kernels/feed_forward_products.py", "tests/kernels/test_feed_forward_products.py"
 ON_STRIDES = "tests/kernels/test_strides.py"
 
 TRITON = (
@@ -231,7 +232,7 @@ TRITON = (
     ),
     Mutation(
         "feed-forward: both dropout masks from one stream",
-        FEED_FORWARD,
+        "kernels/_common.py",
         "OUTPUT = tl.constexpr(1)",
         "OUTPUT = tl.constexpr(0)",
         f"{ON_FEED_FORWARD}::test_dropout",
@@ -242,6 +243,62 @@ TRITON = (
         "acc += dz",
         "acc = dz",
         f"{ON_FEED_FORWARD}::test_programs_of_several_row_blocks",
+    ),
+    Mutation(
+        "feed-forward by products: LayerNorm's chunks not merged",
+        PRODUCTS,
+        "        squares += tl.sum(centred * centred, 1) + delta * delta * (start * share)\n",
+        "        squares += tl.sum(centred * centred, 1)\n",
+        f"{ON_PRODUCTS}::test_layer_norm_inside[fp16-shape3-64x64x64]",
+    ),
+    Mutation(
+        "feed-forward by products: columns beyond K in the variance",
+        PRODUCTS,
+        "tl.where(mask, x - chunk[:, None], 0.0)",
+        "x - chunk[:, None]",
+        f"{ON_PRODUCTS}::test_layer_norm_inside[fp16-shape1-64x64x64]",
+    ),
+    Mutation(
+        "feed-forward by products: statistics of the rows not filed",
+        PRODUCTS,
+        "            if col == 0:",
+        "            if col == 1:",
+        f"{ON_PRODUCTS}::test_layer_norm_inside[fp16-shape0-64x64x64]",
+    ),
+    Mutation(
+        "feed-forward by products: rows of the residual assumed dense",
+        PRODUCTS,
+        "    x_at = _rows_from(x_ptr, row, stride_xm)",
+        "    x_at = _rows_from(x_ptr, row, N)",
+        f"{ON_PRODUCTS}::test_down[shape3-64x64x64]",
+    ),
+    Mutation(
+        "feed-forward by products: strides of the weights assumed",
+        PRODUCTS,
+        "w1, w1.stride(1), w1.stride(0)",
+        "w1, 1, d",
+        f"{ON_PRODUCTS}::test_the_op_by_products[0.0-1]",
+    ),
+    Mutation(
+        "feed-forward by products: every tile drops what the first one does",
+        PRODUCTS,
+        "HIDDEN, row + i, col, threshold, keep_scale, BLOCK_N)\n    tl.store",
+        "HIDDEN, row + i, 0, threshold, keep_scale, BLOCK_N)\n    tl.store",
+        f"{ON_PRODUCTS}::test_the_op_by_products[0.25-1]",
+    ),
+    Mutation(
+        "feed-forward by products, backward: nothing dropped of g again",
+        PRODUCTS,
+        "(u * s * factor)",
+        "(u * s)",
+        f"{ON_PRODUCTS}::test_the_op_by_products[0.25-1]",
+    ),
+    Mutation(
+        "feed-forward by products, backward: partial sums of one block",
+        PRODUCTS,
+        "row // BLOCK_M, N) + cols",
+        "0, N) + cols",
+        f"{ON_PRODUCTS}::test_up_backward[shape3-64x64x64]",
     ),
     Mutation(
         "partial sums: blocks of them not added",

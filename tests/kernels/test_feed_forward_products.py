@@ -27,8 +27,9 @@ SHAPES = [(1, 16, 64), (7, 24, 150), (65, 70, 33), (203, 144, 96)]
 def make(m, d, f, dtype, x_dtype=None):
     x, w1, w2 = torch.randn(m, d), torch.randn(f, d) / d**0.5, torch.randn(d, f) / f**0.5
     vectors = {"b1": torch.randn(f), "b2": torch.randn(d), "weight": 0.5 + torch.rand(d), "bias": torch.randn(d)}
-    given = {"x": x.to(x_dtype or dtype)} | {n: t.to(dtype) for n, t in {"w1": w1, "w2": w2, **vectors}.items()}
-    return {n: t.to(DEVICE) for n, t in given.items()}
+    given = {n: t.to(DEVICE, dtype) for n, t in {"w1": w1, "w2": w2, **vectors}.items()}
+    wide = torch.full((m, d + 3), float("nan"), device=DEVICE, dtype=x_dtype or dtype)
+    return {"x": wide[:, :d].copy_(x), **given}  # its rows lie apart
 
 
 def each(product):
@@ -107,7 +108,7 @@ def test_down(assert_close, shape, config):
 def test_up_backward(assert_close, shape, config):
     m, d, f = shape
     given = make(m, d, f, torch.float16)
-    given["u"], given["dz"] = (torch.randn(m, n).half().to(DEVICE) for n in (f, d))
+    given["u"], given["dz"] = torch.randn(m, f).half().to(DEVICE), torch.randn(m, d + 3).half().to(DEVICE)[:, :d]
     found = products.up_backward(given["dz"], given["w2"], given["u"], given["b1"], None, 0.0, torch.float32, config)
 
     def eager(t):
