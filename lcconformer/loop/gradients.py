@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lcconformer.ops._cpu_linear import weight_gradient
+
 __all__ = ["Gradients"]
 
 
@@ -52,14 +54,14 @@ class Gradients:
         if name not in self._wanted:
             return
         total = self._sums.get(name)
-        if total is not None and dy.dtype == self._dtype:
+        if total is not None and dy.dtype == self._dtype and dy.is_cuda:
             total.addmm_(dy.t(), h)
             return
         # on the CPU a product of bfloat16 rows is rounded to bfloat16 before it is added
         if dy.is_cuda and dy.dtype != self._dtype:
             gradient = torch.mm(dy.t(), h, out_dtype=self._dtype)
         else:
-            gradient = torch.mm(dy.t(), h).to(self._dtype)
+            gradient = weight_gradient(dy, h).to(self._dtype)
         self._sums[name] = gradient if total is None else total.add_(gradient)
 
     def finish(self) -> dict[str, Tensor]:

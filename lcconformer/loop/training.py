@@ -64,8 +64,8 @@ def reasons(encoder: ConformerEncoder, x: Tensor) -> list[str]:
 def slower(encoder: ConformerEncoder, x: Tensor) -> list[str]:
     """Why ``auto`` leaves to the modules what this engine could run.
 
-    On the CPU kernels the modules took 1.14 times as long for a training step of 12 loops at (B, T) = (1, 100), 1.05 at
-    (1, 400), 1.01 at (8, 400); of 4 loops 1.17, 1.03, 1.04 (float32, d_model 256, one thread of an AMD EPYC).
+    On the CPU kernels the modules took 1.29 times as long for a training step of 12 loops at (B, T) = (1, 100), 1.24 at
+    (1, 400), 1.24 at (8, 400); of 4 loops 1.25, 1.23, 1.21 (float32, d_model 256, one thread of an AMD EPYC with AVX-512).
     """
     others = set(_steps(encoder, x).backends) - {"cpu"}
     return [f"not measured on the kernels of {', '.join(sorted(others))}"] if others else []
@@ -106,8 +106,8 @@ def run(
 
 
 # Rows of a product for a weight gradient up to which loops are put together.
-# CPU: one loop at a time; the backward of 12 loops took 1.14 times as long with all 12 together at (B, T) = (1, 100), 1.05
-# with 4 at (1, 400), 1.12 with 2 at (8, 400), and only at (1, 16) 0.90 (d_model 256, one thread of an AMD EPYC).
+# CPU: one loop at a time; a step of 12 loops took 1.02 times as long with all 12 together at (B, T) = (1, 100), 1.03 with
+# 12 at (1, 400), 1.09 with 2 at (8, 400); no number of rows gained more than 0.03 (d_model 256, one thread of an AMD EPYC).
 # CUDA: from a model of an H200, not measured.
 _ROWS = {"cpu": 1, "cuda": 65536}
 

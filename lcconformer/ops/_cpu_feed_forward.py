@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._cpu import dropout, f32, pointer, rows_of, run
-from ._cpu_linear import matmul_transposed
+from ._cpu_linear import matmul_transposed, weight_gradient
 from ._cpu_residual_layer_norm import layer_norm, layer_norm_backward
 
 __all__ = ["activation", "activation_backward", "backward", "forward", "up", "up_backward"]
@@ -149,10 +149,10 @@ def backward(
         N=d,
     )
     du, g, db1 = up_backward(dz, w2, u, b1, seed, dropout_p)
-    dw2 = torch.mm(dz.t(), g)
+    dw2 = weight_gradient(dz, g)
     del g
     dh = matmul_transposed(du, w1.t())
     h = torch.empty_like(dh)
     dx, dnorm = layer_norm_backward(dh, drows, rows, mean, rstd, norm_weight, norm_bias, n=h)
-    dw1 = torch.mm(du.t(), h)
+    dw1 = weight_gradient(du, h)
     return dx.view(x.shape), dnorm, dw1, db1.to(w1.dtype), dw2, db2.to(w2.dtype)
