@@ -138,12 +138,14 @@ def _grid(rows: int, n: int) -> tuple[int, int]:
     return rows, cdiv(n, _CONFIG.blocks["BLOCK_N"])
 
 
-def activation(u: torch.Tensor, b1: torch.Tensor | None, seed: torch.Tensor | None, dropout_p: float) -> torch.Tensor:
-    """g = drop(silu(u + b1)) of contiguous rows [M, F]."""
+def activation(
+    u: torch.Tensor, b1: torch.Tensor | None, seed: torch.Tensor | None, dropout_p: float, *, overwrite: bool = False
+) -> torch.Tensor:
+    """g = drop(silu(u + b1)) of contiguous rows [M, F]; in the memory of u if `overwrite`."""
     (b1,) = dense(b1)
     m, f = u.shape
     drop = (dropout_threshold(dropout_p), dropout_scale(dropout_p))
-    g = torch.empty_like(u)
+    g = u if overwrite else torch.empty_like(u)
     launch(
         _activation_fwd_kernel, _grid(cdiv(m, _CONFIG.blocks["BLOCK_M"]), f), _CONFIG, u, u, b1, seed, g, m, f, *drop
     )
@@ -158,16 +160,16 @@ def activation_backward(
     dropout_p: float,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(du, g again [M, F], db1 [F] in `dtype`) of contiguous rows."""
+    """(du in the memory of dg, g again [M, F], db1 [F] in `dtype`) of contiguous rows."""
     (b1,) = dense(b1)
     m, f = u.shape
     drop = (dropout_threshold(dropout_p), dropout_scale(dropout_p))
     each = _rows_each(m)
     programs = cdiv(m, each)
-    du, g = torch.empty_like(u), torch.empty_like(u)
+    g = torch.empty_like(u)
     part = u.new_empty((programs, f), dtype=torch.float32)
-    launch(_activation_bwd_kernel, _grid(programs, f), _CONFIG, u, dg, u, b1, seed, du, g, part, m, f, each, *drop)
-    return du, g, sum_rows(part, dtype)
+    launch(_activation_bwd_kernel, _grid(programs, f), _CONFIG, u, dg, u, b1, seed, dg, g, part, m, f, each, *drop)
+    return dg, g, sum_rows(part, dtype)
 
 
 def up(
@@ -185,7 +187,7 @@ def up(
         g, u, *_ = products.up(h, None, w1, b1, seed, dropout_p, config, save=save)
         return u, g
     u = torch.mm(h, w1.t())
-    return u if save else None, activation(u, b1, seed, dropout_p)
+    return u if save else None, activation(u, b1, seed, dropout_p, overwrite=not save)
 
 
 def up_backward(

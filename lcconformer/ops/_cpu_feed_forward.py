@@ -14,10 +14,12 @@ __all__ = ["activation", "activation_backward", "backward", "forward", "up", "up
 _HIDDEN, _OUTPUT = 0, 1  # dropout streams
 
 
-def activation(u: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: float) -> Tensor:
-    """g = drop(silu(u + b1)) of contiguous rows ``[M, F]``."""
+def activation(
+    u: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: float, *, overwrite: bool = False
+) -> Tensor:
+    """g = drop(silu(u + b1)) of contiguous rows ``[M, F]``; in the memory of ``u`` if ``overwrite``."""
     m, f = u.shape
-    g = torch.empty_like(u)
+    g = u if overwrite else torch.empty_like(u)
     bias = f32(b1)
     run(
         "activation_forward",
@@ -36,9 +38,9 @@ def activation(u: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: flo
 def activation_backward(
     dg: Tensor, u: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(du, g again ``[M, F]``, db1 float32 ``[F]``) of contiguous rows."""
+    """(du in the memory of ``dg``, g again ``[M, F]``, db1 float32 ``[F]``) of contiguous rows."""
     m, f = u.shape
-    du, g = torch.empty_like(u), torch.empty_like(u)
+    g = torch.empty_like(u)
     db1 = u.new_empty((f,), dtype=torch.float32)
     bias = f32(b1)
     run(
@@ -47,7 +49,7 @@ def activation_backward(
         u=pointer(u),
         d=pointer(dg),
         bias=pointer(bias),
-        out=pointer(du),
+        out=pointer(dg),
         g=pointer(g),
         dbias=pointer(db1),
         dropout=dropout(seed, dropout_p),
@@ -55,7 +57,7 @@ def activation_backward(
         M=m,
         N=f,
     )
-    return du, g, db1
+    return dg, g, db1
 
 
 def up(h: Tensor, w1: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: float) -> tuple[Tensor, Tensor]:
@@ -90,7 +92,8 @@ def forward(
     m, d = rows.shape
     drop = dropout(seed, dropout_p)
     h, mean, rstd = layer_norm(rows, norm_weight, norm_bias, eps)
-    u, g = up(h, w1, b1, seed, dropout_p)
+    u = matmul_transposed(h, w1)
+    g = activation(u, b1, seed, dropout_p, overwrite=not save)
     z = matmul_transposed(g, w2)
     out = x.new_empty(x.shape)
     bias = f32(b2)
