@@ -102,24 +102,23 @@ small=(${tiny[@]+"${tiny[@]}"} --d-model "$width")
 
 stage "build" 150 bash -c build
 stage "info" 30 "$python" -m lcconformer info
-stage "errors against float64" 60 "$python" -m lcconformer doctor --device "$device" ${doctor[@]+"${doctor[@]}"}
 bench "inference, latency, d=$width" 45 --shapes "$latency" --providers "$plain" "${small[@]}"
 bench "training, d=$width" 60 --mode training --shapes "$train" --providers "$plain" "${small[@]}"
 bench "inference, batches, d=$width" 45 --shapes "$batches,$long" --providers "$plain" "${small[@]}"
-stage "GPU tests" 150 "$python" -m pytest -q -p no:cacheprovider -c "$repo/pyproject.toml" --rootdir "$repo" -m gpu \
-  --continue-on-collection-errors --junitxml "$out/gpu_tests.xml" "$repo"/tests/{ops,kernels,extension,loop}
+stage "GPU tests" 180 "$python" -m lcconformer.bench.gpu_tests "$out/gpu_tests.xml" "$repo" --seconds 165
+stage "errors against float64" 60 "$python" -m lcconformer doctor --device "$device" ${doctor[@]+"${doctor[@]}"}
 bench "ops, d=$width" 60 --mode ops --shapes "$batches,$long" --providers eager,sdpa,lcconformer "${small[@]}"
+bench "inference against torch.compile, d=$width" 90 --shapes "$latency,$batches" --providers "$compiled" "${small[@]}"
+bench "training against torch.compile, d=$width" 120 --mode training --shapes "$train" --providers "$compiled" "${small[@]}"
+bench "training, long, d=$width" 45 --mode training --shapes "$long" --providers "$plain" "${small[@]}"
 if [ "$device" = cuda ]; then
   # cuBLAS between pointwise kernels, or products with those steps inside; the choice is filed beside the results
   for shape in "32 400" "1 100" "8 400"; do
-    stage "tune the feed-forward, ${shape/ /x}, d=$width" 60 "$python" -m lcconformer tune --op feed_forward \
+    stage "tune the feed-forward, ${shape/ /x}, d=$width" 100 "$python" -m lcconformer tune --op feed_forward \
       --batch "${shape% *}" --frames "${shape#* }" --d-model "$width" --folder "$out"
     grep -h '^feed_forward' "$work/stage.txt" >>"$out/summary.txt"
   done
 fi
-bench "inference against torch.compile, d=$width" 90 --shapes "$latency,$batches" --providers "$compiled" "${small[@]}"
-bench "training against torch.compile, d=$width" 120 --mode training --shapes "$train" --providers "$compiled" "${small[@]}"
-bench "training, long, d=$width" 45 --mode training --shapes "$long" --providers "$plain" "${small[@]}"
 for wide in "${widths[@]:1}"; do
   bench "inference, d=$wide" 30 --shapes "$latency,$batches" --providers "$plain" --d-model "$wide"
   bench "training, d=$wide" 40 --mode training --shapes "$train" --providers "$plain" --d-model "$wide"

@@ -24,6 +24,7 @@ __all__ = ["Finding", "Refusal", "add_arguments", "check", "run"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _BACKENDS = {"cpu": ("cpu", "triton"), "cuda": ("triton", "cuda")}
+_LINE = "{:<20} {:<6} {:<7} {:<8} {:<9} {:<12} {:>8} {:>9} {:>8}  {}"
 _FACTORS = {"output": 2.0, "gradients": 3.0}
 
 
@@ -155,29 +156,23 @@ def run(args: argparse.Namespace) -> int:
         raise NotImplementedError("this machine has no GPU that torch can use; leave --device out to check its CPU")
     if args.frames < 1:
         raise ValueError(f"--frames is {args.frames}; expected at least 1")
-    from lcconformer.bench.table import grid
-
     devices = [args.device] if args.device else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     sizes = Sizes(batch=3, frames=args.frames)
     findings: list[Finding] = []
     refusals: list[Refusal] = []
+    print(f"Errors relative to the largest value, {sizes.batch} utterances of at most {sizes.frames} frames:")
+    print(_LINE.format("op", "device", "backend", "dtype", "of", "worst tensor", "error", "PyTorch's", "allowed", ""))
     for device in devices:
         for op in args.op or CALLS:
             for found in check(op, device, sizes):
-                if isinstance(found, Finding):
-                    findings.append(found)
-                else:
+                if isinstance(found, Refusal):
                     refusals.append(found)
-    header = ("op", "device", "backend", "dtype", "of", "worst tensor", "error", "PyTorch's", "allowed", "")
-    lines = [
-        (
-            f.op, f.device, f.backend, f.dtype, f.of, f.worst, f"{f.error:.1e}", f"{f.pytorch:.1e}", f"{f.allowed:.1e}",
-            "ok" if f.passed else "WRONG",
-        )
-        for f in findings
-    ]  # fmt: skip
-    print(f"Errors relative to the largest value, {sizes.batch} utterances of at most {sizes.frames} frames:")
-    print(grid(header, lines, left=6))
+                    continue
+                findings.append(found)
+                numbers = (f"{x:.1e}" for x in (found.error, found.pytorch, found.allowed))
+                where = (found.op, found.device, found.backend, found.dtype, found.of, found.worst)
+                # as it comes: a GPU compiles for minutes
+                print(_LINE.format(*where, *numbers, "ok" if found.passed else "WRONG"), flush=True)
     print("\n".join(["", "Not checked:", *_summary(refusals)] if refusals else []))
     wrong = [f for f in findings if not f.passed]
     for f in wrong:

@@ -24,7 +24,20 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def kernels_of(item: pytest.Item) -> str:
+    """The same for tests that compile the same kernels: lengths do not count."""
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    return " ".join([item.nodeid.partition("[")[0], *(f"{k}={v}" for k, v in parameters.items() if k != "t")])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # bench/gpu_tests.py: this process runs the tests of share i of n
+    if shard := os.environ.get("LCCONFORMER_TEST_SHARD"):
+        i, n = map(int, shard.split("/"))
+        keys = dict.fromkeys(kernels_of(item) for item in items if "gpu" in item.keywords)
+        mine = {key for k, key in enumerate(keys) if k % n == i}
+        config.hook.pytest_deselected(items=[item for item in items if kernels_of(item) not in mine])
+        items[:] = [item for item in items if kernels_of(item) in mine]
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False here")
