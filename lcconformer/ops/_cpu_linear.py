@@ -1,8 +1,8 @@
 """Matrix products on the CPU by the faster of the two libraries inside PyTorch.
 
 For float32, PyTorch sends products to MKL. Its own oneDNN was 1.05 to 1.25 times as fast on one AMD EPYC with AVX-512, and
-2.1 to 2.3 times on another, where MKL reached 205 GFLOP/s on two cores (100 to 3,200 rows, 256 to 1,024 columns; gradients of
-weights, measured there alone: 1.1 to 2.1 times). bfloat16 goes to oneDNN by itself.
+1.6 to 2.3 times on another, where MKL reached 205 GFLOP/s on two cores (100 to 3,200 rows, 256 to 1,024 columns; gradients of
+weights, measured there alone: 1.2 to 2.2 times). bfloat16 goes to oneDNN by itself.
 """
 
 from __future__ import annotations
