@@ -114,6 +114,7 @@ bench "training, long, d=$width" 45 --mode training --shapes "$long" --providers
 if [ "$device" = cuda ]; then
   # cuBLAS between pointwise kernels, or products with those steps inside; the choice is filed beside the results
   for shape in "32 400" "1 100" "8 400"; do
+    : >"$work/stage.txt"
     stage "tune the feed-forward, ${shape/ /x}, d=$width" 100 "$python" -m lcconformer tune --op feed_forward \
       --batch "${shape% *}" --frames "${shape#* }" --d-model "$width" --folder "$out"
     grep -h '^feed_forward' "$work/stage.txt" >>"$out/summary.txt"

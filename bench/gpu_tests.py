@@ -81,10 +81,13 @@ def _wait(running: Sequence[subprocess.Popen[bytes]], seconds: float) -> list[in
 
 
 def merge(reports: Iterable[Path], out: Path) -> None:
-    """The suites of several JUnit reports in one."""
+    """The suites of several JUnit reports in one; a report that was cut short is named and left out."""
     whole = ElementTree.Element("testsuites")
     for report in reports:
-        whole.extend(ElementTree.parse(report).getroot().iter("testsuite"))
+        try:
+            whole.extend(ElementTree.parse(report).getroot().iter("testsuite"))
+        except ElementTree.ParseError as error:
+            print(f"{report.name} is no JUnit report ({error}); its tests are missing from {out.name}")
     write_atomically(out, ElementTree.tostring(whole, encoding="unicode"))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Finding:
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.allowed
+        return math.isfinite(self.error) and self.error <= self.allowed
 
 
 def _run(op: str, function: Callable, dtype: torch.dtype, device: str, sizes: Sizes, rounded: torch.dtype):
@@ -77,7 +78,7 @@ def _run(op: str, function: Callable, dtype: torch.dtype, device: str, sizes: Si
 def _error(value: Tensor, reference: Tensor) -> float:
     scale = reference.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
     error = ((value.double() - reference).abs().max() / scale).item()
-    return error if error == error else float("inf")
+    return error if math.isfinite(error) else math.inf
 
 
 @dataclass(frozen=True)

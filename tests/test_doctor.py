@@ -44,6 +44,14 @@ def test_a_wrong_kernel_is_named(monkeypatch, capsys, wrong):
     assert f"residual_layer_norm by cpu on cpu in float32 is wrong: {worst}" in printed.err
 
 
+def test_what_is_not_finite_never_passes():
+    """Not even where plain PyTorch overflows, and so allows anything."""
+    infinite = doctor.Finding(
+        "op", "cpu", "cpu", "float16", "output", "output 0", float("inf"), float("inf"), float("inf")
+    )
+    assert not infinite.passed
+
+
 def test_what_cannot_serve_is_said(capsys):
     assert main(["doctor", "--device", "cpu", "--op", "feed_forward", "--frames", "3"]) == 0
     out = capsys.readouterr().out

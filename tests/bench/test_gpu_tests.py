@@ -86,3 +86,12 @@ def test_an_interrupted_run_says_what_it_saw(repository, capfd):
     assert time.monotonic() - begin < 60
     assert outcomes(repository / "out.xml").items() >= {"test_passes[1]": "passed", "test_fails": "failure"}.items()
     assert "interrupted with 1 of 1 processes at work" in capfd.readouterr().out
+
+
+def test_a_report_that_was_cut_short_takes_no_other_with_it(tmp_path, capsys):
+    whole, cut = tmp_path / "0.xml", tmp_path / "1.xml"
+    whole.write_text('<testsuites><testsuite name="a"><testcase name="test_passes"/></testsuite></testsuites>')
+    cut.write_text('<testsuites><testsuite name="b"><testcase na')
+    gpu_tests.merge([cut, whole], tmp_path / "out.xml")
+    assert outcomes(tmp_path / "out.xml") == {"test_passes": "passed"}
+    assert "1.xml is no JUnit report" in capsys.readouterr().out
