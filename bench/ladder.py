@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import lcconformer
 
+from lcconformer.ops.registry import BACKENDS
+
 from .case import Case
 from .gate import Gate, GateError
 from .providers import Provider, eager, library
@@ -47,7 +49,7 @@ def _fused(case: Case, gate: Gate, sharing: str) -> Runner:
             # the engine of inference captures its own graph and refuses to be captured
             ways = [("loop", True), ("loop", False), ("modules", True)]
     reasons = []
-    for backend in lcconformer.ops._backend.BACKENDS:
+    for backend in BACKENDS:
         if backend == "triton" and case.device == "cpu":
             continue  # interpreted at best
         for engine, graphs in ways:

@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +16,14 @@ from torch import Tensor, nn
 import lcconformer
 from lcconformer.interop.keys import Key
 from lcconformer.interop.torchaudio import LAYER_KEYS as TORCHAUDIO_KEYS
+from lcconformer.ops.registry import BACKENDS
 
 from . import baselines, peers
 from .case import Case
 from .op_modules import BASELINE_OPS, LIBRARY_OPS, SDPA_OPS
 from .weights import load_layers
 
-__all__ = ["PROVIDERS", "Provider", "build", "choose", "eager", "library", "record_backends"]
+__all__ = ["PROVIDERS", "Provider", "build", "choose", "eager", "library"]
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ PROVIDERS: tuple[Provider, ...] = (
         conv_norm="batch",
         note="BatchNorm, no dropout on residual branches",
     ),
-    *(_library(b) for b in reversed(lcconformer.ops._backend.BACKENDS)),
+    *(_library(b) for b in reversed(BACKENDS)),
     *(_library(b, graphs=True) for b in ("triton", "cuda")),
     *(_library(b, engine="loop") for b in ("cpu", "triton")),
 )
@@ -241,30 +241,6 @@ def choose(names: str | None) -> tuple[Provider, ...]:
             raise ValueError(f"bench: no provider {name!r}; use some of {known} (or the part before the colon)")
         chosen += [p for p in found if p not in chosen]
     return tuple(chosen)
-
-
-@contextlib.contextmanager
-def record_backends() -> Iterator[dict[str, str]]:
-    """Which backend each of lcconformer's ops chose inside the block: op name -> backend.
-
-    A row named after a backend is only honest if its kernels ran: an op without any never asks, and is not in here.
-    """
-    served: dict[str, str] = {}
-    original = lcconformer.ops._backend.select
-
-    def spy(op, *args, **kwargs):
-        served[op] = original(op, *args, **kwargs)
-        return served[op]
-
-    places = [m for name, m in list(sys.modules.items()) if name.startswith(("lcconformer.ops", "lcconformer.loop"))]
-    places = [m for m in places if getattr(m, "select", None) is original]
-    try:
-        for module in places:
-            module.select = spy  # type: ignore[attr-defined]
-        yield served
-    finally:
-        for module in places:
-            module.select = original  # type: ignore[attr-defined]
 
 
 def build(provider: Provider, case: Case, state: dict[str, Tensor] | None) -> nn.Module:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lcconformer.ops._cpu_linear import matmul_transposed
+from lcconformer.ops.gemm import matmul_transposed
 
 from .case import Case
 

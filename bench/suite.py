@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from lcconformer.ops.registry import record
+
 from .case import FRAME_SECONDS, Case
 from .gate import Gate, GateError
-from .providers import Provider, build, record_backends
+from .providers import Provider, build
 from .roofline import Ceilings, floor_ms, measure_ceilings, work
 from .rows import Results, Row, commit, device_name, versions
 from .runner import Runner
@@ -44,7 +46,7 @@ def prepare(provider: Provider, case: Case, gate: Gate) -> Runner:
     if reason is not None:
         raise Skip(reason)
     try:
-        with record_backends() as served:
+        with record() as served:
             runner = Runner(provider, case, build(provider, case, gate.state(provider)))
             if not case.backward:
                 # so that the replay of a CUDA graph is what is checked

@@ -7,7 +7,7 @@ from .encoder import ConformerEncoder
 from .interop.accelerate import AccelerationReport, accelerate
 from .layer import ConformerLayer
 from .loop import engine
-from .ops._backend import backend
+from .ops.registry import backend
 
 __version__ = "0.1.0"
 __all__ = [

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .ops._checks import frame_mask
+from .ops.checks import frame_mask
 
 __all__ = ["DepthSampler", "ExitRule"]
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .ops._backend import backend, candidates_of
-from .typical import CALLS, Sizes
+from .ops.registry import OPS, backend
+from .ops.samples import CALLS, TRAITS, Sizes
 
 __all__ = ["Finding", "Refusal", "add_arguments", "check", "run"]
 
@@ -93,15 +93,8 @@ class Refusal:
 
 
 def _reasons(op: str, dtype: torch.dtype, device: str, sizes: Sizes, which: str) -> list[str]:
-    """Why the backend cannot serve the op."""
-
-    def tensor(_name: str, *shape: int) -> Tensor:
-        return torch.zeros((), dtype=dtype, device=device).expand(shape)
-
-    lengths = torch.full((sizes.batch,), sizes.frames, device=device)
-    with backend(which):
-        candidates = candidates_of(lambda: CALLS[op](getattr(ops, op), tensor, sizes, lengths))
-        reasons = candidates[which]() if which in candidates else ["no such kernel for this op"]
+    """Return why the backend cannot serve the op."""
+    reasons = OPS[op].reasons(which, TRAITS[op](torch.device(device), dtype, sizes))
     if not reasons and which == "triton" and device == "cpu" and dtype == torch.bfloat16:
         reasons = ["the interpreter's bfloat16 is wrong"]
     return reasons

@@ -17,7 +17,7 @@ from .conditioning import DepthConditioning
 from .config import ConformerConfig
 from .depth import ExitRule
 from .layer import ConformerLayer, Positions
-from .ops._checks import check_lengths, frame_mask
+from .ops.checks import check_lengths, frame_mask
 from .sharing import sharing_map
 from .subsampling import FrontEnd
 

@@ -13,13 +13,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from . import __version__, _extension, loop, ops
+from . import __version__, extension, loop
 from .config import ConformerConfig
 from .encoder import ConformerEncoder
-from .ops._backend import BACKENDS, candidates_of, forced_backend, select, strict
-from .typical import CALLS, Sizes
+from .ops.registry import BACKENDS, OPS, forced_backend, strict
+from .ops.samples import TRAITS, Sizes
 
 __all__ = ["add_arguments", "collect", "run"]
 
@@ -38,31 +37,20 @@ def _silent() -> Iterator[None]:
 
 
 def _op(name: str, device: torch.device, dtype: torch.dtype, training: bool) -> dict[str, Any]:
-    def tensor(_name: str, *shape: int) -> Tensor:
-        return torch.zeros(shape, device=device, dtype=dtype, requires_grad=training)
-
-    lengths = torch.full((_SIZES.batch,), _SIZES.frames, device=device)
-    candidates = candidates_of(lambda: CALLS[name](getattr(ops, name), tensor, _SIZES, lengths))
-    backend: str | None
-    try:
-        with _silent():
-            backend, error = select(name, device.type, candidates), None
-    except NotImplementedError as refused:
-        backend, error = None, str(refused)
+    op, traits = OPS[name], TRAITS[name](device, dtype, _SIZES)
+    choice = op.explain(traits)
     against = {}
     for other in BACKENDS:
-        if other in (backend, "torch"):
+        if other in (choice.backend, "torch"):
             continue
         if other == "cuda" and device.type != "cuda":
             against[other] = ["the tensors are not on a CUDA device"]
         elif other == "cpu" and device.type != "cpu":
             against[other] = ["the tensors are not on the CPU"]
-        elif other not in candidates:
-            against[other] = ["no such kernel for this op"]
         else:
-            against[other] = candidates[other]() or [f"could serve; LCCONFORMER_BACKEND={other} forces it"]
+            against[other] = op.reasons(other, traits) or [f"could serve; LCCONFORMER_BACKEND={other} forces it"]
     row = {"op": name, "device": str(device), "dtype": str(dtype).removeprefix("torch."), "training": training}
-    return {**row, "backend": backend, "error": error, "against": against}
+    return {**row, "backend": choice.backend, "error": choice.error, "against": against}
 
 
 def _engine(device: torch.device, dtype: torch.dtype, training: bool) -> dict[str, Any]:
@@ -106,12 +94,12 @@ def _version(package: str) -> str | None:
 
 def collect() -> dict[str, Any]:
     """Everything the command prints, as JSON types."""
-    missing = _extension.why_missing()
+    missing = extension.why_missing()
     devices = _devices()
     rows, engines = [], []
     for device in devices:
         dtype = torch.float32 if device["device"] == "cpu" else torch.bfloat16
-        for name in CALLS:
+        for name in OPS:
             rows += [_op(name, torch.device(device["device"]), dtype, training) for training in (False, True)]
         engines += [_engine(torch.device(device["device"]), dtype, training) for training in (False, True)]
     return {
@@ -128,7 +116,7 @@ def collect() -> dict[str, Any]:
             "LCCONFORMER_ENGINE": loop.forced_engine(),
             "LCCONFORMER_STRICT": "1" if strict() else "0",
         },
-        "extension": {"missing": missing, "build": None if missing else _extension.build_info()},
+        "extension": {"missing": missing, "build": None if missing else extension.build_info()},
         "devices": devices,
         "ops": rows,
         "engines": engines,

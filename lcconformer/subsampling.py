@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import ConformerConfig
-from .ops._checks import frame_mask
+from .ops.checks import frame_mask
 
 __all__ = ["FrontEnd"]
 

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         NotImplementedError: no GPU that Triton serves.
     """
-    from lcconformer.ops._triton import triton_reasons
+    from lcconformer.ops.availability import triton_reasons
 
     if not torch.cuda.is_available():
         raise NotImplementedError(
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
             "serve, or do without: the kernels' own choices need no tuning"
         )
     device = torch.device("cuda", torch.cuda.current_device())
-    reasons = triton_reasons(torch.empty(0, device=device))
+    reasons = triton_reasons(device, DTYPES[args.dtype])
     if reasons:
         raise NotImplementedError(f"nothing to tune: {'; '.join(reasons)}")
     from lcconformer.kernels import _tuning
@@ -110,7 +110,7 @@ def tune(name: str, call: Callable[[], object], timer: Timer) -> dict[str, objec
 def calls(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
     """Forward and backward of each op, at one layer's shape; residual_layer_norm last, for feed_forward uses its kernels."""
     from lcconformer.kernels import feed_forward, glu_depthwise_conv, relpos_attention, residual_layer_norm
-    from lcconformer.ops._triton import dropout_seed
+    from lcconformer.ops.dropout import dropout_seed
 
     b, t, d, h, p = args.batch, args.frames, args.d_model, args.heads, args.dropout
 

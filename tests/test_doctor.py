@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lcconformer import _extension, doctor, ops
+from lcconformer import extension, doctor, ops
 from lcconformer.__main__ import main
 from lcconformer.typical import CALLS, Sizes
 
 SMALL = Sizes(batch=3, frames=9, d_model=32, heads=2, ffn_dim=48, kernel_size=5)
 
 
-@pytest.mark.skipif(_extension.why_missing() is not None, reason="no compiled extension")
+@pytest.mark.skipif(extension.why_missing() is not None, reason="no compiled extension")
 @pytest.mark.parametrize("op", CALLS)
 def test_the_cpu_kernels_pass(op):
     found = [f for f in doctor.check(op, "cpu", SMALL) if isinstance(f, doctor.Finding) and f.backend == "cpu"]
@@ -25,7 +25,7 @@ def test_the_cpu_kernels_pass(op):
     assert all(1e-4 < f.error < 1e-1 for f in found[2:])
 
 
-@pytest.mark.skipif(_extension.why_missing() is not None, reason="no compiled extension")
+@pytest.mark.skipif(extension.why_missing() is not None, reason="no compiled extension")
 @pytest.mark.parametrize("wrong", ["output", "gradient", "nan"])
 def test_a_wrong_kernel_is_named(monkeypatch, capsys, wrong):
     plain = ops.residual_layer_norm

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..config import ConformerConfig
 from ..layer import ConformerLayer
-from ..ops._checks import frame_mask
+from ..ops.checks import frame_mask
 
 __all__ = [
     "Described",

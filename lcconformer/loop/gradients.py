@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lcconformer.ops._cpu_linear import weight_gradient
+from lcconformer.ops.gemm import weight_gradient
 
 __all__ = ["Gradients"]
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lcconformer.layer import ConformerLayer, Positions
-from lcconformer.ops import _backend
+from lcconformer.ops.registry import forced_backend
 from lcconformer.positions import relative_sinusoids
 
 from .watch import watch
@@ -117,7 +117,7 @@ class _Graphs:
             self.places, self.memory = now.places(), now.memory()
         masked = encoder.config.padding == "masked"
         frames = -(-x.shape[1] // BUCKET) * BUCKET if masked else x.shape[1]
-        settings = _backend.forced_backend(), torch.get_float32_matmul_precision()
+        settings = forced_backend(), torch.get_float32_matmul_precision()
         key = (x.shape[0], frames, x.dtype, x.device, masked or lengths is not None, *settings)
         if key not in self.shapes:
             self._drop(SHAPES - 1)

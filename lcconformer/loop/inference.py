@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lcconformer import _extension
-from lcconformer.ops import _backend
-from lcconformer.ops._cpu import cpu_reasons, i64, pointer
-from lcconformer.ops._cpu import run as run_kernel
+from lcconformer import extension
+from lcconformer.ops.availability import cpu_reasons
+from lcconformer.ops.native import i64, pointer
+from lcconformer.ops.native import run as run_kernel
+from lcconformer.ops.registry import Choice, forced_backend, note
 
 from . import graphs, weights
 from .watch import watch
@@ -40,9 +41,9 @@ def reasons(encoder: ConformerEncoder, x: Tensor, lengths: Tensor | None) -> lis
         if torch.cuda.is_current_stream_capturing():
             found.append("a CUDA graph is being captured, which the modules become part of")
         return found
-    found += cpu_reasons(x)
-    if _backend.forced_backend() not in ("auto", "cpu"):
-        found.append(f"backend {_backend.forced_backend()!r} is forced, and the engine is made of CPU kernels")
+    found += cpu_reasons(x.device, x.dtype)
+    if forced_backend() not in ("auto", "cpu"):
+        found.append(f"backend {forced_backend()!r} is forced, and the engine is made of CPU kernels")
     if config.activation != "silu":
         found.append(f"activation {config.activation!r} is not fused, only 'silu' is")
     if config.position == "rotary":
@@ -74,7 +75,7 @@ def run(
         return [x.clone() for _ in range(depth if return_hidden_states else 1)]
     if x.device.type == "cuda":
         return graphs.run(encoder, x, lengths, depth, return_hidden_states)
-    _backend.select(OP, "cpu", {"cpu": list})  # which backend serves is for it to say, and for others to see
+    note(Choice(OP, "cpu"))
     layers = weights.packed(encoder, depth)
     loop = _Loop(encoder, x, lengths)
     outputs = []
@@ -125,7 +126,7 @@ class _Loop:
 
     def step(self, layer: PackedLayer) -> None:
         """One loop, in place."""
-        rows = _extension.load().cpu.rows_forward
+        rows = extension.load().cpu.rows_forward
         attention, conv = layer.attention, layer.conv
         first, second = (attention.norm, attention.qkv), (conv.norm, conv.pointwise1)
         merge_first, merge_second = attention.out, conv.pointwise2

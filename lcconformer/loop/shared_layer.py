@@ -7,13 +7,19 @@ The branches are feed-forward, attention, convolution (or convolution, attention
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .steps import Convolution, Norm, Steps, linear, rows_of
+from lcconformer.ops.gemm import matmul_transposed
+from lcconformer.ops.glu_depthwise_conv import GluDepthwiseConv, update_running
+from lcconformer.ops.native import rows_of
+from lcconformer.ops.relpos_attention import RelposAttention
+from lcconformer.ops.residual_layer_norm import ResidualLayerNorm
+
+from .kernels import Kernels
 
 if TYPE_CHECKING:
     from lcconformer.layer import ConformerLayer
@@ -45,7 +51,7 @@ class Plan:
         heads: of attention.
         eps: of the norms in front of each branch, and of the last one.
         inside, on: dropout probability inside of and on each branch.
-        norm, groups, conv_training, conv_eps: of the convolution.
+        norm, groups, conv_training, conv_eps, momentum: of the convolution.
         masked: whether the convolution gets the lengths.
         statistics: running mean, running variance and counter of a BatchNorm in training, which are updated.
     """
@@ -60,6 +66,7 @@ class Plan:
     groups: int
     conv_training: bool
     conv_eps: float
+    momentum: float
     masked: bool
     statistics: tuple[Tensor | None, ...]
 
@@ -92,26 +99,38 @@ def plan_of(layer: ConformerLayer) -> Plan:
         groups=conv.config.conv_norm_groups,
         conv_training=batch and conv.training,
         conv_eps=conv.config.layer_norm_eps,
+        momentum=norm.momentum if batch else 0.0,
         masked=conv.config.padding == "masked",
         statistics=statistics,
     )
+
+
+class Norm(NamedTuple):
+    """A LayerNorm: parameters ``[D]`` in the accumulation dtype."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
 
 
 class SharedLayer:
     """A layer in one call.
 
     Args:
-        plan, steps: what to do and by which kernels.
+        plan, kernels: what to do and by which kernels.
         lengths: ``[B]`` or None.
         pos: projected positions ``[2T-1, H, D]`` in C.
         parameters: of ``plan.names``; cast here, once for all loops.
     """
 
-    def __init__(self, plan: Plan, steps: Steps, lengths: Tensor | None, pos: Tensor, parameters: list[Tensor]) -> None:
-        self.plan, self.steps, self.lengths = plan, steps, lengths
-        wide = torch.float64 if steps.dtype == torch.float64 else torch.float32
+    def __init__(
+        self, plan: Plan, kernels: Kernels, lengths: Tensor | None, pos: Tensor, parameters: list[Tensor]
+    ) -> None:
+        self.plan, self.kernels, self.lengths = plan, kernels, lengths
+        self._dtype = kernels.dtype
+        wide = torch.float64 if self._dtype == torch.float64 else torch.float32
         given = zip(plan.names, parameters)
-        self._weights = {n: p.to(wide if "norm." in n else steps.dtype) for n, p in given}
+        self._weights = {n: p.to(wide if "norm." in n else self._dtype) for n, p in given}
         names = [*(f"{b}.norm" for b in plan.branches), "norm"]
         self._norm_names = names
         self._norms = [
@@ -120,7 +139,10 @@ class SharedLayer:
         self._positions = (pos, self._weights["attention.u"], self._weights["attention.v_bias"])
         mean, var, self._batches = plan.statistics
         of_norm = "conv.depthwise_norm."
-        self._conv = Convolution(
+        self._running = (mean, var)
+        # x is that of a loop
+        self._conv = GluDepthwiseConv(
+            x=pos,
             weight=self._weights["conv.depthwise.weight"][:, 0],
             bias=self._weights.get("conv.depthwise.bias"),
             lengths=lengths if plan.masked else None,
@@ -129,20 +151,21 @@ class SharedLayer:
             running_mean=self._weights.get(f"{of_norm}running_mean", mean),
             running_var=self._weights.get(f"{of_norm}running_var", var),
             norm=plan.norm,
-            groups=plan.groups,
+            num_groups=plan.groups,
             training=plan.conv_training,
             eps=plan.conv_eps,
+            activation="silu",
         )
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
-        return linear(x, self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias"))
+        return matmul_transposed(x, self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias"))
 
     def _linear_backward(self, name: str, dy: Tensor) -> Tensor:
-        return linear(dy, self._weights[f"{name}.weight"].t())
+        return matmul_transposed(dy, self._weights[f"{name}.weight"].t())
 
     def norm_out(self, x: Tensor) -> Tensor:
         """The output of a loop from its last residual sum, both ``[M, D]``: the same bits as in :meth:`forward`."""
-        return self.steps.layer_norm(x, self._norms[4], x.dtype)[0]
+        return self.kernels.residual_layer_norm.layer_norm(x, *self._norms[4], x.dtype)[0]
 
     def forward(self, x: Tensor, seeds: list[Tensor | None], *, update: bool) -> tuple[Tensor, list[Tensor]]:
         """One loop: (output ``[B, T, D]``, the ``KEPT`` tensors its backward needs beside ``x``).
@@ -153,18 +176,23 @@ class SharedLayer:
             update: move the running statistics of a training BatchNorm.
         """
         b, t, d = x.shape
-        n, mean, rstd = self.steps.layer_norm(rows_of(x), self._norms[0], self.steps.dtype)
+        norms = self.kernels.residual_layer_norm
+        n, mean, rstd = norms.layer_norm(rows_of(x), *self._norms[0], self._dtype)
         kept = [mean, rstd]
         for r, branch in enumerate(self.plan.branches):
-            h = n.view(b * t, d).to(self.steps.dtype)
+            h = n.view(b * t, d).to(self._dtype)
             if branch == "attention":
                 y, inner = self._attention(h, (b, t), seeds[r], self.plan.inside[r])
             elif branch == "conv":
                 y, inner = self._convolution(h, (b, t), update)
             else:
                 y, inner = self._feed_forward(branch, h, seeds[r], self.plan.inside[r])
-            drop = (seeds[4 + r], self.plan.on[r])
-            x, n, mean, rstd = self.steps.residual_norm(x, y.view(b, t, d), self._norms[r + 1], _ALPHAS[r], *drop)
+            norm = self._norms[r + 1]
+            x, n, mean, rstd = norms.forward(
+                ResidualLayerNorm(
+                    x, y.view(b, t, d), norm.weight, norm.bias, seeds[4 + r], _ALPHAS[r], self.plan.on[r], norm.eps
+                )
+            )
             kept += [x.view(b * t, d), mean, rstd, *inner]
         return n, kept
 
@@ -182,22 +210,34 @@ class SharedLayer:
             start = end - 3 - _KEPT[branch]
             (s, mean, rstd, *inner), end = kept[start:end], start
             first = _FIRST[following] if following else None
-            again = first is not None and gradients.wants(first)
-            drop = (seeds[4 + r], self.plan.on[r])
-            dx, dy, n, dnorm = self.steps.residual_norm_backward(
-                dn, dx, s, mean, rstd, self._norms[r + 1], _ALPHAS[r], *drop, again=again
+            norm = self._norms[r + 1]
+            dx, dy, n, dnorm = self.kernels.residual_layer_norm.layer_norm_backward(
+                dn,
+                dx,
+                s,
+                mean,
+                rstd,
+                norm.weight,
+                norm.bias,
+                dtype=self._dtype,
+                recompute=first is not None and gradients.wants(first),
+                alpha=_ALPHAS[r],
+                seed=seeds[4 + r],
+                dropout_p=self.plan.on[r],
             )
             self._first_done(r + 1, dnorm, dfirst, n, gradients)
-            dy = dx.to(self.steps.dtype) if dy is None else dy
+            dy = dx.to(self._dtype) if dy is None else dy
             if branch == "attention":
                 dn, dfirst = self._attention_backward(dy, inner, shape, seeds[r], self.plan.inside[r], gradients)
             elif branch == "conv":
                 dn, dfirst = self._convolution_backward(dy, inner, shape, gradients)
             else:
                 dn, dfirst = self._feed_forward_backward(branch, dy, inner, seeds[r], self.plan.inside[r], gradients)
-        again = gradients.wants(_FIRST[self.plan.branches[0]])
         mean, rstd = kept[:2]
-        dx, _, n, dnorm = self.steps.residual_norm_backward(dn, dx, x, mean, rstd, self._norms[0], again=again)
+        norm, recompute = self._norms[0], gradients.wants(_FIRST[self.plan.branches[0]])
+        dx, _, n, dnorm = self.kernels.residual_layer_norm.layer_norm_backward(
+            dn, dx, x, mean, rstd, norm.weight, norm.bias, dtype=self._dtype, recompute=recompute
+        )
         self._first_done(0, dnorm, dfirst, n, gradients)
         return dx
 
@@ -210,32 +250,34 @@ class SharedLayer:
             gradients.product(first, dfirst, n, bias=not first.endswith(".up"))
 
     def _feed_forward(self, name: str, h: Tensor, seed: Tensor | None, p: float) -> tuple[Tensor, list[Tensor]]:
-        u, g = self.steps.up(h, self._weights[f"{name}.up.weight"], self._weights[f"{name}.up.bias"], seed, p)
+        weight, bias = self._weights[f"{name}.up.weight"], self._weights[f"{name}.up.bias"]
+        u, g = self.kernels.feed_forward.up(h, weight, bias, seed, p)
         return self._linear(f"{name}.down", g), [u]
 
     def _feed_forward_backward(self, name, dy, inner, seed, p, gradients) -> tuple[Tensor, Tensor]:
-        bias = self._weights[f"{name}.up.bias"]
-        du, g, dbias = self.steps.up_backward(dy, self._weights[f"{name}.down.weight"], inner[0], bias, seed, p)
+        down, bias = self._weights[f"{name}.down.weight"], self._weights[f"{name}.up.bias"]
+        du, g, dbias = self.kernels.feed_forward.up_backward(dy, down, inner[0], bias, seed, p)
         gradients.product(f"{name}.down", dy, g)
         gradients.add(f"{name}.up.bias", dbias)
         return self._linear_backward(f"{name}.up", du), du
+
+    def _heads(self, qkv: Tensor, shape: tuple[int, int], seed: Tensor | None, p: float) -> RelposAttention:
+        q, k, v = qkv.view(*shape, 3, self.plan.heads, -1).unbind(2)  # each [B, T, H, D]
+        return RelposAttention(q, k, v, *self._positions, self.lengths, None, seed, p)
 
     def _attention(
         self, h: Tensor, shape: tuple[int, int], seed: Tensor | None, p: float
     ) -> tuple[Tensor, list[Tensor]]:
         qkv = self._linear("attention.qkv", h)
-        heads = qkv.view(*shape, 3, self.plan.heads, -1)
-        o, lse = self.steps.attend(heads, *self._positions, lengths=self.lengths, seed=seed, dropout_p=p)
+        o, lse = self.kernels.relpos_attention.forward(self._heads(qkv, shape, seed, p))
         return self._linear("attention.out", o.view(h.shape)), [qkv, o, lse]
 
     def _attention_backward(self, dy, inner, shape, seed, p, gradients) -> tuple[Tensor, Tensor]:
         qkv, o, lse = inner
         do = self._linear_backward("attention.out", dy).view(o.shape)
         gradients.product("attention.out", dy, o.view(dy.shape))
-        dq, dk, dv, *shared = self.steps.attend_backward(
-            do, qkv.view(*shape, 3, self.plan.heads, -1), *self._positions, lengths=self.lengths, seed=seed, out=o, lse=lse,
-            dropout_p=p,
-        )  # fmt: skip
+        heads = self._heads(qkv, shape, seed, p)
+        dq, dk, dv, *shared = self.kernels.relpos_attention.backward(do, heads, o, lse)
         for name, gradient in zip(("pos", "attention.u", "attention.v_bias"), shared):
             gradients.add(name, gradient)
         dqkv = torch.cat([x.reshape(dy.shape) for x in (dq, dk, dv)], 1)
@@ -245,15 +287,20 @@ class SharedLayer:
         p = self._linear("conv.pointwise1", h)
         if update and self._batches is not None:
             self._batches.add_(1)
-        c = self.steps.convolve(p.view(*shape, -1), self._conv, update=update)
+        c, batch = self.kernels.glu_depthwise_conv.forward(replace(self._conv, x=p.view(*shape, -1)), False)
+        mean, var = self._running
+        if update and mean is not None and var is not None:
+            update_running(mean, var, batch.mean, batch.var, batch.count, self.plan.momentum)
         return self._linear("conv.pointwise2", c.reshape(h.shape)), [p]
 
     def _convolution_backward(self, dy, inner, shape, gradients) -> tuple[Tensor, Tensor]:
         (p,) = inner
-        c, backward = self.steps.convolve_again(p.view(*shape, -1), self._conv)
+        args = replace(self._conv, x=p.view(*shape, -1))
+        c, saved = self.kernels.glu_depthwise_conv.forward(args, True)
         gradients.product("conv.pointwise2", dy, c.reshape(dy.shape))
         del c
-        dp, dweight, dbias, dnorm = backward(self._linear_backward("conv.pointwise2", dy).view(*shape, -1))
+        dc = self._linear_backward("conv.pointwise2", dy).view(*shape, -1)
+        dp, dweight, dbias, dnorm = self.kernels.glu_depthwise_conv.backward(dc, args, saved)
         gradients.add("conv.depthwise.weight", dweight.t()[:, None])
         gradients.add("conv.depthwise.bias", dbias)
         for name, gradient in zip(("bias", "weight"), dnorm):

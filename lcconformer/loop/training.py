@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lcconformer.ops._triton import dropout_seed
+from lcconformer.ops.dropout import dropout_seed
+from lcconformer.ops.native import rows_of
 
 from .gradients import Gradients
+from .kernels import Kernels, choose_kernels
 from .shared_layer import KEPT, LAST, SEEDS, Plan, SharedLayer, plan_of
-from .steps import Steps, rows_of, steps_for
 from .watch import watch
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def reasons(encoder: ConformerEncoder, x: Tensor) -> list[str]:
         found.append(f"the input is {x.dtype} and weights are {', '.join(sorted(map(str, wrong)))}")
     if not found:
         try:
-            _steps(encoder, x)
+            _kernels(encoder, x)
         except NotImplementedError as refused:
             found.append(str(refused))
     return found
@@ -67,13 +68,13 @@ def slower(encoder: ConformerEncoder, x: Tensor) -> list[str]:
     On the CPU kernels the modules took 1.29 times as long for a training step of 12 loops at (B, T) = (1, 100), 1.24 at
     (1, 400), 1.24 at (8, 400); of 4 loops 1.25, 1.23, 1.21 (float32, d_model 256, one thread of an AMD EPYC with AVX-512).
     """
-    others = set(_steps(encoder, x).backends) - {"cpu"}
+    others = set(_kernels(encoder, x).names) - {"cpu"}
     return [f"not measured on the kernels of {', '.join(sorted(others))}"] if others else []
 
 
-def _steps(encoder: ConformerEncoder, x: Tensor) -> Steps:
+def _kernels(encoder: ConformerEncoder, x: Tensor) -> Kernels:
     layer: Any = encoder.layers[0]
-    return steps_for(encoder.config, x, _dtype(x), layer.norm.weight, layer.conv.training)
+    return choose_kernels(encoder.config, x, _dtype(x), layer.norm.weight.dtype, layer.conv.training)
 
 
 def run(
@@ -86,15 +87,15 @@ def run(
 ) -> list[Tensor]:
     """Outputs ``[B, T, d_model]`` of each loop if ``return_hidden_states``, else of the last alone."""
     layer_map, first = encoder.layer_map[:depth], depth - backprop_depth
-    steps, used = _steps(encoder, x), sorted(set(layer_map))
+    kernels, used = _kernels(encoder, x), sorted(set(layer_map))
     layers: list[Any] = [encoder.layers[i] for i in used]
     plans = tuple(plan_of(layer) for layer in layers)
     tensors: list[Tensor] = []
     for layer, plan in zip(layers, plans):
         own = dict(layer.named_parameters(remove_duplicate=False)) | dict(layer.named_buffers())
-        tensors += [layer.positions(x).to(steps.dtype), *(own[name] for name in plan.names)]
+        tensors += [layer.positions(x).to(kernels.dtype), *(own[name] for name in plan.names)]
     call = _Call(
-        steps=steps,
+        kernels=kernels,
         plans=plans,
         layer_map=tuple(used.index(i) for i in layer_map),
         first=first,
@@ -117,14 +118,14 @@ class _Call:
     """What a call of the engine is beside its tensors.
 
     Attributes:
-        steps: the kernels.
+        kernels: backends of the ops.
         plans: of the unique layers in use; ``layer_map`` tells which one a loop uses.
         first: the first loop that gradients flow through.
         every: whether the output of every loop is wanted.
         checkpointing: keep nothing of a loop but its input.
     """
 
-    steps: Steps
+    kernels: Kernels
     plans: tuple[Plan, ...]
     layer_map: tuple[int, ...]
     first: int
@@ -136,7 +137,7 @@ class _Call:
         layers, rest = [], list(tensors)
         for plan in self.plans:
             (pos, *parameters), rest = rest[: 1 + len(plan.names)], rest[1 + len(plan.names) :]
-            layers.append(SharedLayer(plan, self.steps, lengths, pos, parameters))
+            layers.append(SharedLayer(plan, self.kernels, lengths, pos, parameters))
         return layers
 
     def seeds(self, seeds: Tensor | None, k: int) -> list[Tensor | None]:

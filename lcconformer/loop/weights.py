@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lcconformer import _extension
+from lcconformer import extension
 from lcconformer.layer import RelativeAttention
-from lcconformer.ops._cpu import pointer, run
+from lcconformer.ops.native import pointer, run
 from lcconformer.positions import relative_sinusoids
 
 from .watch import Watch, watch
@@ -128,7 +128,7 @@ class PackedLayer:
         """Projected relative positions of ``frames`` frames as the attention kernel takes them; None without positions."""
         if self.attention.pos is None:
             return None
-        cpu = _extension.load().cpu
+        cpu = extension.load().cpu
         level, kept = cpu.simd_level(), self._panels
         if kept is not None and kept[:2] == (frames, level):
             return kept[2]
@@ -149,7 +149,7 @@ def _project(pos: Matrix, frames: int) -> Tensor:
     table = relative_sinusoids(frames, pos.inputs, device=torch.device("cpu"), dtype=torch.float32)
     out = table.new_empty(len(table) + ROWS, pos.panels.shape[0] * PANEL)
     sizes = {"M": len(table), "D": pos.inputs, "out_stride": out.stride(0), "threads": torch.get_num_threads()}
-    _extension.load().cpu.rows_forward(x=table.data_ptr(), next=pos.fields, out=out.data_ptr(), **sizes)
+    extension.load().cpu.rows_forward(x=table.data_ptr(), next=pos.fields, out=out.data_ptr(), **sizes)
     return out[: len(table)]
 
 
@@ -245,7 +245,7 @@ class _Packed:
         self._fingerprint = self._take_fingerprint()
 
     def _take_fingerprint(self) -> int:
-        return _extension.load().cpu.fingerprint(pointer(self._bytes), len(self._bytes))
+        return extension.load().cpu.fingerprint(pointer(self._bytes), len(self._bytes))
 
     def holds(self, watch: Watch) -> bool:
         """Whether the tensors are as they were."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..config import ConformerConfig
 from ..data import LogMel
 from ..encoder import ConformerEncoder
-from ..ops._checks import frame_mask
+from ..ops.checks import frame_mask
 from .checkpoint import Checkpoint, load_checkpoint
 from .masking import Masks
 from .objectives import ObjectiveSettings, make_objective

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcconformer import _extension
+from lcconformer import extension
 from lcconformer.ops._backend import backend
 
-if (_reason := _extension.why_missing()) is not None:
+if (_reason := extension.why_missing()) is not None:
     pytest.skip(f"no compiled extension: {_reason}", allow_module_level=True)
 
-CPU = _extension.load().cpu
+CPU = extension.load().cpu
 LEVELS: list[str] = CPU.simd_levels()
 FRAMES = (1, 7, 63, 65, 127, 203)
 

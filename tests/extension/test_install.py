@@ -31,13 +31,13 @@ import json, sys, torch
 # an editable install beside the tests would lend its modules to the package under test
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
 import lcconformer
-from lcconformer import _extension, ops
+from lcconformer import extension, ops
 assert lcconformer.__file__.startswith(sys.argv[1]), lcconformer.__file__
 x = torch.randn(1, 9, 8)
 assert ops.glu_depthwise_conv(x, torch.randn(4, 3)).shape == (1, 9, 4)
-missing = _extension.why_missing()
-built = {} if missing else _extension.build_info()
-print(json.dumps({"missing": missing, "runtimes": len(_extension.openmp_runtimes()), **built}))
+missing = extension.why_missing()
+built = {} if missing else extension.build_info()
+print(json.dumps({"missing": missing, "runtimes": len(extension.openmp_runtimes()), **built}))
 """
 
 

@@ -1,4 +1,4 @@
-"""lcconformer._extension: the module as built here, and what is said where there is none."""
+"""lcconformer.extension: the module as built here, and what is said where there is none."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from types import SimpleNamespace
 
 import pytest
 
-from lcconformer import _extension
+from lcconformer import extension
 
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
 
 @pytest.fixture
 def built():
-    missing = _extension.why_missing()
+    missing = extension.why_missing()
     if missing is not None:
         pytest.skip(missing)
-    return _extension.load()
+    return extension.load()
 
 
 def test_build_info_tells_what_was_built(built):
-    info = _extension.build_info()
+    info = extension.build_info()
     assert {"version", "compiler", "flags", "openmp", "simd", "cuda", "cuda_note"} <= info.keys()
     assert "generic" in info["simd"]
     assert built.cpu.simd_level() in info["simd"]
@@ -36,11 +36,11 @@ def test_build_info_tells_what_was_built(built):
 
 def test_pytorch_and_the_extension_share_one_openmp(built):
     program = (
-        "from lcconformer import _extension; import torch\n"
-        "cpu = _extension.load().cpu; torch.ones(1 << 20).add_(1)\n"
+        "from lcconformer import extension; import torch\n"
+        "cpu = extension.load().cpu; torch.ones(1 << 20).add_(1)\n"
         "counts = []\n"
         "for n in (1, 2): torch.set_num_threads(n); counts.append(cpu.max_threads())\n"
-        "print(counts, len(_extension.openmp_runtimes()))"
+        "print(counts, len(extension.openmp_runtimes()))"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.split("\n")[0] == "[1, 2] 1", result.stdout
@@ -51,11 +51,11 @@ def run_copy(tmp_path: Path, *, extra: dict[str, bytes]) -> str:
     package = tmp_path / "alone"
     package.mkdir()
     (package / "__init__.py").touch()
-    shutil.copy(_extension.__file__, package)
+    shutil.copy(extension.__file__, package)
     for name, content in extra.items():
         (package / name).write_bytes(content)
     program = (
-        "from alone import _extension as e\nprint(e.why_missing())\n"
+        "from alone import extension as e\nprint(e.why_missing())\n"
         "try: e.load()\nexcept ImportError as error: assert str(error) == e.why_missing()\nelse: raise SystemExit(1)\n"
         "assert e.cuda_reasons(90) == [e.why_missing()]"
     )
@@ -97,8 +97,8 @@ def test_a_module_of_another_python(tmp_path):
 )
 def test_which_devices_the_built_architectures_serve(monkeypatch, archs, capability, serves):
     info = {"cuda": {"archs": archs}, "cuda_note": ""}
-    monkeypatch.setattr(_extension, "_attempt", lambda: SimpleNamespace(build_info=json.dumps(info)))
-    reasons = _extension.cuda_reasons.__wrapped__(capability)
+    monkeypatch.setattr(extension, "_attempt", lambda: SimpleNamespace(build_info=json.dumps(info)))
+    reasons = extension.cuda_reasons.__wrapped__(capability)
     if serves:
         assert reasons == []
     else:
@@ -108,6 +108,6 @@ def test_which_devices_the_built_architectures_serve(monkeypatch, archs, capabil
 
 def test_a_build_without_cuda_says_why(monkeypatch):
     info = {"cuda": None, "cuda_note": "no nvcc here"}
-    monkeypatch.setattr(_extension, "_attempt", lambda: SimpleNamespace(build_info=json.dumps(info)))
-    reasons = _extension.cuda_reasons.__wrapped__(90)
+    monkeypatch.setattr(extension, "_attempt", lambda: SimpleNamespace(build_info=json.dumps(info)))
+    reasons = extension.cuda_reasons.__wrapped__(90)
     assert reasons == ["lcconformer was built without CUDA kernels (no nvcc here)"]

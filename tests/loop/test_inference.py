@@ -9,15 +9,15 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from lcconformer import Conformer, ConformerConfig, ConformerEncoder, _extension, backend, engine
+from lcconformer import Conformer, ConformerConfig, ConformerEncoder, extension, backend, engine
 from lcconformer.ops import _backend
 
 from ..conftest import with_random_values
 
-if (_reason := _extension.why_missing()) is not None:
+if (_reason := extension.why_missing()) is not None:
     pytest.skip(f"no compiled extension: {_reason}", allow_module_level=True)
 
-CPU = _extension.load().cpu
+CPU = extension.load().cpu
 BASE = ConformerConfig(d_model=24, num_heads=2, ffn_dim=40, num_layers=3, conv_kernel_size=5, dropout=0.1)
 
 

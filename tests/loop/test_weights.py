@@ -17,10 +17,10 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from lcconformer import ConformerConfig, ConformerEncoder, _extension, engine
+from lcconformer import ConformerConfig, ConformerEncoder, extension, engine
 from lcconformer.loop import weights
 
-if (_reason := _extension.why_missing()) is not None:
+if (_reason := extension.why_missing()) is not None:
     pytest.skip(f"no compiled extension: {_reason}", allow_module_level=True)
 
 BASE = ConformerConfig(d_model=16, num_heads=2, ffn_dim=24, num_layers=3, conv_kernel_size=5, dropout=0.1)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_lengths", "check_same", "check_shape", "floats", "frame_mask"]
+__all__ = ["check_device", "check_dropout", "check_lengths", "check_same", "check_shape", "floats", "frame_mask"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_shape(op: str, name: str, x: Tensor, shape: tuple[int | None, ...], letters: str) -> None:
     """``x`` has the shape; ``None`` leaves a dimension free; ``letters`` names them, as in ``"[B, T, C]"``."""
+    if x.shape == shape:  # the common case, without a generator
+        return
     if x.dim() != len(shape) or any(want is not None and got != want for got, want in zip(x.shape, shape)):
         want_text = "[" + ", ".join("*" if s is None else str(s) for s in shape) + "]"
         raise ValueError(f"{op}: {name} has shape {list(x.shape)}; expected {letters} = {want_text}")
@@ -28,6 +30,20 @@ def check_same(op: str, **tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: {name} has dtype {t.dtype} but {first} has {ref.dtype}; cast them to one dtype")
         if t.device != ref.device:
             raise ValueError(f"{op}: {name} is on {t.device} but {first} is on {ref.device}; move them to one device")
+
+
+def check_device(op: str, x: Tensor, **tensors: Tensor | None) -> None:
+    """All given tensors are on the device of ``x``."""
+    device = x.device
+    for name, t in tensors.items():
+        if t is not None and t.device != device:
+            raise ValueError(f"{op}: {name} is on {t.device} but x is on {device}; move them to one device")
+
+
+def check_dropout(op: str, dropout_p: float) -> None:
+    """``dropout_p`` is a probability below 1."""
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{op}: dropout_p is {dropout_p}; expected 0 <= dropout_p < 1")
 
 
 def check_lengths(op: str, lengths: Tensor | None, batch: int, frames: int, device: torch.device) -> None:

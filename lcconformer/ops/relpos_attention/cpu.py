@@ -1,4 +1,4 @@
-"""relpos_attention on the CPU kernels; arguments and results as those of lcconformer.kernels.relpos_attention."""
+"""relpos_attention on the CPU kernels of csrc/cpu."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._cpu import dropout, f32, i64, pointer, run, unit_stride
+from ..availability import cpu_reasons
+from ..native import dropout, f32, i64, pointer, run, unit_stride
+from .arguments import RelposAttention, Traits
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "unsupported"]
+
+
+def unsupported(traits: Traits) -> list[str]:
+    return cpu_reasons(traits.device, traits.dtype)
 
 
 def _heads(x: Tensor) -> tuple[int, int, int, int]:
@@ -41,53 +47,26 @@ def _fields(q, k, v, pos, u, v_bias, lengths, cu_seqlens, seed, dropout_p) -> di
     return fields
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos: Tensor | None,
-    u: Tensor | None,
-    v_bias: Tensor | None,
-    lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """Output, shaped like q, and the log2-sum-exp2 of the scaled scores in float32 ``[H, frames]``."""
-    *frames, h, _ = q.shape
-    q, k, v = (unit_stride(x) for x in (q, k, v))
-    pos = None if pos is None else unit_stride(pos)
-    u, v_bias, lengths, cu_seqlens = f32(u), f32(v_bias), i64(lengths), i64(cu_seqlens)
+def forward(args: RelposAttention) -> tuple[Tensor, Tensor]:
+    *frames, h, _ = args.q.shape
+    q, k, v = (unit_stride(x) for x in (args.q, args.k, args.v))
+    pos = None if args.pos is None else unit_stride(args.pos)
+    u, v_bias, lengths, cu_seqlens = f32(args.u), f32(args.v_bias), i64(args.lengths), i64(args.cu_seqlens)
     out = q.new_empty(q.shape)
     lse = q.new_empty((h, math.prod(frames)), dtype=torch.float32)
-    fields = _fields(q, k, v, pos, u, v_bias, lengths, cu_seqlens, seed, dropout_p)
+    fields = _fields(q, k, v, pos, u, v_bias, lengths, cu_seqlens, args.seed, args.dropout_p)
     run("attention_forward", q, **fields, out=pointer(out), lse=pointer(lse))
     return out, lse
 
 
-def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos: Tensor | None,
-    u: Tensor | None,
-    v_bias: Tensor | None,
-    lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    dropout_p: float,
-) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v and, with positions, of pos, u, v_bias, in their dtypes."""
-    given = () if pos is None or u is None or v_bias is None else (pos, u, v_bias)
-    dout, q, k, v = (unit_stride(x) for x in (dout, q, k, v))
-    pos = None if pos is None else unit_stride(pos)
-    u, v_bias, lengths, cu_seqlens = f32(u), f32(v_bias), i64(lengths), i64(cu_seqlens)
+def backward(dout: Tensor, args: RelposAttention, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+    given = [x for x in (args.pos, args.u, args.v_bias) if x is not None]
+    dout, q, k, v = (unit_stride(x) for x in (dout, args.q, args.k, args.v))
+    pos = None if args.pos is None else unit_stride(args.pos)
+    u, v_bias, lengths, cu_seqlens = f32(args.u), f32(args.v_bias), i64(args.lengths), i64(args.cu_seqlens)
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
     shared = [x.new_empty(x.shape, dtype=torch.float32) for x in given]
-    fields = _fields(q, k, v, pos, u, v_bias, lengths, cu_seqlens, seed, dropout_p)
+    fields = _fields(q, k, v, pos, u, v_bias, lengths, cu_seqlens, args.seed, args.dropout_p)
     fields |= dict(zip(("dpos", "du", "dv_bias"), map(pointer, shared)))
     fields |= {"dq": pointer(dq), "dk": pointer(dk), "dv": pointer(dv)}
     run("attention_backward", q, **fields, out=pointer(out), lse=pointer(lse), dout=_heads(dout))

@@ -1,17 +1,28 @@
-"""feed_forward on the CPU kernels around library products; as lcconformer.kernels.feed_forward."""
+"""feed_forward on the CPU kernels of csrc/cpu around the GEMMs of a library."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ._cpu import dropout, f32, pointer, rows_of, run
-from ._cpu_linear import matmul_transposed, weight_gradient
-from ._cpu_residual_layer_norm import layer_norm, layer_norm_backward
+from ..availability import cpu_reasons
+from ..gemm import matmul_transposed, weight_gradient
+from ..native import dropout, f32, pointer, rows_of, run
+from ..residual_layer_norm.cpu import layer_norm, layer_norm_backward
+from .arguments import FeedForward, Traits
 
-__all__ = ["activation", "activation_backward", "backward", "forward", "up", "up_backward"]
+__all__ = ["activation", "activation_backward", "backward", "forward", "unsupported", "up", "up_backward"]
 
 _HIDDEN, _OUTPUT = 0, 1  # dropout streams
+
+
+def unsupported(traits: Traits) -> list[str]:
+    reasons = cpu_reasons(traits.device, traits.dtype)
+    if traits.activation != "silu":
+        reasons.append(f"activation {traits.activation!r} is not fused, only 'silu' is")
+    if traits.dtype != traits.weight_dtype:
+        reasons.append(f"x is {traits.dtype} and the weights are {traits.weight_dtype} (autocast)")
+    return reasons
 
 
 def activation(
@@ -73,30 +84,17 @@ def up_backward(
     return activation_backward(matmul_transposed(dz, w2.t()), u, b1, seed, dropout_p)
 
 
-def forward(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    eps: float,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out like x, mean [M], rstd [M] float32, u [M, F] = LN(x) W1'); the last three empty unless ``save``."""
+def forward(args: FeedForward, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, seed = args.x, args.seed
     rows = rows_of(x)
     m, d = rows.shape
-    drop = dropout(seed, dropout_p)
-    h, mean, rstd = layer_norm(rows, norm_weight, norm_bias, eps)
-    u = matmul_transposed(h, w1)
-    g = activation(u, b1, seed, dropout_p, overwrite=not save)
-    z = matmul_transposed(g, w2)
+    drop = dropout(seed, args.dropout_p)
+    h, mean, rstd = layer_norm(rows, args.norm_weight, args.norm_bias, args.eps, x.dtype)
+    u = matmul_transposed(h, args.w1)
+    g = activation(u, args.b1, seed, args.dropout_p, overwrite=not save)
+    z = matmul_transposed(g, args.w2)
     out = x.new_empty(x.shape)
-    bias = f32(b2)
+    bias = f32(args.b2)
     run(
         "residual_forward",
         x,
@@ -105,7 +103,7 @@ def forward(
         x=pointer(rows),
         x_stride=rows.stride(0),
         out=pointer(out),
-        scale=scale,
+        scale=args.scale,
         dropout=drop,
         stream=_OUTPUT,
         M=m,
@@ -117,21 +115,9 @@ def forward(
 
 
 def backward(
-    dout: Tensor,
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    u: Tensor,
-    seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
+    dout: Tensor, args: FeedForward, mean: Tensor, rstd: Tensor, u: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dx, (dnorm_weight, dnorm_bias) [2, D], dw1, db1, dw2, db2)"""
+    x, w1, w2, seed, dropout_p = args.x, args.w1, args.w2, args.seed, args.dropout_p
     rows, drows = rows_of(x), rows_of(dout)
     m, d = rows.shape
     drop = dropout(seed, dropout_p)
@@ -145,17 +131,19 @@ def backward(
         d_stride=drows.stride(0),
         out=pointer(dz),
         dbias=pointer(db2),
-        scale=scale,
+        scale=args.scale,
         dropout=drop,
         stream=_OUTPUT,
         M=m,
         N=d,
     )
-    du, g, db1 = up_backward(dz, w2, u, b1, seed, dropout_p)
+    du, g, db1 = up_backward(dz, w2, u, args.b1, seed, dropout_p)
     dw2 = weight_gradient(dz, g)
     del g
     dh = matmul_transposed(du, w1.t())
-    h = torch.empty_like(dh)
-    dx, dnorm = layer_norm_backward(dh, drows, rows, mean, rstd, norm_weight, norm_bias, n=h)
+    dx, _, h, dnorm = layer_norm_backward(
+        dh, drows, rows, mean, rstd, args.norm_weight, args.norm_bias, dtype=x.dtype, recompute=True
+    )
+    assert h is not None
     dw1 = weight_gradient(du, h)
     return dx.view(x.shape), dnorm, dw1, db1.to(w1.dtype), dw2, db2.to(w2.dtype)

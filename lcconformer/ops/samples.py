@@ -1,13 +1,20 @@
-"""One call of each op as a layer makes it, at shapes of one's choice: what ``info`` asks about and ``doctor`` checks."""
+"""A typical call of each op, as a layer makes it: what ``info`` asks about and ``doctor`` checks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["CALLS", "Sizes"]
+from .feed_forward.arguments import Traits as FeedForwardTraits
+from .glu_depthwise_conv.arguments import Traits as GluDepthwiseConvTraits
+from .relpos_attention.arguments import Traits as RelposAttentionTraits
+from .residual_layer_norm.arguments import Traits as ResidualLayerNormTraits
+
+__all__ = ["CALLS", "TRAITS", "Sizes"]
 
 # (name, *shape) -> the tensor
 Tensors = Callable[..., Tensor]
@@ -59,4 +66,14 @@ CALLS: dict[str, Callable[[Callable, Tensors, Sizes, Tensor], object]] = {
     "glu_depthwise_conv": _glu_depthwise_conv,
     "feed_forward": _feed_forward,
     "residual_layer_norm": _residual_layer_norm,
+}
+
+# op -> (device, dtype of everything, sizes) -> the traits of that call
+TRAITS: dict[str, Callable[[torch.device, torch.dtype, Sizes], Any]] = {
+    "relpos_attention": lambda device, dtype, s: RelposAttentionTraits(device, dtype, s.d_model // s.heads),
+    "glu_depthwise_conv": lambda device, dtype, s: GluDepthwiseConvTraits(
+        device, dtype, s.d_model, "layer", dtype, False, "silu"
+    ),
+    "feed_forward": lambda device, dtype, s: FeedForwardTraits(device, dtype, s.d_model, dtype, dtype, "silu"),
+    "residual_layer_norm": lambda device, dtype, s: ResidualLayerNormTraits(device, dtype, s.d_model, dtype),
 }

@@ -1,17 +1,24 @@
-"""residual_layer_norm on the CPU kernels; arguments and results as those of lcconformer.kernels.residual_layer_norm."""
+"""residual_layer_norm on the CPU kernels of csrc/cpu."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ._cpu import dropout, f32, pointer, rows_of, run
+from ..availability import cpu_reasons
+from ..native import dropout, f32, pointer, rows_of, run
+from .arguments import ResidualLayerNorm, Traits
 
-__all__ = ["backward", "forward", "layer_norm", "layer_norm_backward"]
+__all__ = ["backward", "forward", "layer_norm", "layer_norm_backward", "unsupported"]
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(LN(x), mean, rstd) of rows ``[M, D]`` with unit stride in D; mean and rstd float32 ``[M]``."""
+def unsupported(traits: Traits) -> list[str]:
+    return cpu_reasons(traits.device, traits.dtype)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     n = x.new_empty(x.shape)
     mean, rstd = (x.new_empty(x.shape[:1], dtype=torch.float32) for _ in range(2))
     w, b = f32(weight), f32(bias)
@@ -29,7 +36,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Ten
         M=x.shape[0],
         D=x.shape[1],
     )
-    return n, mean, rstd
+    return n.to(dtype), mean, rstd
 
 
 def layer_norm_backward(
@@ -39,15 +46,22 @@ def layer_norm_backward(
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor,
-    bias: Tensor | None = None,
+    bias: Tensor,
     *,
-    n: Tensor | None = None,
-    dy: Tensor | None = None,
-    seed: Tensor | None = None,
+    dtype: torch.dtype,
+    recompute: bool,
     alpha: float = 1.0,
+    seed: Tensor | None = None,
     dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """(dx ``[M, D]``, (dweight, dbias) ``[2, D]``) of rows; fills ``n`` (needs ``bias``) and ``dy`` where given."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    n = torch.empty_like(s) if recompute else None
+    dy = None if alpha == 1.0 and seed is None else torch.empty_like(s)
+    dx, dparams = _backward(dn.to(s.dtype), ds, s, mean, rstd, weight, bias, n, dy, seed, alpha, dropout_p)
+    return dx, None if dy is None else dy.to(dtype), None if n is None else n.to(dtype), dparams
+
+
+def _backward(dn, ds, s, mean, rstd, weight, bias, n, dy, seed, alpha, dropout_p) -> tuple[Tensor, Tensor]:
+    """Return (dx ``[M, D]``, (dweight, dbias) ``[2, D]``) of rows; fill ``n`` (needs ``bias``) and ``dy`` where given."""
     m, d = s.shape
     dx = s.new_empty((m, d))
     dparams = s.new_empty((2, d), dtype=torch.float32)
@@ -77,22 +91,13 @@ def layer_norm_backward(
     return dx, dparams.to(weight.dtype)
 
 
-def forward(
-    x: Tensor,
-    y: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    seed: Tensor | None,
-    alpha: float,
-    dropout_p: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(s, n) shaped like x, and mean, rstd: float32 ``[M]``."""
-    rows, branch = rows_of(x), rows_of(y)
+def forward(args: ResidualLayerNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = args.x
+    rows, branch = rows_of(x), rows_of(args.y.to(x.dtype))
     m, d = rows.shape
     s, n = x.new_empty(x.shape), x.new_empty(x.shape)
     mean, rstd = (x.new_empty((m,), dtype=torch.float32) for _ in range(2))
-    w, b = f32(weight), f32(bias)
+    w, b = f32(args.weight), f32(args.bias)
     run(
         "layer_norm_forward",
         x,
@@ -106,9 +111,9 @@ def forward(
         n=pointer(n),
         mean=pointer(mean),
         rstd=pointer(rstd),
-        alpha=alpha,
-        eps=eps,
-        dropout=dropout(seed, dropout_p),
+        alpha=args.alpha,
+        eps=args.eps,
+        dropout=dropout(args.seed, args.dropout_p),
         M=m,
         D=d,
     )
@@ -126,11 +131,8 @@ def backward(
     alpha: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dy, (dweight, dbias) ``[2, D]``); dy is empty where it equals dx (alpha = 1, no dropout)."""
     scaled = seed is not None or alpha != 1.0
     dy = s.new_empty(s.shape if scaled else (0,))
-    dx, dparams = layer_norm_backward(
-        rows_of(dn), rows_of(ds), rows_of(s), mean, rstd, weight,
-        dy=dy if scaled else None, seed=seed, alpha=alpha, dropout_p=dropout_p,
-    )  # fmt: skip
+    rows = (rows_of(x) for x in (dn, ds, s))
+    dx, dparams = _backward(*rows, mean, rstd, weight, None, None, dy if scaled else None, seed, alpha, dropout_p)
     return dx.view(s.shape), dy, dparams

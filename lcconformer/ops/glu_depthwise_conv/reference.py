@@ -1,0 +1,157 @@
+"""glu_depthwise_conv in plain PyTorch: the oracle of every kernel, and the fallback."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..activations import ACTIVATIONS
+from ..checks import frame_mask
+from .arguments import GluDepthwiseConv, Statistics, Traits
+
+__all__ = ["apply", "backward", "forward", "glu_depthwise_conv_reference", "unsupported", "update_running"]
+
+
+def _wide(y: Tensor) -> Tensor:
+    """Statistics of half-precision values are taken in float32."""
+    return y.float() if y.dtype in (torch.float16, torch.bfloat16) else y
+
+
+def _batch_statistics(y: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean ``[C]``, biased variance ``[C]`` and number of the real frames of ``y [B, T, C]``."""
+    x = _wide(y)
+    if real is None:
+        count = torch.full((), x.shape[0] * x.shape[1], dtype=x.dtype, device=x.device)
+        mean = x.mean((0, 1))
+        centred = x - mean
+    else:
+        count = real.sum().to(x.dtype)
+        mean = x.masked_fill(~real, 0.0).sum((0, 1)) / count.clamp(min=1)
+        centred = (x - mean).masked_fill(~real, 0.0)
+    return mean, centred.square().sum((0, 1)) / count.clamp(min=1), count
+
+
+@torch.no_grad()
+def update_running(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: Tensor, momentum: float
+) -> None:
+    """Move running statistics ``[C]`` in place as ``nn.BatchNorm1d`` does: unbiased variance.
+
+    A batch without any real frame teaches nothing.
+    """
+    unbiased = var * (count / (count - 1).clamp(min=1))
+    step = momentum * (count > 0).to(running_mean.dtype)
+    running_mean.add_((mean.to(running_mean.dtype) - running_mean) * step)
+    running_var.add_((unbiased.to(running_var.dtype) - running_var) * step)
+
+
+def _group_norm(y, weight, bias, groups, real, eps):
+    """Normalise ``[B, T, C]`` per utterance and group of channels, over the real frames."""
+    b, t, c = y.shape
+    x = _wide(y).reshape(b, t, groups, c // groups)
+    if real is None:
+        keep = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=y.device)
+        count = torch.full((1, 1, 1, 1), t * (c // groups), dtype=x.dtype, device=y.device)
+    else:
+        keep = real[..., None]  # [B, T, 1, 1]
+        count = keep.sum(1, keepdim=True).to(x.dtype).clamp(min=1) * (c // groups)
+    mean = x.masked_fill(~keep, 0.0).sum((1, 3), keepdim=True) / count
+    var = (x - mean).masked_fill(~keep, 0.0).square().sum((1, 3), keepdim=True) / count
+    x = ((x - mean) * torch.rsqrt(var + eps)).reshape(b, t, c).to(y.dtype)
+    return x * weight + bias
+
+
+def _convolution(args: GluDepthwiseConv) -> tuple[Tensor, Tensor | None]:
+    """Return the convolution's output ``[B, T, C]`` and the mask of real frames ``[B, T, 1]``, None without lengths."""
+    c, k = args.weight.shape
+    y = F.glu(args.x, -1)
+    real = None if args.lengths is None else frame_mask(args.lengths, y.shape[1])[..., None]
+    if real is not None:
+        y = y.masked_fill(~real, 0.0)
+    if y.shape[1]:
+        y = F.conv1d(y.transpose(1, 2), args.weight[:, None], args.bias, padding=k // 2, groups=c).transpose(1, 2)
+    return y, real
+
+
+def _norm_and_activation(args: GluDepthwiseConv, y: Tensor, real: Tensor | None, batch: tuple[Tensor, ...]) -> Tensor:
+    """Finish ``y [B, T, C]``; ``batch`` holds the statistics of a training BatchNorm."""
+    weight, bias = args.norm_weight, args.norm_bias
+    if args.norm == "layer":
+        y = F.layer_norm(y, y.shape[-1:], weight, bias, args.eps)
+    elif args.norm == "batch":
+        mean, var = batch[:2] if args.training else (args.running_mean, args.running_var)
+        assert weight is not None and bias is not None and mean is not None and var is not None
+        scale = weight * torch.rsqrt(var + args.eps).to(weight.dtype)
+        y = y * scale.to(y.dtype) + (bias - mean.to(bias.dtype) * scale).to(y.dtype)
+    elif args.norm == "group":
+        y = _group_norm(y, weight, bias, args.num_groups, real, args.eps)
+    return ACTIVATIONS[args.activation](y)
+
+
+def apply(args: GluDepthwiseConv, momentum: float | None = None) -> Tensor:
+    """Run the differentiable op; a training BatchNorm moves its running statistics if ``momentum`` is given."""
+    y, real = _convolution(args)
+    if not y.shape[1]:
+        return y
+    batch = _batch_statistics(y, real) if args.training else ()
+    if momentum is not None and args.training and args.running_mean is not None and args.running_var is not None:
+        update_running(args.running_mean, args.running_var, *batch, momentum)
+    return _norm_and_activation(args, y, real, batch)
+
+
+def glu_depthwise_conv_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    norm: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    num_groups: int = 1,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "silu",
+) -> Tensor:
+    """Run the differentiable reference with the signature of :func:`~lcconformer.ops.glu_depthwise_conv`."""
+    statistics = (norm_weight, norm_bias, running_mean, running_var)
+    training = training and norm == "batch"
+    args = GluDepthwiseConv(x, weight, bias, lengths, *statistics, norm, num_groups, training, eps, activation)
+    return apply(args, momentum)
+
+
+def unsupported(traits: Traits) -> list[str]:
+    return []
+
+
+def forward(args: GluDepthwiseConv, save: bool) -> tuple[Tensor, Statistics]:
+    """Save the statistics of BatchNorm alone: the backward recomputes the forward under autograd."""
+    y, real = _convolution(args)
+    batch = _batch_statistics(y, real) if args.training else ()
+    out = _norm_and_activation(args, y, real, batch).contiguous()
+    nothing = y.new_empty((0,))
+    if batch:
+        mean, var, count = batch
+        return out, Statistics(nothing, mean, var, count[None])
+    if save and args.running_mean is not None and args.running_var is not None:
+        return out, Statistics(nothing, args.running_mean.clone(), args.running_var.clone(), nothing)
+    return out, Statistics(nothing, nothing, nothing, nothing)
+
+
+def backward(dout: Tensor, args: GluDepthwiseConv, saved: Statistics) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    names = [n for n in ("x", "weight", "norm_weight", "norm_bias") if getattr(args, n) is not None]
+    leaves = {n: getattr(args, n).detach().requires_grad_() for n in names}
+    bias = args.x.new_zeros(args.weight.shape[0]) if args.bias is None else args.bias.detach()
+    leaves["bias"] = bias.requires_grad_()
+    running = {"running_mean": saved.mean, "running_var": saved.var}
+    with torch.enable_grad():
+        recomputed = apply(dataclasses.replace(args, **leaves, **running))
+    of = dict(zip(leaves, torch.autograd.grad(recomputed, list(leaves.values()), dout)))
+    dnorm = torch.stack((of["norm_bias"], of["norm_weight"])) if "norm_bias" in of else args.x.new_empty((0,))
+    return of["x"], of["weight"].t(), of["bias"], dnorm

@@ -1,0 +1,77 @@
+"""relpos_attention as a ``torch.library`` operator: schema, fake kernels, autograd, and dispatch to the backends."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..registry import Op
+from . import cpu, reference, triton
+from .arguments import Backend, RelposAttention, Traits
+
+__all__ = ["OP", "RelposAttentionFn"]
+
+_BACKENDS: dict[str, Backend] = {"triton": triton, "cpu": cpu, "torch": reference}
+OP: Op[Traits, Backend] = Op("relpos_attention", _BACKENDS)
+
+torch.library.define(
+    "lcconformer::relpos_attention_fwd",
+    f"({RelposAttention.schema()}, *, str backend='triton') -> (Tensor out, Tensor lse)",
+)
+torch.library.define(
+    "lcconformer::relpos_attention_bwd",
+    f"(Tensor dout, {RelposAttention.schema()}, Tensor out, Tensor lse, *, str backend='triton') "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dpos, Tensor du, Tensor dv_bias)",
+)
+
+
+@torch.library.impl("lcconformer::relpos_attention_fwd", ("CPU", "CUDA"))
+def _fwd(*args: Any, backend: str = "triton") -> tuple[Tensor, Tensor]:
+    return OP.backends[backend].forward(RelposAttention(*args))
+
+
+@torch.library.impl("lcconformer::relpos_attention_bwd", ("CPU", "CUDA"))
+def _bwd(dout: Tensor, *args: Any, backend: str = "triton") -> tuple[Tensor, ...]:
+    *arguments, out, lse = args
+    return OP.backends[backend].backward(dout, RelposAttention(*arguments), out, lse)
+
+
+@torch.library.register_fake("lcconformer::relpos_attention_fwd")
+def _fwd_fake(*args: Any, backend: str = "triton") -> tuple[Tensor, Tensor]:
+    q = RelposAttention(*args).q
+    *frames, h, _d = q.shape
+    return q.new_empty(q.shape), q.new_empty((h, math.prod(frames)), dtype=torch.float32)
+
+
+@torch.library.register_fake("lcconformer::relpos_attention_bwd")
+def _bwd_fake(dout: Tensor, *args: Any, backend: str = "triton") -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in args[:6])  # q, k, v, pos, u, v_bias
+
+
+class RelposAttentionFn(torch.autograd.Function):
+    """Keeps the inputs, the output and the log-sum-exp of each row; recomputes weights and dropout from those.
+
+    ``apply(*RelposAttention.flat(), backend)``.
+    """
+
+    @staticmethod
+    def forward(ctx, *args):
+        *arguments, backend = args
+        out, lse = torch.ops.lcconformer.relpos_attention_fwd(*arguments, backend=backend)
+        *tensors, dropout_p = arguments
+        ctx.save_for_backward(*tensors, out, lse)
+        ctx.dropout_p, ctx.backend = dropout_p, backend
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        *tensors, out, lse = ctx.saved_tensors
+        gradients = torch.ops.lcconformer.relpos_attention_bwd(
+            dout, *tensors, ctx.dropout_p, out, lse, backend=ctx.backend
+        )
+        return *gradients, *(None,) * 5  # lengths, cu_seqlens, seed, dropout_p, backend
