@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .rows import commit, device_name, versions, write_atomically
+from lcconformer.runtime import write_atomically
+
+from .rows import commit, device_name, versions
 from .timing import Timing, time_once
 
 __all__ = ["measure"]

@@ -20,8 +20,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lcconformer.runtime import write_atomically
+
 from .case import OPS
-from .rows import Row, commit, device_name, write_atomically
+from .rows import Row, commit, device_name
 from .table import grid
 
 __all__ = ["EVIDENCE", "STEPS", "load", "record_report", "record_rows", "table"]

@@ -6,9 +6,11 @@ import json
 import re
 from pathlib import Path
 
+from lcconformer.runtime import write_atomically
+
 from . import goals, readme
 from .evidence import EVIDENCE, record_report, record_rows
-from .rows import Results, write_atomically
+from .rows import Results
 
 __all__ = ["RESULTS", "file_results", "slug"]
 

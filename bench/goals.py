@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .rows import Results, Row, write_atomically
+from lcconformer.runtime import write_atomically
+
+from .rows import Results, Row
 from .table import grid, number
 
 __all__ = ["GOALS", "Goal", "table", "write"]

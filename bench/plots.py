@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lcconformer.runtime import replacing
+
 from .case import Case
 from .roofline import work
 from .rows import Results, Row
@@ -68,7 +70,6 @@ def plot(rows: Sequence[Row], results: Results, folder: Path) -> list[Path]:
     Panels against length or batch appear where the rows hold at least two of them.
     """
     plt = _pyplot()
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
     modes = list(dict.fromkeys((r.mode, r.d_model, r.dtype) for r in rows))
     for mode, d_model, dtype in modes:
@@ -81,7 +82,8 @@ def plot(rows: Sequence[Row], results: Results, folder: Path) -> list[Path]:
                 continue
             figure.suptitle(title, fontsize=10, x=0.02, ha="left")
             path = folder / f"{stem}-{kind}.png"
-            figure.savefig(path, bbox_inches="tight")
+            with replacing(path) as temporary:
+                figure.savefig(temporary, format="png", bbox_inches="tight")
             plt.close(figure)
             paths.append(path)
     return paths

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .rows import Results, Row, write_atomically
+from lcconformer.runtime import write_atomically
+
+from .rows import Results, Row
 from .table import number
 
 __all__ = ["README", "refresh", "section"]

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from lcconformer import __version__
+from lcconformer.runtime import write_atomically
 
-__all__ = ["Results", "Row", "commit", "device_name", "versions", "write_atomically"]
+__all__ = ["Results", "Row", "commit", "device_name", "versions"]
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,6 @@ class Row:
             wrong = ", ".join(sorted(expected ^ set(value)))
             raise ValueError(f"bench: a result row has missing or unknown fields: {wrong}")
         return cls(**value)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 class Results:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from lcconformer.bench import readme
 from lcconformer.bench.filing import file_results, slug
-from lcconformer.bench.rows import Results, Row, commit, write_atomically
+from lcconformer.bench.rows import Results, Row, commit
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -129,19 +129,6 @@ def test_the_readme_is_not_stale():
     assert between.group(1) == readme.section(REPOSITORY / "bench" / "results"), (
         "run python -m lcconformer.bench.readme"
     )
-
-
-def test_writing_is_atomic(tmp_path, monkeypatch):
-    target = tmp_path / "file"
-    write_atomically(target, "one")
-
-    def broken(source, destination):
-        raise OSError("disk full")
-
-    monkeypatch.setattr("lcconformer.bench.rows.os.replace", broken)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(target, "two")
-    assert target.read_text() == "one"
 
 
 def test_commit_of_a_copy_comes_from_the_variable(monkeypatch, tmp_path):
