@@ -2,12 +2,14 @@
 
 Nearly all of their time goes into compiling kernels, on one core a process. Tests of one set of kernels stay together
 (tests/conftest.py), so that no two processes compile the same. After S seconds the processes are interrupted, and
-OUT.xml says what they had seen by then.
+OUT.xml says what they had seen by then. An interrupt (Ctrl-C) does the same at once; a second one kills them, and OUT.xml
+holds what was reported before it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -18,14 +20,16 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .rows import write_atomically
+from lcconformer.runtime import write_atomically
 
 __all__ = ["merge", "run"]
 
 FOLDERS = ("ops", "kernels", "extension", "loop")
 # of pytest: passed, and no tests in this share
 _FINE = (0, 5)
-_GRACE = 8  # seconds for writing a report after an interrupt
+# seconds for the report after an interrupt: pytest writes it once the compilation or test at hand has ended, and it is far
+# quicker than this unless that never ends
+_GRACE = 120
 
 
 def run(out: Path, repository: Path, processes: int, seconds: float) -> int:
@@ -61,22 +65,23 @@ def run(out: Path, repository: Path, processes: int, seconds: float) -> int:
 
 
 def _wait(running: Sequence[subprocess.Popen[bytes]], seconds: float) -> list[int]:
-    """Exit codes; who is not done after ``seconds``, or when this process is interrupted, is interrupted, then killed."""
+    """Exit codes. Those at work after ``seconds``, or when this process is interrupted, are interrupted and awaited; those
+    still at work after the grace period, or a second interrupt, are killed."""
     end = time.monotonic() + seconds
     try:
         for process in running:
             process.wait(max(0.0, end - time.monotonic()))
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
         working = [process for process in running if process.poll() is None]
-        print(f"interrupted with {len(working)} of {len(running)} processes at work")
-        for process in working:
-            process.send_signal(signal.SIGINT)
-        end = time.monotonic() + _GRACE
-        for process in working:
-            try:
+        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            print(f"interrupted with {len(working)} of {len(running)} processes at work", flush=True)
+            for process in working:
+                process.send_signal(signal.SIGINT)
+            end = time.monotonic() + _GRACE
+            for process in working:
                 process.wait(max(0.0, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
+        for process in working:
+            process.kill()  # does nothing to those that have ended
     return [process.wait() for process in running]
 
 

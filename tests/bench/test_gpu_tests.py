@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -77,15 +80,59 @@ def test_the_reports_become_one(repository, capfd):
     assert outcomes(repository / "out.xml") == {"test_passes": "passed"}
 
 
-def test_an_interrupted_run_says_what_it_saw(repository, capfd):
+@contextlib.contextmanager
+def started(repository: Path, hangs: str) -> Iterator[subprocess.Popen[str]]:
+    """The command, once ``test_hangs``, whose code this is, runs."""
+    at_work = repository / "at_work"
     (repository / "tests" / "ops" / "test_b.py").write_text(
-        "import pytest, time\n@pytest.mark.gpu\ndef test_hangs(): time.sleep(300)\n"
+        f"import pytest, signal, time\nfrom pathlib import Path\n@pytest.mark.gpu\ndef test_hangs():\n{hangs}"
     )
-    begin = time.monotonic()
-    assert gpu_tests.run(repository / "out.xml", repository, 1, 15) == 1
-    assert time.monotonic() - begin < 60
+    command = [sys.executable, "-m", "lcconformer.bench.gpu_tests", repository / "out.xml", repository]
+    process = subprocess.Popen([*command, "--processes", "1", "--seconds", "240"], stdout=subprocess.PIPE, text=True)
+    try:
+        while not at_work.exists():  # or the command ends at its own limit
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.1)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_an_interrupted_run_says_what_it_saw(repository):
+    """However long the report takes."""
+    hangs = (
+        f"    try:\n        Path({str(repository / 'at_work')!r}).touch()\n        time.sleep(250)\n"
+        "    except KeyboardInterrupt:\n        time.sleep(12)\n        raise\n"
+    )
+    with started(repository, hangs) as process:
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=200)
+    assert process.returncode == 1
     assert outcomes(repository / "out.xml").items() >= {"test_passes[1]": "passed", "test_fails": "failure"}.items()
+    assert "interrupted with 1 of 1 processes at work" in out
+
+
+def test_a_second_interrupt_kills(repository):
+    hangs = (
+        "    signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        f"    Path({str(repository / 'at_work')!r}).touch()\n    time.sleep(250)\n"
+    )
+    with started(repository, hangs) as process:
+        process.send_signal(signal.SIGINT)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "interrupted with 1 of 1 processes at work\n"
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert "exit codes -9" in out
+    assert outcomes(repository / "out.xml") == {}
+
+
+def test_the_time_limit_interrupts_too(repository, capfd):
+    assert gpu_tests.run(repository / "out.xml", repository, 1, 0) == 1
     assert "interrupted with 1 of 1 processes at work" in capfd.readouterr().out
+    assert (repository / "out.xml").exists()
 
 
 def test_a_report_that_was_cut_short_takes_no_other_with_it(tmp_path, capsys):
