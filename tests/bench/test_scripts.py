@@ -25,6 +25,7 @@ def test_gpu_script_asks_for_a_folder():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the dry run is for machines without a GPU")
 def test_gpu_script_dry_run_goes_through_every_part(tmp_path):
     environment = {**os.environ, "PYTHON": sys.executable}

@@ -255,5 +255,5 @@ def test_distributed_data_parallel(tmp_path):
     """Two processes, one step without synchronisation and one with it, equal one process with all batches."""
     (tmp_path / "worker.py").write_text(DDP)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*command, str(tmp_path / "worker.py")], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, str(tmp_path / "worker.py")], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
