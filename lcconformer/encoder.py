@@ -26,7 +26,7 @@ __all__ = ["ConformerEncoder", "Summary"]
 
 @dataclass(frozen=True)
 class Summary:
-    """Parameters and arithmetic of an encoder (:meth:`ConformerEncoder.summary`).
+    """Parameters and arithmetic of an encoder (:meth:`lcconformer.ConformerEncoder.summary`).
 
     ``unique`` counts stored parameters, ``effective`` what the same depth would hold without sharing; ``flops[k]`` is the
     forward cost of depth k+1 in floating-point operations (a multiply-add is two) for one utterance of ``frames`` frames
