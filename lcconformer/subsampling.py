@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -51,7 +53,7 @@ class FrontEnd(nn.Module):
         time, width = frames * self.factor, self.input_dim
         for conv in self.convs:
             time, width = time // 2, (width + 1) // 2  # [d_model, time, width] comes out
-            total += 2 * time * width * conv.weight.numel()
+            total += 2 * time * width * cast(nn.Conv2d, conv).weight.numel()
         return total
 
     def _mask(self, x: Tensor, lengths: Tensor | None) -> Tensor:
