@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from .case import DTYPES, OPS, Case, parse_shapes
-from .providers import choose
-from .rows import Results, Row, commit, device_name
-from .suite import run_case
-from .table import case_tables, flops_rate, notes, number
+from .core.case import DTYPES, OPS, Case, parse_shapes
+from .core.rows import Results, Row, commit, device_name
+from .providers.registry import choose
+from .reports.table import case_tables, flops_rate, notes, number
+from .runs.suite import run_case
 
 __all__ = ["add_arguments", "run"]
 
@@ -69,17 +69,17 @@ def cases(args: argparse.Namespace) -> list[Case]:
 
 def run(args: argparse.Namespace) -> int:
     if args.import_from is not None:
-        from .filing import file_results
+        from .reports.filing import file_results
 
         return file_results(args.import_from)
     todo = cases(args)
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
     if args.compare:
-        from .compare import compare
+        from .runs.compare import compare
 
         return compare(args.compare, todo, args.seconds, args.rounds)
     if args.ladder:
-        from .ladder import ladder
+        from .runs.ladder import ladder
 
         return ladder(todo, args.seconds, args.rounds)
     providers = choose(args.providers)
@@ -134,7 +134,7 @@ def report(rows: list[Row], results: Results, args: argparse.Namespace) -> None:
     if args.json is not None:
         print(f"rows: {args.json}")
     if args.plot is not None:
-        from .plots import plot
+        from .reports.plots import plot
 
         for path in plot(rows, results, args.plot):
             print(f"plot: {path}")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lcconformer.bench.case import Case, parse_shapes
-from lcconformer.bench.gate import Gate
-from lcconformer.bench.providers import Provider, choose
-from lcconformer.bench.suite import Skip, prepare
-from lcconformer.bench.timing import flush_l2
+from lcconformer.bench.core.case import Case, parse_shapes
+from lcconformer.bench.core.timing import flush_l2
+from lcconformer.bench.providers.registry import Provider, choose
+from lcconformer.bench.runs.gate import Gate
+from lcconformer.bench.runs.suite import Skip, prepare
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPU, CPU = ("1x100,8x400,32x400", 256, 12, "bfloat16"), ("1x100", 128, 2, "float32")

@@ -105,7 +105,7 @@ stage "info" 30 "$python" -m lcconformer info
 bench "inference, latency, d=$width" 45 --shapes "$latency" --providers "$plain" "${small[@]}"
 bench "training, d=$width" 60 --mode training --shapes "$train" --providers "$plain" "${small[@]}"
 bench "inference, batches, d=$width" 45 --shapes "$batches,$long" --providers "$plain" "${small[@]}"
-stage "GPU tests" 180 "$python" -m lcconformer.bench.gpu_tests "$out/gpu_tests.xml" "$repo" --seconds 165
+stage "GPU tests" 180 "$python" -m lcconformer.bench.gpu.gpu_tests "$out/gpu_tests.xml" "$repo" --seconds 165
 stage "errors against float64" 60 "$python" -m lcconformer doctor --device "$device" ${doctor[@]+"${doctor[@]}"}
 bench "ops, d=$width" 60 --mode ops --shapes "$batches,$long" --providers eager,sdpa,lcconformer "${small[@]}"
 bench "inference against torch.compile, d=$width" 90 --shapes "$latency,$batches" --providers "$compiled" "${small[@]}"
@@ -126,7 +126,7 @@ for wide in "${widths[@]:1}"; do
 done
 constants=(--device "$device")
 [ "$device" = cpu ] && constants+=(--small)
-stage "constants of the machine" 60 "$python" -m lcconformer.bench.constants "$out/machine.json" "${constants[@]}"
+stage "constants of the machine" 60 "$python" -m lcconformer.bench.gpu.constants "$out/machine.json" "${constants[@]}"
 sanitizer=()
 command -v compute-sanitizer >/dev/null && sanitizer=(compute-sanitizer --tool memcheck --error-exitcode 9)
 stage "ops under compute-sanitizer" 60 ${sanitizer[@]+"${sanitizer[@]}"} "$python" -m lcconformer bench --mode ops \
@@ -136,7 +136,7 @@ stage "ladder, inference" 30 "$python" -m lcconformer bench --ladder --device "$
 stage "ladder, training" 30 "$python" -m lcconformer bench --ladder --mode training --device "$device" --shapes "$train" \
   "${small[@]}"
 
-"$python" -m lcconformer.bench.goals "$out/bench.json" | tee -a "$out/summary.txt"
+"$python" -m lcconformer.bench.reports.goals "$out/bench.json" | tee -a "$out/summary.txt"
 say "$((SECONDS)) s, $failed parts failed; $(find "$out" -type f | wc -l) files in $out"
 grep -h -A 200 '^step ' "$out/log.txt" | head -n 60
 exit 0

@@ -31,10 +31,10 @@ def kernels_of(item: pytest.Item) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # bench/gpu_tests.py: this process runs the tests of share i of n
+    # bench/gpu/gpu_tests.py: this process runs the tests of share i of n
     if shard := os.environ.get("LCCONFORMER_TEST_SHARD"):
         i, n = map(int, shard.split("/"))
-        keys = dict.fromkeys(kernels_of(item) for item in items if "gpu" in item.keywords)
+        keys = dict.fromkeys(kernels_of(item) for item in items if item.get_closest_marker("gpu"))
         mine = {key for k, key in enumerate(keys) if k % n == i}
         config.hook.pytest_deselected(items=[item for item in items if kernels_of(item) not in mine])
         items[:] = [item for item in items if kernels_of(item) in mine]
@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     skip = pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False here")
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):
             item.add_marker(skip)
 
 

@@ -3,9 +3,10 @@
 import json
 
 import pytest
-from lcconformer.bench import cli, ladder, suite
-from lcconformer.bench.case import Case
-from lcconformer.bench.roofline import Ceilings
+from lcconformer.bench import cli
+from lcconformer.bench.core.case import Case
+from lcconformer.bench.core.roofline import Ceilings
+from lcconformer.bench.runs import ladder, suite
 
 from lcconformer.__main__ import main
 

@@ -1,0 +1,174 @@
+"""Results: one JSON row per provider and case, written as each finishes."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lcconformer import __version__
+
+__all__ = ["Results", "Row", "commit", "device_name", "versions", "write_atomically"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.  ``versions`` maps packages to versions; times are milliseconds; ``rtf`` is processing time over
+    audio time at 10 ms a frame; ``peak_memory_mb`` is what one call allocates at most; ``tflops``, ``gb_per_s`` and
+    ``percent_of_roofline`` use the work of :mod:`~lcconformer.bench.core.roofline`; ``speedup_vs_eager`` is of medians of the
+    same rounds.  None: does not apply, or was not measured.
+    """
+
+    provider: str
+    backend: str
+    mode: str
+    batch: int
+    frames: int
+    d_model: int
+    layers: int
+    depth: int
+    dtype: str
+    device: str
+    device_name: str
+    versions: dict[str, str]
+    commit: str
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    tokens_per_s: float
+    rtf: float | None
+    peak_memory_mb: float | None
+    tflops: float
+    gb_per_s: float
+    percent_of_roofline: float
+    speedup_vs_eager: float | None
+
+    def key(self) -> tuple:
+        """What makes two rows measurements of the same thing."""
+        names = ("provider", "backend", "mode", "batch", "frames", "d_model", "layers", "depth", "dtype", "device_name")
+        return (*(getattr(self, n) for n in names), self.commit)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Row:
+        """Raises ValueError on missing or unknown fields."""
+        expected = {f.name for f in fields(cls)}
+        if set(value) != expected:
+            wrong = ", ".join(sorted(expected ^ set(value)))
+            raise ValueError(f"bench: a result row has missing or unknown fields: {wrong}")
+        return cls(**value)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A reader sees the old file or the new one, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+class Results:
+    """Rows, what was skipped and why, and the measured ceilings; kept in a file if one is named.
+
+    A file that exists is added to: a row replaces an older one of the same case, device and commit.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self.rows: list[Row] = []
+        self.skipped: list[dict[str, str]] = []
+        self.ceilings: dict[str, dict[str, float]] = {}
+        now = datetime.datetime.now(datetime.timezone.utc)
+        self.date = now.isoformat(timespec="minutes")  # of the file's first row
+        self._told: set[tuple[str, str]] = set()
+        if path is not None and path.exists():
+            try:
+                content = json.loads(path.read_text())
+                self.rows = [Row.from_json(row) for row in content["rows"]]
+                self.skipped, self.ceilings = content["skipped"], content["ceilings"]
+                self.date = content["date"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"bench: {path} is no result file of this suite ({error}); name another") from error
+
+    def add(self, rows: list[Row]) -> None:
+        new = {row.key() for row in rows}
+        self.rows = [row for row in self.rows if row.key() not in new] + rows
+        self.save()
+
+    def skip(self, provider: str, case: str, reason: str) -> bool:
+        """Note why a provider has no row; False if the same reason was given before in this run."""
+        entry = {"provider": provider, "case": case, "reason": reason}
+        if entry not in self.skipped:
+            self.skipped.append(entry)
+            self.save()
+        new = (provider, reason) not in self._told
+        self._told.add((provider, reason))
+        return new
+
+    def save(self) -> None:
+        if self.path is None:
+            return
+        content = {
+            "date": self.date,
+            "rows": [asdict(row) for row in self.rows],
+            "skipped": self.skipped,
+            "ceilings": self.ceilings,
+        }
+        write_atomically(self.path, json.dumps(content, indent=1) + "\n")
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Of everything that decides a speed."""
+    found = {"python": platform.python_version(), "lcconformer": __version__, "torch": torch.__version__}
+    for name in ("triton", "torchaudio", "transformers"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def device_name(device: str) -> str:
+    """Name of the GPU; of a CPU also how many threads torch uses."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+@functools.cache
+def commit() -> str:
+    """Short hash of the checkout this package lies in, ``-dirty`` with changes; else ``LCCONFORMER_COMMIT``, or "unknown".
+
+    A copy of the sources without their history names its commit through the variable.
+    """
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+
+    try:
+        if git("ls-files", "rows.py"):
+            changed = git("status", "--porcelain", "--untracked-files=no")
+            return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return os.environ.get("LCCONFORMER_COMMIT", "unknown")

@@ -1,0 +1,181 @@
+"""The correctness gate: no time is taken of a provider whose numbers are wrong.
+
+The reference is the plain Conformer in float64 with the same weights; ``low`` is the plain Conformer in the dtype and on
+the device of the case.  A provider passes if its largest error is at most r times that of ``low`` plus a rounding of the
+reference's scale: r = 2 for outputs, 3 for gradients.  It runs at the shape that is timed; the reference runs
+only the first and the last utterance, on which nothing else in the batch has an influence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.case import Case
+from ..providers import baselines
+from ..providers.op_modules import BASELINE_OPS
+from ..providers.registry import Provider
+from ..providers.weights import layer_gradients, load_layers, random_layer
+from .runner import Runner, as_tuple
+
+__all__ = ["Gate", "GateError"]
+
+OUTPUT_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
+
+
+class GateError(Exception):
+    """A provider's outputs or gradients are wrong; the message says by how much."""
+
+
+@dataclass
+class _Gold:
+    """Results of the reference, and the errors of plain PyTorch in the case's dtype, relative to each tensor's scale."""
+
+    values: dict[str, Tensor]
+    low: dict[str, float]
+
+
+def _relative_error(value: Tensor, reference: Tensor) -> float:
+    scale = reference.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+    error = (value.double() - reference).abs().max() / scale
+    return float(error) if bool(error.isfinite()) else float("inf")
+
+
+class Gate:
+    """Checks the providers of one case; references are computed once per kind of maths.
+
+    Args:
+        case: what is about to be timed.
+    """
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        # a long utterance fills the memory of a small machine in float64
+        last = case.batch - 1
+        self.rows = [last] if case.frames > 800 and case.device == "cpu" else sorted({0, last})
+        self._gold: dict[tuple, _Gold] = {}
+        self._states: dict[tuple, dict[str, Tensor]] = {}
+
+    def state(self, provider: Provider) -> dict[str, Tensor] | None:
+        """Weights of every layer: float64, rounded to the case's dtype so that all start from the same numbers."""
+        if self.case.op:
+            return None
+        key = (provider.position, provider.conv_norm, provider.conv_bias)
+        if key not in self._states:
+            state = random_layer(self.case, *key)
+            dtype = self.case.torch_dtype
+            self._states[key] = {n: v.to(dtype).double() if v.is_floating_point() else v for n, v in state.items()}
+        return self._states[key]
+
+    def check(self, runner: Runner) -> float:
+        """Largest error of the provider over the largest that is allowed: at most 1.
+
+        Raises:
+            GateError: it is more.
+        """
+        provider, case = runner.provider, self.case
+        depth = case.layers if provider.name != "lcconformer" else runner.case.depth
+        gold = self._reference(provider, depth)
+        with runner.without_dropout():
+            values = self._values(runner)
+        eps = torch.finfo(torch.bfloat16 if case.dtype == "amp" else case.torch_dtype).eps
+        worst = 0.0
+        for kind, factor in (("output", OUTPUT_FACTOR), ("gradient", GRADIENT_FACTOR)):
+            names = [n for n in values if n.startswith(kind)]
+            # one bound for all gradients: a small tensor may happen to be nearly exact in plain PyTorch
+            allowed = factor * max((gold.low[n] for n in names), default=0.0) + 2 * eps
+            for name in names:
+                error = _relative_error(values[name], gold.values[name])
+                if not error <= allowed:
+                    raise GateError(f"{name} is off by {error:.2e} of its scale; at most {allowed:.2e} is allowed")
+                worst = max(worst, error / allowed)
+        out, gradients = runner()
+        if not all(bool(t.isfinite().all()) for t in (*out, *gradients)):
+            raise GateError("outputs or gradients of the timed call are not finite")
+        return worst
+
+    def _values(self, runner: Runner) -> dict[str, Tensor]:
+        """Outputs of the checked utterances; in training also gradients, of a loss that sees only these utterances."""
+        rows = self.rows
+        if not self.case.backward:
+            return {f"output {i}": o[rows] for i, o in enumerate(runner()[0])}
+
+        def cotangents(out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            zeros = tuple(torch.zeros_like(o) for o in out)
+            for whole, part in zip(zeros, self._cotangents(tuple(o[rows] for o in out))):
+                whole[rows] = part
+            return zeros
+
+        kept, runner.cotangents = runner.cotangents, cotangents
+        try:
+            out, (dx, *parameters) = runner()
+        finally:
+            runner.cotangents = kept
+        values = {f"output {i}": o.detach()[rows] for i, o in enumerate(out)}
+        values["gradient of the input"] = dx[rows]
+        return values | self._named(runner.module, runner.parameters, parameters, runner.provider.keys)
+
+    @staticmethod
+    def _cotangents(out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Random gradients like ``out``, the checked utterances."""
+        generator = torch.Generator().manual_seed(4)
+        return tuple(torch.randn(o.shape, generator=generator).to(o) for o in out)
+
+    def _named(self, module, parameters, gradients, keys) -> dict[str, Tensor]:
+        by_id = {id(p): g for p, g in zip(parameters, gradients)}
+        if self.case.op:
+            named = {n: by_id[id(p)] for n, p in module.named_parameters()}
+        else:
+            named = layer_gradients(module.layers, by_id, keys)
+        return {f"gradient of {n.removeprefix('_orig_mod.')}": g for n, g in named.items()}
+
+    def _reference(self, provider: Provider, depth: int) -> _Gold:
+        key = (provider.position, provider.conv_norm, provider.conv_bias, depth)
+        if key not in self._gold:
+            high, low = (self._run(provider, depth, dtype) for dtype in (torch.float64, self.case.torch_dtype))
+            self._gold[key] = _Gold(high, {n: _relative_error(low[n], high[n]) for n in high})
+        return self._gold[key]
+
+    def _run(self, provider: Provider, depth: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The plain version on the checked utterances."""
+        case = self.case
+        module: Any
+        if case.op:
+            module = BASELINE_OPS[case.op](case)
+            # parameters rounded as the providers have them
+            module.to(case.torch_dtype)
+        else:
+            module = baselines.Conformer(
+                case.d_model,
+                case.num_heads,
+                case.ffn_dim,
+                1,
+                case.kernel,
+                0.0,
+                position=provider.position,
+                conv_norm=provider.conv_norm,
+            ).double()
+            state = self.state(provider)
+            assert state is not None
+            load_layers(module.layers, state, None)
+            # the one layer again and again: its gradient is the sum over layers
+            module.layers = torch.nn.ModuleList([module.layers[0]] * depth)
+        module.to(case.device, dtype).eval()
+        x = case.input().detach()[self.rows].to(dtype).requires_grad_(case.backward)
+        exact = dtype == torch.float64
+        precision = contextlib.nullcontext() if exact else case.autocast()
+        with torch.set_grad_enabled(case.backward), precision:
+            out = as_tuple(module(x))
+        values = {f"output {i}": o.detach() for i, o in enumerate(out)}
+        if case.backward:
+            parameters = list(module.parameters())
+            dx, *gradients = torch.autograd.grad(out, [x, *parameters], self._cotangents(out))
+            values["gradient of the input"] = dx
+            if not case.op:
+                module.layers = torch.nn.ModuleList([module.layers[0]])
+            values |= self._named(module, parameters, gradients, None)
+        return {n: v.double() if exact else v for n, v in values.items()}
