@@ -25,9 +25,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lcconformer.architectures import SHARED_MEMORY
+
 from . import __name__ as PACKAGE
 from . import __path__ as PACKAGE_PATH
-from ._common import INTERPRETED, SHARED_MEMORY, AotConfig, divisible_by_16
+from ._common import INTERPRETED, AotConfig, divisible_by_16
 
 __all__ = ["Resources", "compile_config", "configs", "kernel_modules", "main", "report", "violations", "write"]
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcconformer.tolerance import GRADIENT_FACTOR, OUTPUT_FACTOR, allowed_error, passes, relative_error
+
 from ..core.case import Case
 from ..providers import baselines
 from ..providers.op_modules import BASELINE_OPS
@@ -23,8 +25,6 @@ from ..providers.weights import layer_gradients, load_layers, random_layer
 from .runner import Runner, as_tuple
 
 __all__ = ["Gate", "GateError"]
-
-OUTPUT_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
 
 
 class GateError(Exception):
@@ -37,12 +37,6 @@ class _Gold:
 
     values: dict[str, Tensor]
     low: dict[str, float]
-
-
-def _relative_error(value: Tensor, reference: Tensor) -> float:
-    scale = reference.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
-    error = (value.double() - reference).abs().max() / scale
-    return float(error) if bool(error.isfinite()) else float("inf")
 
 
 class Gate:
@@ -82,15 +76,15 @@ class Gate:
         gold = self._reference(provider, depth)
         with runner.without_dropout():
             values = self._values(runner)
-        eps = torch.finfo(torch.bfloat16 if case.dtype == "amp" else case.torch_dtype).eps
+        dtype = torch.bfloat16 if case.dtype == "amp" else case.torch_dtype
         worst = 0.0
         for kind, factor in (("output", OUTPUT_FACTOR), ("gradient", GRADIENT_FACTOR)):
             names = [n for n in values if n.startswith(kind)]
             # one bound for all gradients: a small tensor may happen to be nearly exact in plain PyTorch
-            allowed = factor * max((gold.low[n] for n in names), default=0.0) + 2 * eps
+            allowed = allowed_error(max((gold.low[n] for n in names), default=0.0), factor, dtype)
             for name in names:
-                error = _relative_error(values[name], gold.values[name])
-                if not error <= allowed:
+                error = relative_error(values[name], gold.values[name])
+                if not passes(error, allowed):
                     raise GateError(f"{name} is off by {error:.2e} of its scale; at most {allowed:.2e} is allowed")
                 worst = max(worst, error / allowed)
         out, gradients = runner()
@@ -137,7 +131,7 @@ class Gate:
         key = (provider.position, provider.conv_norm, provider.conv_bias, depth)
         if key not in self._gold:
             high, low = (self._run(provider, depth, dtype) for dtype in (torch.float64, self.case.torch_dtype))
-            self._gold[key] = _Gold(high, {n: _relative_error(low[n], high[n]) for n in high})
+            self._gold[key] = _Gold(high, {n: relative_error(low[n], high[n]) for n in high})
         return self._gold[key]
 
     def _run(self, provider: Provider, depth: int, dtype: torch.dtype) -> dict[str, Tensor]:
