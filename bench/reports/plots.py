@@ -1,8 +1,12 @@
-"""Plots of rows: scaling with length and batch, speedup bars, and the roofline."""
+"""Plots of result rows: latency and throughput over length and batch, speedup over eager PyTorch, and the roofline.
+
+Every panel lists providers in one order and shows the spread of the rounds, p20 to p80. Where that spread is wider than a
+tenth of the median the rounds disagree: bars are hatched, markers hollow, and a line below the panels says so.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ from .table import flops_rate, flops_unit, label, number
 
 __all__ = ["plot"]
 
-# lcconformer stands out; torchaudio, which computes less than the canon, is grey
+# in the order of every panel and legend; lcconformer stands out, and torchaudio, which computes less, is grey
 COLOURS = {
     "eager": "#1f2937",
     "sdpa:torch": "#0f766e",
@@ -28,15 +32,27 @@ COLOURS = {
     "lcconformer:cpu+loop": "#be123c",
     "lcconformer:triton": "#e11d48",
     "lcconformer:triton+loop": "#7e22ce",
-    "lcconformer:cuda": "#881337",
     "lcconformer:triton+graphs": "#db2777",
+    "lcconformer:cuda": "#881337",
     "lcconformer:cuda+graphs": "#9333ea",
 }
-FALLBACK = "#65a30d"
+FALLBACK, INK, WARNING = "#65a30d", "#1f2937", "#b45309"
+# p20 to p80 over the median, above which rounds disagree
+DISAGREE = 0.1
 
 
 def _colour(name: str) -> str:
     return COLOURS.get(name.partition(" depth ")[0], FALLBACK)
+
+
+def _disagree(row: Row) -> bool:
+    return row.p80_ms - row.p20_ms > DISAGREE * row.median_ms
+
+
+def _in_order(rows: Iterable[Row]) -> list[Row]:
+    """Rows in the order of COLOURS, deep before shallow, unknown providers last."""
+    places = {name: i for i, name in enumerate(COLOURS)}
+    return sorted(rows, key=lambda r: (places.get(label(r).partition(" depth ")[0], len(places)), label(r), -r.depth))
 
 
 def _pyplot() -> Any:
@@ -51,40 +67,62 @@ def _pyplot() -> Any:
         {
             "figure.dpi": 120,
             "font.size": 9,
+            "axes.titlesize": 9,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.grid": True,
             "grid.color": "#e5e7eb",
             "axes.axisbelow": True,
+            "hatch.linewidth": 0.6,
             "legend.frameon": False,
+            "legend.fontsize": 8,
         }
     )
     return pyplot
 
 
 def plot(rows: Sequence[Row], results: Results, folder: Path) -> list[Path]:
-    """Write PNG files of the rows of one mode and device to ``folder``; returns their paths.
+    """Write PNG files of the rows of one device to ``folder``, those of each mode, width and dtype apart.
 
-    Panels against length or batch appear where the rows hold at least two of them.
+    A plot against length or batch needs rows at two of them at least, one of speedup needs rows of eager PyTorch, and a
+    roofline needs ceilings in ``results``.
+
+    Returns:
+        The paths of what was written.
+
+    Raises:
+        ImportError: matplotlib is not installed.
     """
     plt = _pyplot()
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    modes = list(dict.fromkeys((r.mode, r.d_model, r.dtype) for r in rows))
-    for mode, d_model, dtype in modes:
-        members = [r for r in rows if (r.mode, r.d_model, r.dtype) == (mode, d_model, dtype)]
+    for mode, d_model, dtype in dict.fromkeys((r.mode, r.d_model, r.dtype) for r in rows):
+        members = _in_order(r for r in rows if (r.mode, r.d_model, r.dtype) == (mode, d_model, dtype))
         stem = f"{mode.replace(':', '-')}-d{d_model}-{dtype}"
-        title = f"{mode.replace(':', ', ')}, d = {d_model}, {dtype}, {members[0].device_name}"
+        layers = ", ".join(str(n) for n in sorted({r.layers for r in members}))
+        stack = "" if ":" in mode else f", N = {layers}"
+        title = f"{mode.replace(':', ', ')}, d = {d_model}{stack}, {dtype}, {members[0].device_name}"
         for kind, draw in (("scaling", _scaling), ("speedup", _speedup), ("roofline", _roofline)):
             figure = draw(plt, members, results)
             if figure is None:
                 continue
-            figure.suptitle(title, fontsize=10, x=0.02, ha="left")
+            figure.suptitle(title, fontsize=10, x=0.01, ha="left")
             path = folder / f"{stem}-{kind}.png"
             figure.savefig(path, bbox_inches="tight")
             plt.close(figure)
             paths.append(path)
     return paths
+
+
+def _warn(figure: Any, rows: Iterable[Row], sign: str) -> None:
+    """A line at the bottom of the figure if rounds of any row disagree."""
+    if any(map(_disagree, rows)):
+        reason = f"rounds disagree, p20 to p80 is more than {DISAGREE:.0%} of the median"
+        figure.supxlabel(
+            f"{sign}: {reason}; measure again on an idle machine", fontsize=8, color=WARNING, x=0.01, ha="left"
+        )
 
 
 def _series(rows: Sequence[Row], along: str) -> tuple[int, dict[str, list[Row]]] | None:
@@ -97,81 +135,127 @@ def _series(rows: Sequence[Row], along: str) -> tuple[int, dict[str, list[Row]]]
     if len(values[fixed]) < 2:
         return None
     found: dict[str, list[Row]] = {}
-    for r in sorted(rows, key=lambda r: getattr(r, along)):
+    for r in rows:
         if getattr(r, other) == fixed:
             found.setdefault(label(r), []).append(r)
-    return fixed, found
+    return fixed, {name: sorted(members, key=lambda r: getattr(r, along)) for name, members in found.items()}
 
 
 def _scaling(plt: Any, rows: Sequence[Row], results: Results) -> Any:
+    """Latency and throughput against frames, then against batch."""
     panels = [(along, found) for along in ("frames", "batch") if (found := _series(rows, along))]
     if not panels:
         return None
     figure, axes = plt.subplots(len(panels), 2, figsize=(10, 3.6 * len(panels)), squeeze=False, layout="constrained")
+    shown: list[Row] = []
     for (latency, throughput), (along, (fixed, series)) in zip(axes, panels):
-        where = f"B = {fixed}" if along == "frames" else f"T = {fixed}"
         for name, members in series.items():
-            x = [getattr(r, along) for r in members]
-            style = dict(color=_colour(name), marker="o", markersize=4, linewidth=2 if "lcconformer" in name else 1.2)
-            latency.plot(x, [r.median_ms for r in members], label=name, **style)
-            latency.fill_between(
-                x, [r.p20_ms for r in members], [r.p80_ms for r in members], color=_colour(name), alpha=0.12, lw=0
-            )
-            throughput.plot(x, [r.tokens_per_s for r in members], label=name, **style)
-        for axis, text in ((latency, "median ms (band: p20 to p80)"), (throughput, "frames per second")):
+            shown += members
+            # middle, low and high end of each point
+            times = [(r.median_ms, r.p20_ms, r.p80_ms) for r in members]
+            rates = [
+                (r.tokens_per_s, *(r.tokens_per_s * r.median_ms / p for p in (r.p80_ms, r.p20_ms))) for r in members
+            ]
+            for axis, points in ((latency, times), (throughput, rates)):
+                _line(axis, name, [getattr(r, along) for r in members], points, [_disagree(r) for r in members])
+        ticks = sorted({getattr(r, along) for members in series.values() for r in members})
+        for axis, text in ((latency, "latency, ms"), (throughput, "throughput, frames/s")):
             axis.set(
                 xscale="log",
                 yscale="log",
-                xlabel="frames T" if along == "frames" else "batch B",
-                title=f"{text}, {where}",
+                xlabel="frames T" if along == "frames" else "utterances B",
+                ylabel=text,
+                title=f"{'B' if along == 'frames' else 'T'} = {fixed}: median, p20 to p80",
             )
-            ticks = sorted({getattr(r, along) for members in series.values() for r in members})
             axis.set_xticks(ticks, [str(t) for t in ticks])
             axis.minorticks_off()
             _plain_ticks(axis.yaxis)
-    axes[0][1].legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes[0][1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    _warn(figure, shown, "hollow")
     return figure
 
 
+def _line(
+    axis: Any, name: str, x: Sequence[int], points: Sequence[tuple[float, float, float]], doubtful: Sequence[bool]
+) -> None:
+    """Medians joined by a line, with whiskers; hollow markers where rounds disagree."""
+    middle = [m for m, _, _ in points]
+    whiskers = [[m - low for m, low, _ in points], [high - m for m, _, high in points]]
+    colour = _colour(name)
+    style = dict(color=colour, lw=2 if name.startswith("lcconformer") else 1.2, ls="--" if " depth " in name else "-")
+    axis.errorbar(x, middle, yerr=whiskers, capsize=3, elinewidth=1, marker="o", markersize=5, label=name, **style)
+    for a, m, bad in zip(x, middle, doubtful):
+        if bad:
+            axis.plot(a, m, "o", color=colour, markerfacecolor="white", markersize=5, zorder=3)
+
+
 def _plain_ticks(axis: Any) -> None:
+    """Ticks of a logarithmic axis as plain numbers: more of them for each decade, the fewer decades the axis spans."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_view_interval()
+    steps = range(1, 10) if high < 10 * low else (1, 2, 5) if high < 1000 * low else (1,)
+    axis.set_major_locator(LogLocator(subs=steps))
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 else f"{v:g}"))
 
 
 def _speedup(plt: Any, rows: Sequence[Row], results: Results) -> Any:
+    """A panel per shape, a bar per provider, all panels with the same bars in the same order."""
     rows = [r for r in rows if r.speedup_vs_eager is not None]
-    shapes = list(dict.fromkeys((r.batch, r.frames) for r in rows))
-    names = list(dict.fromkeys(label(r) for r in rows if r.provider != "eager"))
-    if not names:
+    names = list(dict.fromkeys(label(r) for r in rows))
+    if names in ([], ["eager"]):
         return None
-    height = 0.24 * len(names) * len(shapes) + 0.5 * len(shapes) + 0.8
-    figure, axis = plt.subplots(figsize=(7.5, height), layout="constrained")
-    y, ticks = 0.0, []
-    for batch, frames in shapes:
-        members = [r for r in rows if (r.batch, r.frames) == (batch, frames) and r.provider != "eager"]
-        members.sort(key=lambda r: r.speedup_vs_eager or 0.0)
-        axis.text(0, y - 0.75, f"B = {batch}, T = {frames}", fontsize=8, fontweight="bold", va="center")
-        for r in members:
-            faded = 1.0 if r.depth == r.layers else 0.55
-            axis.barh(y, r.speedup_vs_eager, height=0.8, color=_colour(label(r)), alpha=faded)
-            axis.annotate(
-                f"{r.speedup_vs_eager:.2f}x", (r.speedup_vs_eager, y), (4, 0), textcoords="offset points", va="center",
-                fontsize=7.5, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-            )  # fmt: skip
-            ticks.append((y, label(r)))
-            y += 1
-        y += 1.4
-    axis.axvline(1.0, color="#1f2937", lw=1, ls="--")
-    axis.set_yticks([t for t, _ in ticks], [name for _, name in ticks], fontsize=7.5)
-    axis.set(xlabel="times as fast as eager PyTorch (dashed: eager)", ylim=(y - 1.2, -1.3))
-    axis.grid(axis="y", visible=False)
+    shapes = sorted({(r.batch, r.frames) for r in rows})
+    columns = min(2, len(shapes))
+    lines = -(-len(shapes) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(2 + 4 * columns, lines * (0.25 * len(names) + 0.6) + 0.5),
+        sharex=True, sharey=True, squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for axis, (batch, frames) in zip(axes.flat, shapes):
+        members = {label(r): r for r in rows if (r.batch, r.frames) == (batch, frames)}
+        for y, name in enumerate(names):
+            if name in members:
+                _bar(axis, y, name, members[name])
+        axis.axvline(1.0, color=INK, lw=1, ls="--")
+        axis.set_title(f"B = {batch}, T = {frames}")
+        axis.grid(axis="y", visible=False)
+    for axis in axes.flat[len(shapes) :]:
+        axis.set_visible(False)
+    axes[0][0].set_yticks(range(len(names)), names)
+    axes[0][0].set_ylim(len(names) - 0.4, -0.6)
+    # room for the numbers beside the longest whisker
+    axes[0][0].set_xlim(0, 1.18 * max(_speeds(r)[2] for r in rows))
+    for column in range(columns):
+        lowest = max(i for i in range(lines) if i * columns + column < len(shapes))
+        axes[lowest][column].set_xlabel("speedup over eager PyTorch (p20 to p80)")
+        axes[lowest][column].tick_params(labelbottom=True)
+    _warn(figure, rows, "hatched")
     return figure
 
 
+def _speeds(row: Row) -> tuple[float, float, float]:
+    """Speedup over the median of eager PyTorch: of the median, of the slow p80 and of the fast p20."""
+    speedup = row.speedup_vs_eager or 0.0
+    return speedup, speedup * row.median_ms / row.p80_ms, speedup * row.median_ms / row.p20_ms
+
+
+def _bar(axis: Any, y: int, name: str, row: Row) -> None:
+    middle, low, high = _speeds(row)
+    doubtful = _disagree(row)
+    axis.barh(
+        y, middle, height=0.75, color=_colour(name), alpha=0.55 if " depth " in name else 1.0,
+        hatch="////" if doubtful else None, edgecolor="white", lw=0,
+        xerr=[[middle - low], [high - middle]], error_kw=dict(ecolor=INK, elinewidth=1, capsize=2.5),
+    )  # fmt: skip
+    axis.annotate(
+        f"{middle:.2f}x", (high, y), (5, 0), textcoords="offset points", va="center", fontsize=8,
+        color=WARNING if doubtful else INK, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+    )  # fmt: skip
+
+
 def _roofline(plt: Any, rows: Sequence[Row], results: Results) -> Any:
-    """Useful TFLOP/s over the intensity of the maths, under the measured ceilings."""
+    """Useful FLOP/s over arithmetic intensity, the FLOP per byte of the maths, under the ceilings of the machine."""
     ceiling = results.ceilings.get(f"{rows[0].device_name} {rows[0].dtype}")
     points = []
     for r in rows:
@@ -183,34 +267,26 @@ def _roofline(plt: Any, rows: Sequence[Row], results: Results) -> Any:
         return None
     figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
     unit, scale = flops_unit([ceiling["gemm_tflops"]])
-    ridge = ceiling["gemm_tflops"] * 1e12 / (ceiling["copy_gb_s"] * 1e9)
+    peak, copy = scale * ceiling["gemm_tflops"], ceiling["copy_gb_s"]
+    slope = scale * copy / 1e3  # GB/s -> FLOP/s in `unit` for one FLOP per byte
+    ridge = peak / slope
     low = min(ridge, *(x for x, _ in points)) / 3
     high = max(ridge, *(x for x, _ in points)) * 3
-    axis.plot(
-        [low, ridge, high],
-        [scale * rate for rate in (low * ceiling["copy_gb_s"] / 1e3, ceiling["gemm_tflops"], ceiling["gemm_tflops"])],
-        color="#1f2937",
-        lw=1.5,
-    )
-    axis.annotate(
-        f"matrix product {flops_rate(ceiling['gemm_tflops'])}", (high, scale * ceiling["gemm_tflops"]),
-        ha="right", va="bottom", fontsize=7.5, xytext=(0, 2), textcoords="offset points",
-    )  # fmt: skip
-    shapes = list(dict.fromkeys((r.batch, r.frames) for _, r in points))
+    axis.plot([low, ridge, high], [slope * low, peak, peak], color=INK, lw=1.5)
+    note = dict(fontsize=8, textcoords="offset points")
+    axis.annotate(f"GEMM {flops_rate(ceiling['gemm_tflops'])}", (high, peak), (0, 3), ha="right", va="bottom", **note)
+    axis.annotate(f"copy {number(copy)} GB/s", ((low * ridge) ** 0.5, slope * (low * ridge) ** 0.5), (6, -8), **note)
+    shapes = sorted({(r.batch, r.frames) for _, r in points})
     markers = dict(zip(shapes, "osD^vP*X" * len(shapes)))
-    named: set[str] = set()
     for x, r in points:
-        name = label(r)
-        axis.scatter(
-            x, scale * r.tflops, color=_colour(name), marker=markers[r.batch, r.frames], s=34, zorder=3,
-            label=None if name in named else name,
-        )  # fmt: skip
-        named.add(name)
+        axis.scatter(x, scale * r.tflops, color=_colour(label(r)), marker=markers[r.batch, r.frames], s=34, zorder=3)
+    for name in dict.fromkeys(label(r) for _, r in points):
+        axis.scatter([], [], color=_colour(name), marker="s", label=name)
     for (batch, frames), marker in markers.items():
-        axis.scatter([], [], color="white", edgecolor="#1f2937", marker=marker, label=f"B = {batch}, T = {frames}")
-    axis.set(
-        xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel=f"useful {unit}",
-        title=f"ceilings measured here; copy {number(ceiling['copy_gb_s'])} GB/s",
-    )  # fmt: skip
-    axis.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        axis.scatter([], [], color="white", edgecolor=INK, marker=marker, label=f"B = {batch}, T = {frames}")
+    axis.set(xscale="log", yscale="log", xlabel="arithmetic intensity, FLOP/byte", ylabel=f"useful {unit}")
+    axis.minorticks_off()
+    _plain_ticks(axis.xaxis)
+    _plain_ticks(axis.yaxis)
+    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure

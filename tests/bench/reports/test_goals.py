@@ -1,7 +1,5 @@
 """Goals against rows: met, missed, not measured."""
 
-import dataclasses
-
 import pytest
 from lcconformer.bench.core.rows import Results
 from lcconformer.bench.reports import goals
@@ -16,8 +14,7 @@ def lines(rows):
 
 def case(provider, ms, **changes):
     """A training row at (8, 400)."""
-    fields = {k: changes.pop(k) for k in ("depth", "peak_memory_mb") if k in changes}
-    return dataclasses.replace(row(provider, ms, mode="training", **changes), **fields)
+    return row(provider, ms, mode="training", **changes)
 
 
 def test_the_fastest_rows_of_both_sides_count():
