@@ -1,4 +1,4 @@
-"""What is measured: one :class:`Case` is one mode, shape, width, depth and dtype on one device."""
+"""What is measured: a :class:`Case` is one mode, shape, width, depth and dtype on one device."""
 
 from __future__ import annotations
 
@@ -20,18 +20,22 @@ FRAME_SECONDS = 0.01
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the suite.
+    """One measurement of the suite.
 
     Attributes:
-        mode: ``"inference"``, ``"training"`` (forward and backward; the optimiser is left out, it would favour shared
+        mode: ``"inference"``, ``"training"`` (forward and backward, without the optimiser, which would favour shared
             weights), or ``"OP:forward"``, ``"OP:training"`` for an op of :data:`OPS`.
-        batch, frames: B and T; every utterance is T frames long.
-        d_model: width; heads are 64 wide, the feed-forward modules 4 d_model.
-        layers: N, the layers of the peers.
-        depth: loops of lcconformer, at most ``layers``.
+        batch, frames: B and T; every utterance has T frames.
+        d_model: width; heads are 64 wide, the hidden layer of a feed-forward module is 4 d_model wide.
+        layers: N, the number of layers that peers run.
+        depth: number of loops that lcconformer runs, at most ``layers``.
         dtype: a key of :data:`DTYPES`.
         device: ``"cpu"`` or ``"cuda"``.
-        dropout: in training.
+        dropout: rate in training.
+        kernel: width of the depthwise convolution.
+
+    Raises:
+        ValueError: one of them is out of range; the message says what is expected.
     """
 
     mode: str
@@ -60,7 +64,7 @@ class Case:
 
     @property
     def op(self) -> str | None:
-        """The op of an op-level case."""
+        """Name of the op; None for the encoder."""
         return self.mode.partition(":")[0] if ":" in self.mode else None
 
     @property
@@ -77,12 +81,12 @@ class Case:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of weights and input."""
+        """Dtype of weights and input."""
         return DTYPES[self.dtype]
 
     @property
     def element_size(self) -> int:
-        """Bytes of one activation as the matrix products see it."""
+        """Bytes of one activation where a GEMM reads it."""
         return 2 if self.dtype == "amp" else self.torch_dtype.itemsize
 
     def replace(self, **changes) -> Case:
@@ -97,7 +101,7 @@ class Case:
         return module.to(device=self.device, dtype=self.torch_dtype)
 
     def input(self, seed: int = 0) -> Tensor:
-        """Random input of the encoder or op, the same numbers on every device and in every dtype."""
+        """Random input of the encoder or op: the same numbers on every device, rounded to the dtype."""
         generator = torch.Generator().manual_seed(seed)
         b, t, d = self.batch, self.frames, self.d_model
         shape = {
@@ -114,7 +118,11 @@ class Case:
 
 
 def parse_shapes(text: str) -> list[tuple[int, int]]:
-    """``"1x400,8x400"`` -> ``[(1, 400), (8, 400)]``: batch x frames."""
+    """``"1x400,8x400"`` -> ``[(1, 400), (8, 400)]``, pairs of batch and frames.
+
+    Raises:
+        ValueError: the text is anything else.
+    """
     try:
         shapes = [(int(b), int(t)) for b, t in (part.lower().split("x") for part in text.split(","))]
     except ValueError:

@@ -1,9 +1,9 @@
-"""The floor: floating-point operations and fewest bytes of the maths, over what this machine was measured to do.
+"""The roofline: minimum work of a case, measured ceilings of the machine, and the time that follows from both.
 
-FLOPs count what the maths needs, a multiply-add as two: the position scores of the T keys that the shift keeps (not all
-2T-1), no recomputation.  Bytes count every input read once and every output written once; inside the encoder nothing
-leaves the chip except, in training, what the backward pass needs of the forward.  No implementation can be faster than
-its floor, ``max(FLOPs / GEMM rate, bytes / copy rate)``, if the ceilings are right and the data exceeds the caches.
+FLOPs are those the maths needs, a multiply-add counting as two: position scores of the T keys that the shift keeps (not of
+all 2T-1), no recompute.  Bytes are every input read once and every output written once; inside the encoder nothing leaves
+the chip except, in training, what the forward keeps for the backward.  The floor ``max(FLOPs / GEMM rate, bytes / copy
+rate)`` bounds every implementation from below, provided that the ceilings are right and the data exceeds the caches.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Ceilings", "Work", "floor_ms", "measure_ceilings", "work"]
 
 @dataclass(frozen=True)
 class Work:
-    """``flops`` and ``bytes`` that cannot be avoided."""
+    """Minimum FLOPs and bytes of memory traffic."""
 
     flops: float
     bytes: float
@@ -30,7 +30,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured on this machine: ``gemm_tflops`` of a large matrix product, ``copy_gb_s`` of a large copy (read + write)."""
+    """Rates of this machine: a large GEMM in TFLOP/s, a large copy in GB/s (bytes read and written)."""
 
     gemm_tflops: float
     copy_gb_s: float
@@ -42,13 +42,13 @@ def _attention_flops(c: Case, position: str) -> float:
 
 
 def layer_flops(c: Case, position: str = "relative") -> float:
-    """Forward FLOPs of one layer without the position projection, which loops share."""
+    """FLOPs of one layer's forward, without the projection of positions, which all loops share."""
     matrices = 2 * c.batch * c.frames * (4 * c.d_model * c.ffn_dim + 7 * c.d_model**2)
     return matrices + _attention_flops(c, position) + 2 * c.kernel * c.batch * c.frames * c.d_model
 
 
 def layer_parameters(c: Case) -> int:
-    """Parameters of one layer with relative positions, biases and norms included."""
+    """Number of parameters of one layer with relative positions, biases and norms included."""
     d, f = c.d_model, c.ffn_dim
     return 4 * d * f + 2 * (f + d) + 8 * d * d + 10 * d + c.kernel * d + 12 * d
 
@@ -62,8 +62,8 @@ def _encoder(c: Case, position: str) -> Work:
     weights = layer_parameters(c) * size
     if not c.backward:
         return Work(flops, weights + 2 * activation)
-    # kept per loop, written once and read once: 5 residual states, q, k, v, attention output, GLU input (2), depthwise
-    # output, and both feed-forward hidden states; everything else follows from them without a matrix product
+    # each loop writes once and reads once: 5 residual states, q, k, v, attention output, GLU input (2), depthwise output, and
+    # both hidden states of the feed-forward modules; the backward can recompute everything else without a GEMM
     kept = 12 * activation + 2 * c.batch * c.frames * c.ffn_dim * size
     return Work(3 * flops, 3 * weights + 4 * activation + 2 * n * kept)
 
@@ -81,17 +81,22 @@ def _op(c: Case) -> Work:
         flops, parameters, read, written = 0, 2 * d * s, 2 * x, 2 * x
     if not c.backward:
         return Work(flops, parameters + read + written)
-    # forward, then inputs and output gradients read, input and parameter gradients written
+    # the forward; then the backward reads inputs and output gradients, writes input and parameter gradients
     return Work(3 * flops, 3 * parameters + 3 * read + 2 * written)
 
 
 def work(case: Case, position: str = "relative") -> Work:
-    """Of one call (inference, op forward) or one step (training).  ``position="none"``: without relative positions."""
+    """Minimum work of one call (inference, forward of an op) or one step (training).
+
+    Args:
+        case: what is run.
+        position: ``"relative"``, or ``"none"`` for an encoder without relative positions.
+    """
     return _op(case) if case.op else _encoder(case, position)
 
 
 def floor_ms(w: Work, ceilings: Ceilings) -> float:
-    """Milliseconds below which no version runs."""
+    """Least possible time in milliseconds."""
     return max(w.flops / (ceilings.gemm_tflops * 1e12), w.bytes / (ceilings.copy_gb_s * 1e9)) * 1e3
 
 
@@ -110,14 +115,14 @@ def _best_seconds(call, device: str, repeats: int) -> float:
 
 
 def measure_ceilings(case: Case) -> Ceilings:
-    """The two rates of the case's device and dtype: the best of several runs on random data."""
+    """Measure the rates of the case's device in its dtype: the best of several runs on random data."""
     large = case.device == "cuda"
     dtype = torch.bfloat16 if case.dtype == "amp" else case.torch_dtype
     n = 8192 if large else 1024
     a, b = (torch.randn(n, n, device=case.device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     gemm = _best_seconds(lambda: torch.mm(a, b, out=out), case.device, 10 if large else 5)
-    if not large:  # PyTorch has two libraries there, and which is faster depends on the processor
+    if not large:  # PyTorch has two GEMM libraries on a CPU; which is faster depends on the processor
         gemm = min(gemm, _best_seconds(lambda: matmul_transposed(a, b), case.device, 5))
     source = torch.randn((1 << 28) if large else (1 << 24), device=case.device)  # 1 GiB, 64 MiB
     target = torch.empty_like(source)

@@ -1,4 +1,4 @@
-"""Results: one JSON row per provider and case, written as each finishes."""
+"""Result files: one JSON row per provider and case, written as soon as its case is finished."""
 
 from __future__ import annotations
 
@@ -22,10 +22,20 @@ __all__ = ["Results", "Row", "commit", "device_name", "versions", "write_atomica
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement.  ``versions`` maps packages to versions; times are milliseconds; ``rtf`` is processing time over
-    audio time at 10 ms a frame; ``peak_memory_mb`` is what one call allocates at most; ``tflops``, ``gb_per_s`` and
-    ``percent_of_roofline`` use the work of :mod:`~lcconformer.bench.core.roofline`; ``speedup_vs_eager`` is of medians of the
-    same rounds.  None: does not apply, or was not measured.
+    """One measurement of one provider; None where a field does not apply or was not measured.
+
+    Attributes:
+        provider, backend: names in :data:`~lcconformer.bench.providers.registry.PROVIDERS`.
+        mode, batch, frames, d_model, layers, depth, dtype, device: see :class:`~lcconformer.bench.core.case.Case`.
+        device_name: name of the GPU, or of the CPU with its number of threads.
+        versions: package -> version.
+        commit: short hash; ``-dirty`` where the working tree had changes.
+        median_ms, p20_ms, p80_ms: milliseconds of one call.
+        tokens_per_s: frames of the whole batch per second.
+        rtf: time over the duration of the audio, at 10 ms a frame.
+        peak_memory_mb: peak memory of one call.
+        tflops, gb_per_s, percent_of_roofline: by the minimum work of :mod:`~lcconformer.bench.core.roofline`.
+        speedup_vs_eager: ratio of the medians of the same rounds.
     """
 
     provider: str
@@ -53,13 +63,17 @@ class Row:
     speedup_vs_eager: float | None
 
     def key(self) -> tuple:
-        """What makes two rows measurements of the same thing."""
+        """Identity of the measurement: rows with equal keys measured the same thing."""
         names = ("provider", "backend", "mode", "batch", "frames", "d_model", "layers", "depth", "dtype", "device_name")
         return (*(getattr(self, n) for n in names), self.commit)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Row:
-        """Raises ValueError on missing or unknown fields."""
+        """Build a row from its JSON object.
+
+        Raises:
+            ValueError: fields are missing or unknown.
+        """
         expected = {f.name for f in fields(cls)}
         if set(value) != expected:
             wrong = ", ".join(sorted(expected ^ set(value)))
@@ -68,7 +82,7 @@ class Row:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one, never half."""
+    """Write so that a reader sees the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
@@ -76,9 +90,15 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 class Results:
-    """Rows, what was skipped and why, and the measured ceilings; kept in a file if one is named.
+    """Rows, the reasons why others are missing, and measured ceilings; saved to a file if one is named.
 
-    A file that exists is added to: a row replaces an older one of the same case, device and commit.
+    Rows are added to a file that exists; a row replaces an older one with the same key.
+
+    Args:
+        path: the file, JSON.
+
+    Raises:
+        ValueError: the file exists and is no result file.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -87,7 +107,7 @@ class Results:
         self.skipped: list[dict[str, str]] = []
         self.ceilings: dict[str, dict[str, float]] = {}
         now = datetime.datetime.now(datetime.timezone.utc)
-        self.date = now.isoformat(timespec="minutes")  # of the file's first row
+        self.date = now.isoformat(timespec="minutes")  # when the file was begun
         self._told: set[tuple[str, str]] = set()
         if path is not None and path.exists():
             try:
@@ -104,7 +124,7 @@ class Results:
         self.save()
 
     def skip(self, provider: str, case: str, reason: str) -> bool:
-        """Note why a provider has no row; False if the same reason was given before in this run."""
+        """Note why a provider has no row; True the first time this reason is given in this run."""
         entry = {"provider": provider, "case": case, "reason": reason}
         if entry not in self.skipped:
             self.skipped.append(entry)
@@ -127,7 +147,7 @@ class Results:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Of everything that decides a speed."""
+    """Versions of everything that affects speed: package -> version."""
     found = {"python": platform.python_version(), "lcconformer": __version__, "torch": torch.__version__}
     for name in ("triton", "torchaudio", "transformers"):
         try:
@@ -140,7 +160,7 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: str) -> str:
-    """Name of the GPU; of a CPU also how many threads torch uses."""
+    """Name of the GPU, or of the CPU with the number of threads that torch uses."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
@@ -154,9 +174,9 @@ def device_name(device: str) -> str:
 
 @functools.cache
 def commit() -> str:
-    """Short hash of the checkout this package lies in, ``-dirty`` with changes; else ``LCCONFORMER_COMMIT``, or "unknown".
+    """Short hash of the checkout that holds this file, with ``-dirty`` after it if the working tree has changes.
 
-    A copy of the sources without their history names its commit through the variable.
+    Outside of a checkout, where the history is missing: the environment variable ``LCCONFORMER_COMMIT``, or "unknown".
     """
     here = Path(__file__).resolve().parent
 

@@ -1,4 +1,4 @@
-"""Interleaved timing: every provider once per round, in an order that turns, so that a slow minute hits all alike."""
+"""Interleaved timing: each round calls every provider once, in rotating order, so that a slow spell affects all alike."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MIN_ROUNDS, MAX_ROUNDS = 5, 100
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call."""
+    """Milliseconds of one call: median, 20th and 80th percentile of the rounds."""
 
     median: float
     p20: float
@@ -37,7 +37,7 @@ _flush: dict[int, torch.Tensor] = {}
 
 
 def flush_l2() -> None:
-    """Overwrite the L2 cache of the GPU, so that a call finds neither input nor weights in it; waits until done."""
+    """Overwrite the L2 cache of the GPU, so that the next call finds neither input nor weights there; waits until done."""
     device = torch.cuda.current_device()
     if device not in _flush:
         size = 4 * torch.cuda.get_device_properties(device).L2_cache_size
@@ -47,7 +47,7 @@ def flush_l2() -> None:
 
 
 def time_once(call: Callable[[], object], device: str) -> float:
-    """Milliseconds of one call, launches included: by CUDA events from a cold L2, or by the wall clock on a CPU."""
+    """Milliseconds of one call with its launches: by CUDA events and from a cold L2, or by the wall clock on a CPU."""
     if device == "cuda":
         flush_l2()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -68,14 +68,14 @@ def time_interleaved(
     rounds: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Timing]:
-    """Medians of all calls, warmed up by the caller.
+    """Time all calls in turn; the caller has warmed them up.
 
     Args:
         calls: what to time, by name.
         device: ``"cpu"`` or ``"cuda"``.
-        seconds: rounds go on until this is spent, at least 5 and at most 100 of them.
-        rounds: exactly this many instead.
-        progress: called with rounds done and rounds expected.
+        seconds: budget for the rounds, of which there are at least 5 and at most 100.
+        rounds: run exactly this many instead.
+        progress: called after each round with the number done and the number expected.
     """
     names = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -95,7 +95,7 @@ def time_interleaved(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The profiler's native part writes a line to stderr when it starts and stops."""
+    """Discard what is written to file descriptor 2: the native profiler reports there that it starts and stops."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "w") as nowhere:
@@ -108,7 +108,7 @@ def _quiet() -> Iterator[None]:
 
 
 def peak_memory_mb(call: Callable[[], object], device: str) -> float:
-    """Most memory one call holds at a time beyond what was held before it, MB, of torch's allocator."""
+    """Peak memory of one call in MB, beyond what torch's allocator held before it."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

@@ -1,1 +1,1 @@
-"""The parts of ``bench/gpu.sh`` that are not the suite: the GPU tests in several processes, constants of the machine."""
+"""Parts of ``bench/gpu.sh`` outside of the suite: the GPU tests in several processes, and constants of the machine."""

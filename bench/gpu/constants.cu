@@ -1,5 +1,5 @@
-// What a GPU charges for launches, barriers and on-chip traffic. Prints a line "name value" each, so that a failure keeps
-// what came before it; a constant this GPU does not have is left out. Built by constants.py with nvcc for the GPU at hand.
+// Costs of launches, barriers and on-chip traffic on a GPU. Prints each as a line "name value" at once, so that a failure
+// keeps the earlier ones, and leaves out what this GPU lacks. constants.py builds it with nvcc for the GPU at hand.
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
@@ -24,7 +24,7 @@ void print(const char* name, double value) {
   std::fflush(stdout);
 }
 
-// Fastest of 10 runs after a warm-up, microseconds.
+// Microseconds of the fastest of 10 runs after a warm-up.
 template <class Run>
 double best_us(Run run) {
   cudaEvent_t begin, end;

@@ -1,9 +1,9 @@
-"""Constants of this machine, one JSON file: ``python -m lcconformer.bench.gpu.constants OUT.json [--device cpu]``.
+"""Measure constants of this machine: ``python -m lcconformer.bench.gpu.constants OUT.json [--device cpu]``.
 
-On a GPU: what launches, graph nodes, barriers and on-chip traffic cost (constants.cu, built with nvcc where there is
-one), the rates of matrix products at the encoder's real shapes, and of PyTorch's depthwise convolution.  Whatever cannot
-be measured is listed under ``missing`` with the reason.  The file is rewritten after each group, so that a run cut short
-keeps what it had.
+They are the costs of launches, graph nodes, barriers and on-chip traffic (on a GPU, by constants.cu, if there is nvcc to
+build it), and the rates of the encoder's GEMMs at real shapes and of PyTorch's depthwise convolution.  Whatever cannot be
+measured is listed under ``missing`` with the reason.  The file is rewritten after each group, so that a run cut short
+keeps its results.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..core.timing import Timing, time_once
 __all__ = ["measure"]
 
 SOURCE = Path(__file__).with_name("constants.cu")
-# frames in a batch, and (outputs, inputs) of the layer's matrix products in units of d
+# frames in a batch (rows of the GEMM), and (outputs, inputs) of the layer's GEMMs in units of d_model
 TOKENS = (400, 3200, 12800, 48000)
 PRODUCTS = {"ffn up": (4, 1), "ffn down": (1, 4), "qkv": (3, 1), "out": (1, 1), "pointwise1": (2, 1)}
 
@@ -40,7 +40,12 @@ def _median_ms(call: Callable[[], object], device: str, repeats: int = 10) -> fl
 
 
 def _native(device: str) -> dict[str, float]:
-    """constants.cu, compiled and run."""
+    """Compile and run constants.cu.
+
+    Raises:
+        RuntimeError: there is no GPU or no nvcc, or it does not compile.
+        TimeoutExpired: it ran for more than a minute.
+    """
     if device != "cuda":
         raise RuntimeError("needs a CUDA device")
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
@@ -62,7 +67,7 @@ def _native(device: str) -> dict[str, float]:
 
 
 def _launch(device: str) -> dict[str, float]:
-    """Microseconds the host spends on one small eager operation, in a row of 200."""
+    """Microseconds of one small eager operation, averaged over a sequence of 200."""
     x = torch.zeros(128, device=device)
 
     def row() -> None:
@@ -73,7 +78,7 @@ def _launch(device: str) -> dict[str, float]:
 
 
 def _products(device: str, d_model: int, tokens: Sequence[int]) -> dict[str, float]:
-    """TFLOP/s of the layer's matrix products."""
+    """TFLOP/s of the layer's GEMMs, by shape."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rates = {}
     for m in tokens:
@@ -86,7 +91,10 @@ def _products(device: str, d_model: int, tokens: Sequence[int]) -> dict[str, flo
 
 
 def _depthwise(device: str, d_model: int, shape: tuple[int, int]) -> dict[str, float]:
-    """GB/s, input and output counted once, of PyTorch's depthwise convolution of width 31, forward and both gradients."""
+    """GB/s of PyTorch's depthwise convolution of width 31, forward alone and with both gradients, by memory layout.
+
+    An activation or its gradient counts each time it must be read or written.
+    """
     b, t = shape
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     weight = torch.randn(d_model, 1, 31, device=device).to(dtype).requires_grad_()
@@ -112,7 +120,13 @@ def _depthwise(device: str, d_model: int, shape: tuple[int, int]) -> dict[str, f
 
 
 def measure(path: Path, device: str, small: bool) -> dict[str, Any]:
-    """Measure everything that this machine has, and write it to ``path``; ``small``: tiny shapes, to try the code."""
+    """Measure what this machine can, write it to ``path`` and return it.
+
+    Args:
+        path: JSON file to write.
+        device: ``"cpu"`` or ``"cuda"``.
+        small: use tiny shapes, to try the code.
+    """
     found: dict[str, Any] = {
         "device_name": device_name(device),
         "date": datetime.date.today().isoformat(),
@@ -139,9 +153,9 @@ def measure(path: Path, device: str, small: bool) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lcconformer.bench.gpu.constants", description=__doc__)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=Path, help="file to write (JSON)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
-    parser.add_argument("--small", action="store_true", help="tiny shapes, to try the code")
+    parser.add_argument("--small", action="store_true", help="use tiny shapes, to try the code")
     args = parser.parse_args(argv)
     found = measure(args.out, args.device, args.small)
     for group, values in found.items():

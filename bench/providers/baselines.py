@@ -1,8 +1,8 @@
-"""The yardstick: a plain Conformer in eager PyTorch, every layer with its own weights, as a good engineer would write it.
+"""The baseline: a plain Conformer in eager PyTorch without weight sharing, written as a good engineer would write it.
 
-Nothing here is slow on purpose: queries, keys and values come from one projection, pointwise convolutions are linear
-maps, the sinusoids are computed once per forward, and no mask is applied where there is no padding.  The
-relative shift is the usual pad and view.  Parameter names are those of :class:`lcconformer.ConformerLayer`.
+Nothing is slow on purpose: one projection gives queries, keys and values, pointwise convolutions are linear layers, each
+forward computes the sinusoids once, and without padding there is no mask.  The relative shift is the usual pad and view.
+Parameters have the names of :class:`lcconformer.ConformerLayer`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["Conformer", "ConformerLayer", "relative_attention", "sdpa_relative_a
 
 
 def sinusoids(frames: int, width: int, like: Tensor) -> Tensor:
-    """``[2T-1, width]``: interleaved sin, cos of the positions T-1 ... -(T-1), in the dtype of ``like``."""
+    """Sinusoids ``[2T-1, width]`` of the positions T-1 ... -(T-1), sin and cos interleaved, in the dtype of ``like``."""
     work = torch.float64 if like.dtype == torch.float64 else torch.float32
     position = torch.arange(frames - 1, -frames, -1, device=like.device, dtype=work)
     rate = torch.exp(torch.arange(0, width, 2, device=like.device, dtype=work) * (-math.log(10000.0) / width))
@@ -27,7 +27,7 @@ def sinusoids(frames: int, width: int, like: Tensor) -> Tensor:
 
 
 def shift(x: Tensor) -> Tensor:
-    """``[B, H, T, 2T-1] -> [B, H, T, T]``, Transformer-XL's pad and view."""
+    """Relative shift ``[B, H, T, 2T-1] -> [B, H, T, T]`` by the pad and view of Transformer-XL."""
     b, h, t, length = x.shape
     x = F.pad(x, (1, 0)).view(b, h, length + 1, t)
     return x[:, :, 1:].view(b, h, t, length)[..., :t]
@@ -36,7 +36,16 @@ def shift(x: Tensor) -> Tensor:
 def relative_attention(
     q: Tensor, k: Tensor, v: Tensor, pos: Tensor | None, u: Tensor | None, v_bias: Tensor | None, dropout_p: float = 0.0
 ) -> Tensor:
-    """``[B, T, H, D]`` attention with scores in memory; ``pos [2T-1, H, D]``, ``u``, ``v_bias [H, D]``, or none of them."""
+    """Attention that keeps its scores in memory.
+
+    Args:
+        q, k, v: ``[B, T, H, D]``.
+        pos, u, v_bias: projected positions ``[2T-1, H, D]`` and biases ``[H, D]``; all None without relative positions.
+        dropout_p: rate on the probabilities.
+
+    Returns:
+        ``[B, T, H, D]``.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
     if pos is None or u is None or v_bias is None:
         scores = q @ k.transpose(-1, -2)
@@ -50,7 +59,7 @@ def relative_attention(
 def sdpa_relative_attention(
     q: Tensor, k: Tensor, v: Tensor, pos: Tensor | None, u: Tensor | None, v_bias: Tensor | None, dropout_p: float = 0.0
 ) -> Tensor:
-    """The same through ``scaled_dot_product_attention``, the position scores as its additive bias."""
+    """The same by ``scaled_dot_product_attention``, with the position scores as additive bias."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
     bias = None
     if pos is not None and u is not None and v_bias is not None:
@@ -60,7 +69,7 @@ def sdpa_relative_attention(
     if q.is_cuda:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        # cuDNN's backward can give NaN with a bias, and the math backend would hide a refusal
+        # with a bias cuDNN's backward can give NaN; falling back to the math backend silently would not measure SDPA
         pinned = sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION)
     with pinned:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p).transpose(1, 2)
@@ -81,7 +90,7 @@ class FeedForward(nn.Module):
 
 
 class Attention(nn.Module):
-    """``x + drop(MHSA(LN(x)))`` with relative positions, or none."""
+    """``x + drop(MHSA(LN(x)))``, with relative positions or without."""
 
     def __init__(self, d_model: int, num_heads: int, dropout: float, position: str, attention) -> None:
         super().__init__()
@@ -126,7 +135,7 @@ class Convolution(nn.Module):
 
 
 class ConformerLayer(nn.Module):
-    """One layer of the canon: ``[B, T, d_model] -> [B, T, d_model]``."""
+    """One Conformer layer: ``[B, T, d_model] -> [B, T, d_model]``."""
 
     def __init__(self, d_model, num_heads, ffn_dim, kernel, dropout, position, conv_norm, attention) -> None:
         super().__init__()
@@ -142,10 +151,11 @@ class ConformerLayer(nn.Module):
 
 
 class Conformer(nn.Module):
-    """``num_layers`` layers without weight sharing: ``[B, T, d_model] -> [B, T, d_model]``.
+    """Conformer encoder without weight sharing: ``[B, T, d_model] -> [B, T, d_model]``.
 
     Args:
-        d_model, num_heads, ffn_dim, num_layers, kernel, dropout: sizes of the canon.
+        d_model, num_heads, ffn_dim, num_layers, kernel: sizes, as in :class:`lcconformer.ConformerConfig`.
+        dropout: rate at every site, in training.
         position: ``"relative"`` or ``"none"``.
         conv_norm: ``"layer"`` or ``"batch"``.
         attention: :func:`relative_attention` or :func:`sdpa_relative_attention`.

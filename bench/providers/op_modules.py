@@ -1,4 +1,4 @@
-"""Each op as a module over one input: the plain version, and lcconformer's, holding the same parameters."""
+"""Each op as a module with one input: in plain PyTorch, and by lcconformer, with the same parameters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["BASELINE_OPS", "LIBRARY_OPS", "SDPA_OPS"]
 
 
 class _Op(nn.Module):
-    """Parameters by name; ``function(module, x)`` does the work."""
+    """Holds random parameters of the given shapes, the same for every provider; ``function(module, x)`` is the forward."""
 
     weight: Tensor
     bias: Tensor
@@ -55,7 +55,7 @@ class _Op(nn.Module):
 
 
 def _attention(function: Callable) -> Callable[[Case], _Op]:
-    """``x [B, T, 3, H, D]`` holds q, k, v."""
+    """Attention on ``x [B, T, 3, H, D]``, which holds q, k, v."""
 
     def call(m: _Op, x: Tensor) -> Tensor:
         q, k, v = x.unbind(2)
@@ -69,7 +69,7 @@ def _attention(function: Callable) -> Callable[[Case], _Op]:
 
 
 def _convolution(call: Callable) -> Callable[[Case], _Op]:
-    """``x [B, T, 2C]``; LayerNorm, as the suite's encoder has it."""
+    """Convolution on ``x [B, T, 2C]``, with LayerNorm as in the encoder of the suite."""
 
     def build(case: Case) -> _Op:
         c = case.d_model
@@ -91,6 +91,8 @@ def _library_convolution(m: _Op, x: Tensor) -> Tensor:
 
 
 def _feed_forward(call: Callable) -> Callable[[Case], _Op]:
+    """Feed-forward module on ``x [B, T, D]``."""
+
     def build(case: Case) -> _Op:
         d, f = case.d_model, case.ffn_dim
         return _Op(case, call, norm_weight=(d,), norm_bias=(d,), w1=(f, d), b1=(f,), w2=(d, f), b2=(d,))
@@ -109,7 +111,7 @@ def _library_feed_forward(m: _Op, x: Tensor) -> Tensor:
 
 
 def _residual(call: Callable) -> Callable[[Case], _Op]:
-    """``x [B, 2, T, D]`` holds the residual stream and the branch."""
+    """Residual and LayerNorm on ``x [B, 2, T, D]``, which holds the residual stream and the branch."""
 
     def build(case: Case) -> _Op:
         return _Op(case, call, norm_weight=(case.d_model,), norm_bias=(case.d_model,))

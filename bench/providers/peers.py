@@ -1,6 +1,6 @@
-"""The encoders people use today, wrapped as ``[B, T, d_model] -> [B, T, d_model]``, and where they keep the layer's weights.
+"""Encoders in wide use, wrapped as ``[B, T, d_model] -> [B, T, d_model]``, and the names of their layers' weights.
 
-Front ends, dropped layers and norms after the stack are taken off: every peer does the work of N layers, nothing else.
+Front ends, LayerDrop and norms after the stack are removed: every peer does the work of N layers and nothing else.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["PARAKEET_KEYS", "WAV2VEC2_KEYS", "parakeet", "torchaudio", "torchaud
 
 
 class _Call(nn.Module):
-    """A peer behind ``forward(x [B, T, d_model])``."""
+    """A peer's encoder, called with ``x [B, T, d_model]`` alone."""
 
     def __init__(self, model: nn.Module, layers: nn.ModuleList) -> None:
         super().__init__()
@@ -38,14 +38,17 @@ class _TorchaudioCall(_Call):
 
 
 class _PassThrough(nn.Module):
-    """In place of Parakeet's subsampling: the input is at the layers' width and rate already."""
+    """Replaces Parakeet's subsampling: the input already has the width and the frame rate of the layers."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return x
 
 
 def torchaudio_file() -> Path | None:
-    """torchaudio's conformer.py; the package itself fails to import where its native library does not fit torch."""
+    """Path of torchaudio's conformer.py, or None.
+
+    The file is loaded by itself, because torchaudio cannot be imported where its native library does not fit torch.
+    """
     spec = importlib.util.find_spec("torchaudio")
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -54,7 +57,7 @@ def torchaudio_file() -> Path | None:
 
 
 def torchaudio(case: Case) -> nn.Module:
-    """``torchaudio.models.Conformer``: no positions, BatchNorm."""
+    """Build ``torchaudio.models.Conformer``: no positions, BatchNorm."""
     spec = importlib.util.spec_from_file_location("_bench_torchaudio_conformer", torchaudio_file())
     assert spec is not None
     assert spec.loader is not None
@@ -65,7 +68,7 @@ def torchaudio(case: Case) -> nn.Module:
 
 
 def _import_transformers() -> None:
-    """transformers imports torchaudio wherever it is installed: hide it where its native library does not fit torch."""
+    """Import transformers' audio code, which imports torchaudio if installed: hide it where its library does not fit torch."""
     try:
         import torchaudio  # noqa: F401
     except ImportError:
@@ -78,7 +81,7 @@ def _import_transformers() -> None:
 
 
 def wav2vec2(case: Case) -> nn.Module:
-    """transformers' Wav2Vec2Conformer encoder, relative positions: BatchNorm, no convolution biases."""
+    """Build transformers' Wav2Vec2Conformer encoder: relative positions, BatchNorm, no convolution biases."""
     _import_transformers()
     from transformers import Wav2Vec2ConformerConfig
     from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import Wav2Vec2ConformerEncoder
@@ -100,13 +103,13 @@ def wav2vec2(case: Case) -> nn.Module:
     config._attn_implementation = "sdpa"
     model: Any = Wav2Vec2ConformerEncoder(config)
     model.layer_norm = nn.Identity()
-    # created by the class, never used by its forward
+    # its forward does not use it
     del model.pos_conv_embed
     return _Call(model, model.layers)
 
 
 def parakeet(case: Case) -> nn.Module:
-    """transformers' Parakeet (FastConformer) encoder: BatchNorm, no dropout on its residual branches."""
+    """Build transformers' Parakeet (FastConformer) encoder: BatchNorm, no dropout on residual branches."""
     _import_transformers()
     from transformers import ParakeetEncoder, ParakeetEncoderConfig
 

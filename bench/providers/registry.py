@@ -1,4 +1,4 @@
-"""Who takes part: each provider builds a module for a case, or says why it cannot take part here."""
+"""The providers: each builds a module for a case, or says why it cannot run the case here."""
 
 from __future__ import annotations
 
@@ -28,19 +28,21 @@ __all__ = ["PROVIDERS", "Provider", "build", "choose", "eager", "library", "reco
 
 @dataclass(frozen=True)
 class Provider:
-    """An implementation.
+    """One implementation of the encoder and the ops.
 
     Attributes:
-        name, backend: of its rows; ``NAME:BACKEND`` chooses it.
-        build: the module of a case, on the CPU in float32, with ``.layers`` for an encoder.
-        missing: why it cannot take part in a case; None if it can.
-        keys: names of a layer's weights (None: ours).
-        position, conv_norm, conv_bias: the maths it does, where that is not the canon of the suite.
-        forced: backend of lcconformer's ops.
-        engine: of lcconformer's loop.
-        compile: arguments of ``torch.compile``.
-        graphs: a CUDA graph of the whole call is captured and replayed.
-        note: how its maths differs, for the table.
+        name, backend: names in its rows; ``NAME:BACKEND`` selects it on the command line.
+        build: makes the module for a case, on the CPU in float32; an encoder has its layers in ``.layers``.
+        missing: says why it cannot run a case; returns None if it can.
+        keys: how its layers name their weights; None for lcconformer's names.
+        position: positions it knows, ``"relative"`` or ``"none"``.
+        conv_norm: norm after the depthwise convolution, ``"layer"`` or ``"batch"``.
+        conv_bias: whether its convolutions have biases.
+        forced: the backend that lcconformer's ops must use; None for other implementations.
+        engine: the engine that lcconformer's encoder must use, ``"modules"`` or ``"loop"``.
+        compile: arguments of ``torch.compile``; None if it is not compiled.
+        graphs: whether the whole call is captured in a CUDA graph and replayed.
+        note: how its maths differs from the reference, for the table.
     """
 
     name: str
@@ -62,7 +64,7 @@ class Provider:
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
-        """Every call of the module runs inside."""
+        """Context of every call of the module: forces backend and engine."""
         if self.forced is None:
             yield
             return
@@ -89,7 +91,7 @@ def _baseline(attention) -> Callable[[Case], nn.Module]:
 
 
 class _Encoder(nn.Module):
-    """lcconformer's encoder, one shared layer run ``depth`` times, behind ``forward(x)``."""
+    """lcconformer's encoder at the depth of the case: ``[B, T, d_model] -> [B, T, d_model]``."""
 
     def __init__(self, case: Case, sharing: str) -> None:
         super().__init__()
@@ -112,7 +114,7 @@ class _Encoder(nn.Module):
 
 
 def library(case: Case, sharing: str = "all") -> nn.Module:
-    """lcconformer: the op or the encoder of the case."""
+    """lcconformer's module for the case, an op or an encoder; ``sharing`` is that of :class:`lcconformer.ConformerConfig`."""
     return LIBRARY_OPS[case.op](case) if case.op else _Encoder(case, sharing)
 
 
@@ -156,7 +158,7 @@ def _needs_device(backend: str) -> Callable[[Case], str | None]:
             return _needs_cuda(case)
         if backend == "cpu" and case.device != "cpu":
             return "is for CPU tensors"
-        # interpreted kernels are only to try the suite's code: their times mean nothing
+        # interpreted kernels serve to test the suite; their times mean nothing
         if backend == "triton" and case.device == "cpu" and os.environ.get("TRITON_INTERPRET", "0") != "1":
             return "needs a CUDA device"
         return None
@@ -221,15 +223,18 @@ PROVIDERS: tuple[Provider, ...] = (
     *(_library(b, graphs=True) for b in ("triton", "cuda")),
     *(_library(b, engine="loop") for b in ("cpu", "triton")),
 )
-# minutes of compilation for a few percent: only by name
+# only when named: it compiles for minutes and gains a few percent
 _ON_REQUEST = {"compile:max-autotune"}
 
 
 def choose(names: str | None) -> tuple[Provider, ...]:
-    """Providers by ``NAME`` or ``NAME:BACKEND``, comma separated; None: all but the slow-to-prepare ones.
+    """Providers by name.
+
+    Args:
+        names: ``NAME`` or ``NAME:BACKEND``, separated by commas; None for all that prepare quickly.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: a name is unknown.
     """
     if names is None:
         return tuple(p for p in PROVIDERS if f"{p.name}:{p.backend}" not in _ON_REQUEST)
@@ -245,9 +250,9 @@ def choose(names: str | None) -> tuple[Provider, ...]:
 
 @contextlib.contextmanager
 def record_backends() -> Iterator[dict[str, str]]:
-    """Which backend each of lcconformer's ops chose inside the block: op name -> backend.
+    """Record which backend serves each of lcconformer's ops inside the block: yields a dict from op to backend.
 
-    A row named after a backend is only honest if its kernels ran: an op without any never asks, and is not in here.
+    It shows whether the kernels ran that a row is named after. Ops that are not called are not in the dict.
     """
     served: dict[str, str] = {}
     original = lcconformer.ops._backend.select
@@ -268,9 +273,15 @@ def record_backends() -> Iterator[dict[str, str]]:
 
 
 def build(provider: Provider, case: Case, state: dict[str, Tensor] | None) -> nn.Module:
-    """The provider's module on the case's device, with these weights in every layer, compiled if it is a compiled one."""
+    """Build a provider's module on the case's device, and compile it if the provider is compiled.
+
+    Args:
+        provider: what to build.
+        case: what it will run.
+        state: weights for every layer, by lcconformer's names; None keeps those that the module was built with.
+    """
     module: Any = provider.build(case)
-    # transformers keeps rates of positions in a buffer that a cast to half precision would spoil
+    # transformers keeps the frequencies of its positions in a buffer, which must not be cast to half precision
     rates = {name: buffer.clone() for name, buffer in module.named_buffers() if name.endswith("inv_freq")}
     if state is not None:
         load_layers(module.layers, state, provider.keys)
@@ -283,7 +294,7 @@ def build(provider: Provider, case: Case, state: dict[str, Tensor] | None) -> nn
     if case.op or case.device == "cuda":
         compiled: Any = torch.compile(module, **provider.compile)
         return compiled
-    # on a CPU, where compiling takes minutes and launches cost little: one graph, which all layers share
+    # on a CPU compiling takes minutes and launches cost little: compile one layer, whose graph serves all
     for layer in module.layers:
         layer.compile(**provider.compile)
     return module

@@ -1,4 +1,4 @@
-"""One random layer for every provider, in float64 under our names: the same maths must give the same outputs."""
+"""One random layer for every provider, so that the same maths must give the same outputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ __all__ = ["layer_gradients", "load_layers", "random_layer"]
 
 
 def random_layer(case: Case, position: str, conv_norm: str, conv_bias: bool) -> dict[str, Tensor]:
-    """State dict of one layer, float64 on the CPU; nothing in it is zero or one, so that no term of the maths hides."""
+    """State dict of one layer by lcconformer's names, float64 on the CPU.
+
+    No weight is zero or one, except biases that a peer lacks, so that every term of the maths has an effect.
+    """
     generator = torch.Generator().manual_seed(1)
     layer = ConformerLayer(
         case.d_model, case.num_heads, case.ffn_dim, case.kernel, 0.0, position, conv_norm, relative_attention
@@ -41,7 +44,12 @@ def random_layer(case: Case, position: str, conv_norm: str, conv_bias: bool) -> 
 
 
 def load_layers(layers: Iterable[nn.Module], state: Mapping[str, Tensor], keys: tuple[Key, ...] | None) -> None:
-    """The same weights into every layer; ``keys`` translate the names (None: the names are ours).
+    """Load the same weights into every layer.
+
+    Args:
+        layers: layers of one provider.
+        state: weights by lcconformer's names.
+        keys: the provider's names; None for lcconformer's.
 
     Raises:
         ValueError: a layer has parameters that ``state`` does not set.
@@ -56,9 +64,12 @@ def load_layers(layers: Iterable[nn.Module], state: Mapping[str, Tensor], keys: 
 def layer_gradients(
     layers: Iterable[nn.Module], gradients: Mapping[int, Tensor], keys: tuple[Key, ...] | None
 ) -> dict[str, Tensor]:
-    """Gradients by our names, float64, summed over layers: what a shared layer's gradient must be.
+    """Gradients by lcconformer's names, in float64 and summed over layers, as a shared layer accumulates them.
 
-    ``gradients`` maps the id of a parameter to its gradient.
+    Args:
+        layers: layers of one provider.
+        gradients: ``id(parameter)`` -> its gradient.
+        keys: the provider's names; None for lcconformer's.
     """
     total: dict[str, Tensor] = {}
     for layer in layers:

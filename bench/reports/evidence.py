@@ -1,11 +1,10 @@
-"""How far each kernel has climbed: a table kept by test reports and result files, never by hand.
+"""The evidence table: which steps each kernel has passed, taken from test reports and result files, never by hand.
 
     pytest --junitxml report.xml ; python -m lcconformer.bench.reports.evidence report.xml
     pytest -m gpu --junitxml gpu.xml ; python -m lcconformer.bench.reports.evidence --gpu gpu.xml
 
-Steps: *reference* (float64 oracle, gradcheck, opcheck), *interpreted* (the Triton kernels on a CPU), *emulated* (the CUDA
-sources on a CPU), *compiled* (every shipped architecture), *on a GPU* (the same grid of tests there), *timed* (rows of
-the suite).
+Steps: *reference* (float64 oracle, gradcheck, opcheck), *interpreted* (Triton kernels on a CPU), *emulated* (CUDA sources on
+a CPU), *compiled* (for every shipped architecture), *on a GPU* (the same grid of tests there), *timed* (rows of the suite).
 """
 
 from __future__ import annotations
@@ -22,41 +21,42 @@ from typing import Any
 
 from ..core.case import OPS
 from ..core.rows import Row, commit, device_name, write_atomically
+from . import RESULTS
 from .table import grid
 
 __all__ = ["EVIDENCE", "STEPS", "load", "record_report", "record_rows", "table"]
 
-EVIDENCE = Path(__file__).resolve().parents[1] / "results" / "evidence.json"
+EVIDENCE = RESULTS / "evidence.json"
 STEPS = ("reference", "interpreted", "emulated", "compiled", "on a GPU", "timed")
-# where a test lives says which step it proves; the first match counts
+# the module of a test decides which step it proves; the first match counts
 _PLACES = (
     ("compiled", re.compile(r"^tests\.(kernels\.test_(report|specialisations)|extension\.test_resources)\.")),
     ("emulated", re.compile(r"^tests\.extension\..*emulated")),
     ("interpreted", re.compile(r"^tests\.kernels\.")),
     ("reference", re.compile(r"^tests\.ops\.")),
 )
-# one test for the kernels of every op
+# covers the kernels of every op
 _ALL_OPS = re.compile(r"\.test_report\.test_budgets\b")
 
 
 def load(path: Path = EVIDENCE) -> dict[str, dict[str, dict[str, Any]]]:
-    """``{op: {step: entry}}``; empty before anything was recorded."""
+    """The table as ``{op: {step: entry}}``; empty before anything is recorded."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def record_report(
     report: Path, gpu: bool = False, path: Path = EVIDENCE, origin: dict[str, str] | None = None
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Put the counts of a JUnit report of pytest into the table; steps that it does not touch stay.
+    """Record the counts of a JUnit report of pytest and return the new table; steps without tests in the report stay.
 
     Args:
-        report: ``--junitxml`` of pytest.
-        gpu: the run was ``-m gpu`` on a GPU; all of it counts as that step.
-        path: the table.
-        origin: commit, date and machine of the run; None: this commit, today, this machine.
+        report: file written by ``pytest --junitxml``.
+        gpu: whether the run was ``pytest -m gpu`` on a GPU; then all of it counts for that step.
+        path: file of the table.
+        origin: commit, date and machine of the run; None for this commit, today and this machine.
 
     Raises:
-        ValueError: not such a report, or none of its tests is about an op.
+        ValueError: the file is no such report, or none of its tests that ran is about an op.
     """
     try:
         cases = list(ElementTree.parse(report).iter("testcase"))
@@ -93,7 +93,7 @@ def _origin(device: str) -> dict[str, str]:
 
 
 def record_rows(rows: Iterable[Row], date: str, path: Path = EVIDENCE) -> None:
-    """Op rows of lcconformer on a GPU into the table: the best percent of the roofline of each."""
+    """Record the best percentage of the roofline that each op of lcconformer reaches in GPU rows."""
     found = load(path)
     best: dict[str, Row] = {}
     for row in rows:
@@ -112,7 +112,7 @@ def record_rows(rows: Iterable[Row], date: str, path: Path = EVIDENCE) -> None:
 
 
 def table(path: Path = EVIDENCE) -> str:
-    """The table as text: a line per op, a column per step, tests passed of those that ran, and where they ran."""
+    """The table as text: tests passed of those that ran for each op and step, and the machines they ran on."""
     found = load(path)
     if not found:
         return "no evidence is recorded; run pytest --junitxml F and python -m lcconformer.bench.reports.evidence F"
@@ -139,7 +139,7 @@ def _cell(entry: dict[str, Any] | None) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lcconformer.bench.reports.evidence", description=__doc__)
     parser.add_argument("report", type=Path, nargs="+", help="JUnit reports of pytest")
-    parser.add_argument("--gpu", action="store_true", help="the reports are of pytest -m gpu on a GPU")
+    parser.add_argument("--gpu", action="store_true", help="the reports come from pytest -m gpu on a GPU")
     args = parser.parse_args(argv)
     try:
         for report in args.report:

@@ -1,4 +1,4 @@
-"""File results under ``bench/results/<machine>/<date>-<commit>.json`` and refresh what is generated from them."""
+"""File results as ``bench/results/<machine>/<date>-<commit>.json`` and refresh everything generated from them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import re
 from pathlib import Path
 
 from ..core.rows import Results, write_atomically
-from . import goals, readme
+from . import RESULTS, goals, readme
 from .evidence import EVIDENCE, record_report, record_rows
 
-__all__ = ["RESULTS", "file_results", "slug"]
-
-RESULTS = EVIDENCE.parent
+__all__ = ["file_results", "slug"]
 
 
 def slug(name: str) -> str:
-    """``"NVIDIA H200"`` -> ``"nvidia-h200"``."""
+    """Folder name of a machine: ``"NVIDIA H200"`` -> ``"nvidia-h200"``."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -24,13 +22,17 @@ def file_results(source: Path, results: Path = RESULTS, readme_file: Path = read
     """File a result file, or the folder that ``bench/gpu.sh`` wrote.
 
     Args:
-        source: a JSON of ``--json``, or a folder with ``bench.json`` and, from a GPU, ``gpu_tests.xml``, ``machine.json``.
-        results: where files go.
-        readme_file: whose generated part is refreshed.
+        source: a file written by ``--json``, or a folder with ``bench.json`` and, from a GPU, ``gpu_tests.xml`` and
+            ``machine.json``.
+        results: folder to file them in.
+        readme_file: README whose generated part is refreshed.
+
+    Returns:
+        The exit status, 0.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it holds no rows, or rows of a working tree with changes or of an unknown commit.
+        FileNotFoundError: the source does not exist.
+        ValueError: it holds no rows, or rows of an unknown commit or of a working tree with changes.
     """
     rows_file = source / "bench.json" if source.is_dir() else source
     if not rows_file.exists():
@@ -41,7 +43,7 @@ def file_results(source: Path, results: Path = RESULTS, readme_file: Path = read
     commits = {row.commit for row in found.rows}
     bad = sorted(c for c in commits if c == "unknown" or c.endswith("-dirty"))
     if bad:
-        raise ValueError(f"bench --import: rows of commit {', '.join(bad)}; results are filed of committed code only")
+        raise ValueError(f"bench --import: rows of commit {', '.join(bad)}; only results of committed code are filed")
     for name in sorted({row.device_name for row in found.rows}):
         members = [row for row in found.rows if row.device_name == name]
         for commit in sorted({row.commit for row in members}):

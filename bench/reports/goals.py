@@ -1,6 +1,6 @@
-"""What the project has set itself, and what result files say: ``python -m lcconformer.bench.reports.goals FILE``.
+"""The project's performance goals against a result file: ``python -m lcconformer.bench.reports.goals FILE``.
 
-A goal compares the fastest row of lcconformer with the fastest row of another provider, of the same case and the same run.
+A goal compares the fastest row of lcconformer with the fastest row of another provider on the same case of the same run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["GOALS", "Goal", "table", "write"]
 
 @dataclass(frozen=True)
 class Goal:
-    """At least ``factor`` times as fast as ``against``, or, with ``memory``, at most ``factor`` of its peak memory."""
+    """Be at least ``factor`` times as fast as ``against``, or, with ``memory``, need at most ``factor`` of its peak memory."""
 
     device: str
     mode: str
@@ -43,7 +43,7 @@ class Goal:
         return f"{case}: memory of {self.against}" if self.memory else f"{case}: speed of {self.against}"
 
     def measured(self, rows: Sequence[Row]) -> float | None:
-        """The ratio in these rows; None if they do not hold it."""
+        """The measured ratio; None if a row for it is missing."""
         case = (self.mode, self.batch, self.frames, self.d_model, self.layers, self.dtype, self.device)
         members = [
             r
@@ -63,11 +63,12 @@ class Goal:
         return ours.peak_memory_mb / theirs.peak_memory_mb
 
     def met(self, ratio: float) -> bool:
+        """Whether a measured ratio reaches the goal."""
         return ratio <= self.factor if self.memory else ratio >= self.factor
 
 
 def _gpu() -> tuple[Goal, ...]:
-    """Of an H200: factors against eager PyTorch and against torch.compile for widths 256, 512, 768."""
+    """Goals on an H200: factors against eager PyTorch and against torch.compile at widths 256, 512, 768."""
     factors = {
         ("inference", 1, 100): ((8.5, 7, 6), (2.6, 2.5, 2.3)),
         ("inference", 32, 400): ((4.2, 3.2, 2.7), (2.7, 2.2, 1.9)),
@@ -89,7 +90,7 @@ def _gpu() -> tuple[Goal, ...]:
     return (*speed, *memory)
 
 
-# of two cores: no slower than eager anywhere, and faster where the work is
+# on two cores: never slower than eager, and faster where there is much to compute
 _CPU = tuple(
     Goal("cpu", mode, batch, frames, 256, against, factor, memory)
     for mode, batch, frames, against, factor, memory in (
@@ -108,7 +109,7 @@ GOALS = (*_gpu(), *_CPU)
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The goals that can be set for the devices of the rows; those that the rows do not hold are listed as not measured."""
+    """The goals for the devices of the rows as a table; a goal whose rows are missing is listed as not measured."""
     devices = {row.device for row in rows}
     lines = []
     for goal in GOALS:
@@ -122,7 +123,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def write(results: Results, path: Path) -> None:
-    """The table of a result file as Markdown."""
+    """Write the table of a result file as Markdown."""
     first = results.rows[0]
     title = f"Goals on {first.device_name}, {results.date[:10]}, commit {first.commit}"
     write_atomically(path, f"{title}\n\n```\n{table(results.rows)}\n```\n")

@@ -1,4 +1,4 @@
-"""The README's performance section, generated from committed result files: ``python -m lcconformer.bench.reports.readme``."""
+"""Generate the README's performance section from result files: ``python -m lcconformer.bench.reports.readme``."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..core.rows import Results, Row, write_atomically
+from . import RESULTS
 from .table import number
 
 __all__ = ["README", "refresh", "section"]
 
-HERE = Path(__file__).resolve().parents[1]
-README = HERE.parent / "README.md"
+README = RESULTS.parents[1] / "README.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-# providers that do the same maths, relative positions included; the columns of the table
+# columns of the table; all do the same maths but torchaudio, which has no relative positions
 COLUMNS = ("eager", "sdpa", "compile", "transformers", "torchaudio")
 
 
-def refresh(readme: Path = README, results: Path = HERE / "results") -> None:
-    """Rewrite what stands between the markers.
+def refresh(readme: Path = README, results: Path = RESULTS) -> None:
+    """Rewrite the text between the markers of a README.
 
     Raises:
         ValueError: the file has no markers.
@@ -32,8 +32,8 @@ def refresh(readme: Path = README, results: Path = HERE / "results") -> None:
     write_atomically(readme, f"{head}{BEGIN}\n{section(results)}\n{END}{tail}")
 
 
-def section(results: Path = HERE / "results") -> str:
-    """Markdown of the latest result file of each machine, GPUs first."""
+def section(results: Path = RESULTS) -> str:
+    """Markdown of the latest result file of each machine in ``results``, GPUs first."""
     latest: list[tuple[bool, Path, Results]] = []
     for folder in sorted(p for p in results.iterdir() if p.is_dir()):
         files = [(path, Results(path)) for path in sorted(folder.glob("20*.json"))]

@@ -1,4 +1,4 @@
-"""Rows as text: one table per case."""
+"""Result rows as text, one table per case."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NOTES = {(p.name, p.backend): p.note for p in PROVIDERS if p.note}
 
 
 def number(value: float | None, unit: str = "") -> str:
-    """Three significant digits, thousands separated; a dash for what was not measured."""
+    """Format with three significant digits and separated thousands; None, which was not measured, is a dash."""
     if value is None:
         return "-"
     if value >= 100:
@@ -22,7 +22,7 @@ def number(value: float | None, unit: str = "") -> str:
 
 
 def grid(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:
-    """Aligned columns, the first ``left`` to the left, the others to the right."""
+    """Lay out a table: the first ``left`` columns flush left, the others flush right."""
     table = [list(header), *map(list, lines)]
     widths = [max(len(line[i]) for line in table) for i in range(len(header))]
 
@@ -34,24 +34,24 @@ def grid(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -
 
 
 def flops_unit(rates: Iterable[float]) -> tuple[str, float]:
-    """For rates in TFLOP/s: ``("TFLOP/s", 1)``, or ``("GFLOP/s", 1000)`` where all are below one, and are multiplied."""
+    """Unit for rates given in TFLOP/s, and their factor to it: ``("GFLOP/s", 1000)`` if all are below one."""
     return ("TFLOP/s", 1.0) if max(rates) >= 1 else ("GFLOP/s", 1e3)
 
 
 def flops_rate(tflops: float) -> str:
-    """A rate with its unit."""
+    """Format a rate with its unit."""
     unit, scale = flops_unit([tflops])
     return f"{number(scale * tflops)} {unit}"
 
 
 def label(row: Row) -> str:
-    """``eager``, ``lcconformer:triton``, ``lcconformer:triton depth 5``."""
+    """Name of a row's provider: ``eager``, ``lcconformer:triton``, ``lcconformer:triton depth 5``."""
     name = row.provider if (row.provider, row.backend) == ("eager", "torch") else f"{row.provider}:{row.backend}"
     return name + ("" if row.depth == row.layers or ":" in row.mode else f" depth {row.depth}")
 
 
 def case_tables(rows: Sequence[Row]) -> str:
-    """A table per case, slowest first."""
+    """One table per case, the slowest provider first."""
     cases: dict[tuple, list[Row]] = {}
     for row in rows:
         shape = (row.mode, row.batch, row.frames, row.d_model, row.layers, row.dtype, row.device_name)
@@ -84,6 +84,6 @@ def case_tables(rows: Sequence[Row]) -> str:
 
 
 def notes(rows: Sequence[Row]) -> str:
-    """What to know about the providers that appear."""
+    """How the maths of the providers in these rows differs, a line each."""
     seen = {(r.provider, r.backend) for r in rows}
     return "\n".join(f"{name}:{backend}: {note}" for (name, backend), note in NOTES.items() if (name, backend) in seen)

@@ -1,4 +1,4 @@
-"""Regression watch: this working tree against another commit, interleaved on the same machine."""
+"""Regression check: time this working tree against another commit, interleaved, on the same machine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,13 @@ def _git(*arguments: str, cwd: Path) -> str:
 
 
 def install(tree: Path, site: Path, say: Callable[[str], None] = print) -> None:
-    """Put the package of a source tree into ``site``: with its extension if that builds, else the Python parts alone."""
+    """Install the package of a source tree into the folder ``site``, without its extension if that does not build.
+
+    Args:
+        tree: a checkout.
+        site: what goes to PYTHONPATH.
+        say: called with a line if the extension is missing.
+    """
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-compile"]
     done = subprocess.run([*command, "--target", str(site), str(tree)], capture_output=True, text=True)
     if done.returncode == 0:
@@ -47,7 +53,7 @@ def install(tree: Path, site: Path, say: Callable[[str], None] = print) -> None:
 
 @contextlib.contextmanager
 def _worker(site: Path, case: Case) -> Iterator[Callable[[], float]]:
-    """A process on the package in ``site``; the yielded function makes one call and returns its milliseconds."""
+    """Start a process that uses the package in ``site``; yields a function that makes one call there and returns its ms."""
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("compare_worker.py"))],
         stdin=subprocess.PIPE,
@@ -79,7 +85,11 @@ def _worker(site: Path, case: Case) -> Iterator[Callable[[], float]]:
 
 
 def compare(ref: str, cases: Sequence[Case], seconds: float | None, rounds: int | None) -> int:
-    """Print the ratio of the two medians for each case; 0 unless something could not be run."""
+    """Print the ratio of the two medians for each case; returns 0, the exit status.
+
+    Raises:
+        ValueError: a case cannot be compared, git does not know ``ref``, or a process died.
+    """
     if any(case.op or case.dtype == "amp" for case in cases):
         raise ValueError("bench --compare: encoders only, --mode inference or training, and no --dtype amp")
     root = Path(_git("rev-parse", "--show-toplevel", cwd=Path(__file__).resolve().parent))
@@ -101,12 +111,15 @@ def compare(ref: str, cases: Sequence[Case], seconds: float | None, rounds: int 
         finally:
             _git("worktree", "remove", "--force", str(tree), cwd=root)
     print(grid(["case", f"{name} ms", "working tree ms", "speedup", "spread"], lines))
-    print("spread: p20 to p80 over the median, the larger of the two; a speedup within it is noise")
+    print("spread: p20 to p80 over the median, the larger of both; a speedup within it is noise")
     return 0
 
 
 def _interleave(calls: dict[str, Callable[[], float]], seconds: float, rounds: int | None) -> dict[str, Timing]:
-    """As :func:`~lcconformer.bench.core.timing.time_interleaved`, with times that the workers took themselves."""
+    """Call both workers in turn and summarise the milliseconds that they report.
+
+    Unlike :func:`~lcconformer.bench.core.timing.time_interleaved`, which takes the time itself: these times exclude the pipe.
+    """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     count = rounds or MAX_ROUNDS
     spent = 0.0

@@ -1,7 +1,7 @@
-"""One commit's encoder, timed on request: a process of its own, because two commits cannot be imported together.
+"""Time the encoder of one commit on request, in a process of its own because two commits cannot be imported together.
 
-Uses nothing but the public interface, so that it runs on commits older than itself.  Reads a case as JSON, then one line
-per call to make; answers each with the milliseconds, after "ready".
+Uses only the public interface, so that it runs with older commits.  Reads a case as a line of JSON and answers "ready"; then
+makes one call for each line and answers with its milliseconds.
 """
 
 from __future__ import annotations

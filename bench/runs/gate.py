@@ -1,9 +1,8 @@
-"""The correctness gate: no time is taken of a provider whose numbers are wrong.
+"""The correctness gate: a provider with wrong numbers is not timed.
 
-The reference is the plain Conformer in float64 with the same weights; ``low`` is the plain Conformer in the dtype and on
-the device of the case.  A provider passes if its largest error is at most r times that of ``low`` plus a rounding of the
-reference's scale: r = 2 for outputs, 3 for gradients.  It runs at the shape that is timed; the reference runs
-only the first and the last utterance, on which nothing else in the batch has an influence.
+The rule is that of :mod:`lcconformer.tolerance`: the reference is the plain Conformer in float64 with the same weights, and
+``low`` the plain Conformer in the dtype and on the device of the case.  A provider runs at the shape that is timed; the
+reference runs only the first and the last utterance, which do not depend on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -28,19 +27,19 @@ __all__ = ["Gate", "GateError"]
 
 
 class GateError(Exception):
-    """A provider's outputs or gradients are wrong; the message says by how much."""
+    """Outputs or gradients of a provider are wrong; the message says by how much."""
 
 
 @dataclass
 class _Gold:
-    """Results of the reference, and the errors of plain PyTorch in the case's dtype, relative to each tensor's scale."""
+    """Values of the reference by name, and the relative error of plain PyTorch in the case's dtype for each of them."""
 
     values: dict[str, Tensor]
     low: dict[str, float]
 
 
 class Gate:
-    """Checks the providers of one case; references are computed once per kind of maths.
+    """Checks the providers of one case; computes a reference once for all providers of the same maths.
 
     Args:
         case: what is about to be timed.
@@ -48,14 +47,17 @@ class Gate:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        # a long utterance fills the memory of a small machine in float64
+        # in float64, scores of two long utterances fill the memory of a small machine
         last = case.batch - 1
         self.rows = [last] if case.frames > 800 and case.device == "cpu" else sorted({0, last})
         self._gold: dict[tuple, _Gold] = {}
         self._states: dict[tuple, dict[str, Tensor]] = {}
 
     def state(self, provider: Provider) -> dict[str, Tensor] | None:
-        """Weights of every layer: float64, rounded to the case's dtype so that all start from the same numbers."""
+        """Weights of a layer in float64, rounded to the case's dtype so that every provider gets the same numbers.
+
+        None for an op, whose modules hold the same parameters already.
+        """
         if self.case.op:
             return None
         key = (provider.position, provider.conv_norm, provider.conv_bias)
@@ -66,10 +68,10 @@ class Gate:
         return self._states[key]
 
     def check(self, runner: Runner) -> float:
-        """Largest error of the provider over the largest that is allowed: at most 1.
+        """Largest ratio of an error to what is allowed, at most 1.
 
         Raises:
-            GateError: it is more.
+            GateError: the ratio is larger, or a result is not finite.
         """
         provider, case = runner.provider, self.case
         depth = case.layers if provider.name != "lcconformer" else runner.case.depth
@@ -93,7 +95,7 @@ class Gate:
         return worst
 
     def _values(self, runner: Runner) -> dict[str, Tensor]:
-        """Outputs of the checked utterances; in training also gradients, of a loss that sees only these utterances."""
+        """Outputs of the checked utterances by name; in training also gradients of a loss over these utterances alone."""
         rows = self.rows
         if not self.case.backward:
             return {f"output {i}": o[rows] for i, o in enumerate(runner()[0])}
@@ -115,11 +117,12 @@ class Gate:
 
     @staticmethod
     def _cotangents(out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Random gradients like ``out``, the checked utterances."""
+        """Random gradients of ``out``, the outputs of the checked utterances."""
         generator = torch.Generator().manual_seed(4)
         return tuple(torch.randn(o.shape, generator=generator).to(o) for o in out)
 
     def _named(self, module, parameters, gradients, keys) -> dict[str, Tensor]:
+        """Gradients of parameters by lcconformer's names, summed over layers."""
         by_id = {id(p): g for p, g in zip(parameters, gradients)}
         if self.case.op:
             named = {n: by_id[id(p)] for n, p in module.named_parameters()}
@@ -135,12 +138,12 @@ class Gate:
         return self._gold[key]
 
     def _run(self, provider: Provider, depth: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The plain version on the checked utterances."""
+        """Outputs and gradients of the plain Conformer or op on the checked utterances, computed in ``dtype``."""
         case = self.case
         module: Any
         if case.op:
             module = BASELINE_OPS[case.op](case)
-            # parameters rounded as the providers have them
+            # round the parameters as those of the providers are
             module.to(case.torch_dtype)
         else:
             module = baselines.Conformer(
@@ -156,7 +159,7 @@ class Gate:
             state = self.state(provider)
             assert state is not None
             load_layers(module.layers, state, None)
-            # the one layer again and again: its gradient is the sum over layers
+            # one layer, run `depth` times: its gradient is the sum over layers
             module.layers = torch.nn.ModuleList([module.layers[0]] * depth)
         module.to(case.device, dtype).eval()
         x = case.input().detach()[self.rows].to(dtype).requires_grad_(case.backward)

@@ -1,9 +1,10 @@
-"""The gains of the algorithm, one at a time and multiplied."""
+"""The ladder: what each part of the algorithm gains, and the product of the gains."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import lcconformer
 
@@ -18,19 +19,20 @@ from .suite import Skip, prepare
 
 __all__ = ["Rung", "climb", "ladder", "shallow_depth"]
 
-# arXiv 2105.00812, abstract; the paper does not say which definition of speedup it uses
+# from the abstract, which does not say how it defines speedup
 PAPER = "the paper (arXiv 2105.00812): 7.8x fewer parameters, 41.9% training speedup, 37.7% inference speedup"
 
 
+@dataclass(frozen=True)
 class Rung:
-    """One step: its name, and its milliseconds."""
+    """One step of the ladder and its time in milliseconds."""
 
-    def __init__(self, name: str, ms: float) -> None:
-        self.name, self.ms = name, ms
+    name: str
+    ms: float
 
 
 def shallow_depth(layers: int) -> int:
-    """Loops of shallow inference: five eighths, which saves 37.5% of the layers as the paper saves 37.7% of the time."""
+    """Loops of shallow inference: five eighths of N, which saves 37.5% of the loops (the paper saves 37.7% of the time)."""
     return max(1, round(layers * 5 / 8))
 
 
@@ -39,17 +41,21 @@ def _unshared(case: Case):
 
 
 def _fused(case: Case, gate: Gate, sharing: str) -> Runner:
-    """lcconformer on the first backend that can serve the case; shared weights on the first engine."""
+    """lcconformer on the first backend, and with shared weights on the first engine, that can run the case.
+
+    Raises:
+        ValueError: none can.
+    """
     build, ways = _unshared, [("modules", False)]
     if sharing == "all":
         build, ways = library, [("loop", False), ("modules", False)]
         if case.device == "cuda":
-            # the engine of inference captures its own graph and refuses to be captured
+            # the inference engine captures a graph of its own and cannot be captured in another
             ways = [("loop", True), ("loop", False), ("modules", True)]
     reasons = []
     for backend in lcconformer.ops._backend.BACKENDS:
         if backend == "triton" and case.device == "cpu":
-            continue  # interpreted at best
+            continue  # could only be interpreted
         for engine, graphs in ways:
             provider = Provider(
                 "lcconformer", backend, build, _here(backend), forced=backend, engine=engine, graphs=graphs
@@ -68,9 +74,12 @@ def _here(backend: str):
 
 
 def climb(case: Case, depth: int, seconds: float, rounds: int | None) -> list[Rung]:
-    """Rungs from plain PyTorch to everything together.
+    """Time the rungs, from plain PyTorch to all parts together.
 
-    ``case.depth`` must be all layers; ``depth`` is that of shallow inference, ignored in training.
+    Args:
+        case: an encoder at full depth, ``case.depth == case.layers``.
+        depth: loops of shallow inference; not used in training, which averages over all depths.
+        seconds, rounds: see :func:`~lcconformer.bench.core.timing.time_interleaved`.
     """
     gate = Gate(case)
     unshared = _fused(case, gate, "none")
@@ -80,7 +89,7 @@ def climb(case: Case, depth: int, seconds: float, rounds: int | None) -> list[Ru
         runners[f"depth {k}"] = _fused(case.replace(depth=k), gate, "all")
     ms = {name: t.median for name, t in time_interleaved(runners, case.device, seconds, rounds).items()}
     shared = runners[f"depth {case.layers}"].provider
-    loop = "shared weights" + (", engine of the loop" if shared.engine == "loop" else ", loop of modules")
+    loop = "shared weights" + (", loop engine" if shared.engine == "loop" else ", loop of modules")
     loop += " in a CUDA graph" if shared.graphs else ""
     rungs = [
         Rung("plain PyTorch, unshared", ms["eager"]),
@@ -96,12 +105,16 @@ def climb(case: Case, depth: int, seconds: float, rounds: int | None) -> list[Ru
 
 
 def ladder(cases: Sequence[Case], seconds: float | None, rounds: int | None) -> int:
-    """Print a table per case."""
+    """Print the ladder of each case.
+
+    Raises:
+        ValueError: the cases are ops, or no backend can run one of them.
+    """
     if cases[0].op:
         raise ValueError("bench --ladder: mode is ops; use --mode inference or training")
     print(f"{device_name(cases[0].device)}; commit {commit()}")
     for case in cases:
-        # --depth chooses the shallow depth; the other rungs run all layers
+        # --depth sets the shallow depth; the other rungs run all N loops
         depth = case.depth if case.depth < case.layers else shallow_depth(case.layers)
         rungs = climb(case.replace(depth=case.layers), depth, seconds or 15.0, rounds)
         print(f"\n{case}")

@@ -1,4 +1,4 @@
-"""One provider ready to be called over and over on one case."""
+"""A provider's module on one case, ready for repeated calls."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ __all__ = ["Runner", "as_tuple"]
 
 
 def as_tuple(out: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Outputs as a tuple, also where there is only one."""
     return (out,) if isinstance(out, Tensor) else tuple(out)
 
 
 class Runner:
-    """``runner()`` is what is timed: a forward, or in training a forward and the gradients of input and parameters.
+    """Calling it runs what is timed: a forward, and in training also the gradients of input and parameters.
+
+    A call returns ``(outputs, gradients)``, two tuples of tensors; without training the second is empty.
 
     Args:
-        provider: whose module it is.
-        case: what to run; fixes the input, the same for every provider.
-        module: as built by :func:`~lcconformer.bench.providers.registry.build`.
+        provider: the provider that built the module.
+        case: what to run; it determines the input, which is the same for every provider.
+        module: the result of :func:`~lcconformer.bench.providers.registry.build`.
     """
 
     def __init__(self, provider: Provider, case: Case, module: nn.Module) -> None:
@@ -48,11 +51,11 @@ class Runner:
             with torch.no_grad():
                 return self._forward(), ()
         out = self._forward()
-        # what loss.backward() does, without the bookkeeping of .grad
+        # the work of loss.backward() without accumulating into .grad
         return out, torch.autograd.grad(out, [self.x, *self.parameters], self.cotangents(out))
 
     def _random_like(self, out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Gradients of the outputs, made once."""
+        """Random gradients of the outputs, made once."""
         if self._random is None:
             generator = torch.Generator().manual_seed(3)
             self._random = tuple(torch.randn(o.shape, generator=generator).to(o) for o in out)
@@ -65,7 +68,7 @@ class Runner:
         return self._result
 
     def prepare(self) -> None:
-        """Warm up; capture the CUDA graph of a provider that has one."""
+        """Warm up, and capture the CUDA graph of a provider that uses one."""
         if self.provider.graphs:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -82,7 +85,7 @@ class Runner:
 
     @contextlib.contextmanager
     def without_dropout(self) -> Iterator[None]:
-        """Evaluation mode inside: the maths that can be compared; gradients still flow."""
+        """Evaluation mode inside the block, so that results can be compared; gradients still flow."""
         self.module.eval()
         try:
             yield

@@ -1,4 +1,4 @@
-"""The suite: build, check, time together, turn into rows."""
+"""The suite: build the providers of a case, check them, time them together, and make rows of the results."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["Skip", "ceilings_of", "prepare", "run_case"]
 
 
 class Skip(Exception):
-    """A provider takes no part in a case; the message says why."""
+    """A provider cannot run a case; the message says why."""
 
 
 def ceilings_of(case: Case, results: Results) -> Ceilings:
-    """Of the case's device and dtype, measured once per result file and machine."""
+    """Ceilings of the case's device and dtype, measured once per result file and machine."""
     key = f"{device_name(case.device)} {case.dtype}"
     if key not in results.ceilings:
         measured = measure_ceilings(case)
@@ -34,10 +34,10 @@ def ceilings_of(case: Case, results: Results) -> Ceilings:
 
 
 def prepare(provider: Provider, case: Case, gate: Gate) -> Runner:
-    """A provider built, checked and warm.
+    """Build a provider, check it and warm it up.
 
     Raises:
-        Skip: it cannot take part in this case.
+        Skip: the provider cannot run this case.
         GateError: its numbers are wrong.
     """
     reason = provider.missing(case)
@@ -47,7 +47,7 @@ def prepare(provider: Provider, case: Case, gate: Gate) -> Runner:
         with record_backends() as served:
             runner = Runner(provider, case, build(provider, case, gate.state(provider)))
             if not case.backward:
-                # so that the replay of a CUDA graph is what is checked
+                # before the check, which then sees the replay of a CUDA graph
                 runner.prepare()
             gate.check(runner)
             if case.backward:
@@ -72,16 +72,16 @@ def run_case(
     step: Callable[[str], None] = lambda text: None,
     say: Callable[[str], None] = print,
 ) -> list[Row]:
-    """Measure all providers on one case, interleaved, and add their rows to the results.
+    """Measure all providers on one case, interleaved, add their rows to the results and return them.
 
     Args:
-        case: what to run; its depth is that of lcconformer.
-        providers: who takes part; those that cannot are skipped with a reason, those that are wrong get no row.
-        results: where rows and reasons go.
-        depths: further depths of lcconformer, each a row of its own.
-        seconds, rounds: of :func:`~lcconformer.bench.core.timing.time_interleaved`.
-        step: told what begins; one call per provider and depth, one for the timing.
-        say: told what is skipped and what fails.
+        case: what to run; its depth applies to lcconformer.
+        providers: what to time; those that cannot run are skipped with a reason, those that are wrong get no row.
+        results: takes rows and reasons.
+        depths: further depths of lcconformer, with a row each.
+        seconds, rounds: see :func:`~lcconformer.bench.core.timing.time_interleaved`.
+        step: called with a description of each step: one per provider and depth, and one for the timing.
+        say: called with a line for everything that is skipped, wrong or failed.
     """
     ceilings = ceilings_of(case, results)
     gate = Gate(case)
@@ -105,7 +105,7 @@ def run_case(
                 results.skip(str(provider), str(case), f"wrong: {error}")
                 say(f"WRONG    {provider} on {case}: {error}; no time is given")
             except Exception as error:
-                # a peer or compiler of someone else's may fail in any way; the others still count
+                # peers and compilers may fail in any way; the other providers still count
                 reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
                 results.skip(str(provider), str(case), f"failed: {reason}")
                 say(f"FAILED   {provider} on {case}: {reason}")
@@ -124,7 +124,7 @@ def run_case(
 
 
 def _peak_memory(runner: Runner) -> float | None:
-    # a captured graph owns its memory for good, and no call allocates anything
+    """Peak memory in MB; None for a captured graph, which keeps its memory and allocates nothing in a call."""
     captured = runner.provider.graphs or (runner.provider.compile or {}).get("mode") is not None
     return None if captured else peak_memory_mb(runner, runner.case.device)
 

@@ -100,7 +100,7 @@ def test_cpu_rows_are_no_gpu_evidence(place):
 def test_only_committed_code_is_filed(place, bad):
     path, write = place
     write([row("eager", 4.0, commit=bad)])
-    with pytest.raises(ValueError, match="of committed code only"):
+    with pytest.raises(ValueError, match="only results of committed code are filed"):
         file(path)
 
 
