@@ -4,15 +4,10 @@ import dataclasses
 import json
 
 import pytest
-import torch
-from lcconformer.bench.core.case import Case, parse_shapes
+from lcconformer.bench.core.case import Case
 from lcconformer.bench.core.rows import Results, Row
-from lcconformer.bench.core.timing import Timing, peak_memory_mb, time_interleaved
 from lcconformer.bench.providers import registry
 from lcconformer.bench.runs import suite
-
-from lcconformer import loop
-from lcconformer.ops._backend import forced_backend
 
 SMALL = Case("inference", 2, 9, d_model=32, layers=2, depth=2, kernel=7)
 FIELDS = [
@@ -110,77 +105,3 @@ def test_results_refuse_other_files(tmp_path):
         Results(path)
     with pytest.raises(ValueError, match="missing or unknown fields: batch"):
         Row.from_json({name: None for name in FIELDS if name != "batch"})
-
-
-def test_interleaving_turns_the_order():
-    order = []
-    calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    found = time_interleaved(calls, "cpu", seconds=0.0, rounds=3)
-    assert "".join(order) == "abcbcacab"
-    assert set(found) == set("abc")
-
-
-def test_rounds_follow_the_budget(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr("lcconformer.bench.core.timing.time.perf_counter", lambda: now[0])
-
-    def call():
-        now[0] += 0.125
-        count[0] += 1
-
-    for seconds, expected in ((0.0, 5), (1.25, 10), (100.0, 100)):
-        count = [0]
-        assert time_interleaved({"a": call}, "cpu", seconds)["a"].median == 125.0
-        assert count[0] == expected
-
-
-def test_timing_quantiles():
-    assert Timing.of([float(x) for x in range(11)]) == Timing(5.0, 2.0, 8.0)
-    assert Timing.of([3.0]) == Timing(3.0, 3.0, 3.0)
-
-
-def test_peak_memory_counts_what_is_alive_at_once():
-    x = torch.zeros(250_000)  # 1 MB
-
-    def call():
-        y = x + 1
-        z = y + 1
-        del y
-        return z + 1
-
-    assert peak_memory_mb(call, "cpu") == pytest.approx(2.0, rel=0.05)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"mode": "nonsense"}, "mode is 'nonsense'"),
-        ({"dtype": "int8"}, "dtype is 'int8'"),
-        ({"depth": 3}, "depth is 3; expected 1 to the number of layers, 2"),
-        ({"d_model": 100}, "d_model is 100; expected a multiple of 64"),
-        ({"batch": 0}, "expected positive sizes"),
-    ],
-)
-def test_bad_cases(changes, message):
-    with pytest.raises(ValueError, match=message):
-        SMALL.replace(**changes)
-
-
-def test_shapes():
-    assert parse_shapes("1x400,8X100") == [(1, 400), (8, 100)]
-    with pytest.raises(ValueError, match=r"shapes are '8-100'; expected BATCHxFRAMES"):
-        parse_shapes("8-100")
-
-
-def test_unknown_provider():
-    with pytest.raises(ValueError, match="no provider 'nemo'; use some of eager:torch"):
-        some("nemo")
-
-
-def test_each_engine_has_a_row_of_its_own():
-    chosen = {str(p): p for p in registry.choose("lcconformer")}
-    assert chosen["lcconformer:cpu"].engine == "modules"
-    assert chosen["lcconformer:cpu+loop"].engine == "loop"
-    with chosen["lcconformer:cpu+loop"].scope():
-        assert (loop.forced_engine(), forced_backend()) == ("loop", "cpu")
-    assert chosen["lcconformer:cpu+loop"].missing(SMALL.replace(mode="feed_forward:forward")) == "has no such op"
