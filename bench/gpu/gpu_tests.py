@@ -1,4 +1,4 @@
-"""The tests of a GPU in several processes: ``python -m lcconformer.bench.gpu.gpu_tests OUT.xml REPOSITORY [--seconds S]``.
+"""Run the GPU tests in several processes: ``python -m lcconformer.bench.gpu.gpu_tests OUT.xml REPOSITORY [--seconds S]``.
 
 Nearly all of their time goes into compiling kernels, on one core a process. Tests of one set of kernels stay together
 (tests/conftest.py), so that no two processes compile the same. After S seconds the processes are interrupted, and
@@ -23,13 +23,23 @@ from ..core.rows import write_atomically
 __all__ = ["merge", "run"]
 
 FOLDERS = ("ops", "kernels", "extension", "loop")
-# of pytest: passed, and no tests in this share
+# exit codes of pytest: all passed, and no tests in this share
 _FINE = (0, 5)
 _GRACE = 8  # seconds for writing a report after an interrupt
 
 
 def run(out: Path, repository: Path, processes: int, seconds: float) -> int:
-    """Run ``pytest -m gpu`` in shares, print what each printed, and merge their reports; 1 if anything failed."""
+    """Run ``pytest -m gpu`` in shares, print their output and merge their reports.
+
+    Args:
+        out: the merged report.
+        repository: checkout whose tests run.
+        processes: number of shares.
+        seconds: time after which they are interrupted.
+
+    Returns:
+        The exit status: 1 if anything failed.
+    """
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(repository / "pyproject.toml"),
         "--rootdir", str(repository), "-m", "gpu", "--continue-on-collection-errors",
@@ -42,7 +52,7 @@ def run(out: Path, repository: Path, processes: int, seconds: float) -> int:
         for i, (report, log) in enumerate(zip(reports, logs)):
             env = {**os.environ, "LCCONFORMER_TEST_SHARD": f"{i}/{processes}"}
             with log.open("wb") as stream:
-                # in a session of its own: one interrupt each, from here
+                # a new session each, so that Ctrl-C reaches only this process, which interrupts them once
                 running.append(
                     subprocess.Popen(
                         [*command, "--junitxml", str(report)],
@@ -81,7 +91,7 @@ def _wait(running: Sequence[subprocess.Popen[bytes]], seconds: float) -> list[in
 
 
 def merge(reports: Iterable[Path], out: Path) -> None:
-    """The suites of several JUnit reports in one; a report that was cut short is named and left out."""
+    """Write the suites of several JUnit reports to one; a report that was cut short is left out, and a line says so."""
     whole = ElementTree.Element("testsuites")
     for report in reports:
         try:
@@ -94,10 +104,10 @@ def merge(reports: Iterable[Path], out: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lcconformer.bench.gpu.gpu_tests", description=__doc__)
     parser.add_argument("out", type=Path, help="the merged report")
-    parser.add_argument("repository", type=Path, help="where tests/ is")
+    parser.add_argument("repository", type=Path, help="the checkout that holds tests/")
     parser.add_argument("--processes", type=int, default=max(1, min(12, (os.cpu_count() or 1) - 2)))
     parser.add_argument(
-        "--seconds", type=float, default=600, help="interrupt them after so long (default: %(default)s)"
+        "--seconds", type=float, default=600, help="interrupt them after this time (default: %(default)s)"
     )
     args = parser.parse_args(argv)
     return run(args.out, args.repository.resolve(), args.processes, args.seconds)
