@@ -97,6 +97,12 @@ def test_a_wrong_provider_is_refused(wrong, mode, dtype, message):
         check(dataclasses.replace(registry.eager, name="mutant", build=build), SMALL.replace(mode=mode, dtype=dtype))
 
 
+def test_without_finite_numbers_of_plain_pytorch_nothing_passes(monkeypatch):
+    monkeypatch.setattr(baselines.Conformer, "forward", lambda self, x: x * (1.0 if x.dtype == torch.float64 else 1e60))
+    with pytest.raises(GateError, match="plain PyTorch in float32 gives outputs that are not finite"):
+        check(registry.eager, SMALL)
+
+
 def test_a_wrong_op_is_refused():
     def build(case):
         module = BASELINE_OPS["feed_forward"](case)
