@@ -97,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
     providers = choose(args.providers)
     results = Results(args.json)
     seconds = args.seconds or (3.0 if args.device == "cuda" else 15.0)
-    print(f"{device_name(args.device)}; commit {commit()}; {len(todo)} cases, N = {todo[0].layers}, {todo[0].dtype}")
+    count = f"{len(todo)} case{'s' if len(todo) > 1 else ''}"
+    print(f"{device_name(args.device)}; commit {commit()}; {count}, N = {todo[0].layers}, {todo[0].dtype}")
     rows: list[Row] = []
     per_case = len(providers) + 1 + (len(args.depths) - 1) * sum(p.name == "lcconformer" for p in providers)
     with progress_bar(per_case * len(todo)) as bar:
