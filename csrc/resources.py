@@ -19,9 +19,9 @@ from pathlib import Path
 
 import toolchain
 
+from lcconformer.architectures import SHARED_MEMORY
+
 CSRC = Path(__file__).resolve().parent
-# shared memory a block may use (bytes) and registers of a multiprocessor are the same on every part of an architecture
-SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 WIDTHS = (3, 15, 31, 63)
 # registers at which three blocks of 128 threads share a multiprocessor, as the launch bounds ask; nothing may spill
 BUDGET = {"registers": 168, "stack": 0, "spills": 0}

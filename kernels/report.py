@@ -21,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lcconformer.architectures import SHARED_MEMORY
 from lcconformer.runtime import write_atomically
 
 from . import __name__ as PACKAGE
@@ -36,7 +37,7 @@ except ImportError as error:
     print(f'this report needs Triton ({error}): pip install "lcconformer[triton]"', file=sys.stderr)
     sys.exit(2)
 
-from ._common import INTERPRETED, SHARED_MEMORY, AotConfig, divisible_by_16
+from ._common import INTERPRETED, AotConfig, divisible_by_16
 
 __all__ = ["Resources", "compile_config", "configs", "kernel_modules", "main", "report", "violations", "write"]
 

@@ -14,7 +14,9 @@ pytest.importorskip("triton")
 
 
 from lcconformer.kernels import report
-from lcconformer.kernels._common import INTERPRETED, SHARED_MEMORY, AotConfig, LaunchConfig
+from lcconformer.kernels._common import INTERPRETED, AotConfig, LaunchConfig
+
+from lcconformer.architectures import SHARED_MEMORY
 
 TABLE = Path(__file__).parents[2] / "bench" / "results" / "triton_resources.json"
 

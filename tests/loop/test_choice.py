@@ -211,7 +211,7 @@ def test_transforms_and_tracers_see_the_modules():
 
 def test_the_ops_are_asked_as_before():
     """Which backend serves each op is theirs to say, also for the engine: the benchmarks listen there."""
-    from lcconformer.bench.providers import record_backends
+    from lcconformer.bench.providers.registry import record_backends
 
     with record_backends() as served:
         assert on_engine(ConformerEncoder(BASE))
