@@ -87,7 +87,7 @@ def started(repository: Path, hangs: str) -> Iterator[subprocess.Popen[str]]:
     (repository / "tests" / "ops" / "test_b.py").write_text(
         f"import pytest, signal, time\nfrom pathlib import Path\n@pytest.mark.gpu\ndef test_hangs():\n{hangs}"
     )
-    command = [sys.executable, "-m", "lcconformer.bench.gpu_tests", repository / "out.xml", repository]
+    command = [sys.executable, "-m", "lcconformer.bench.gpu.gpu_tests", repository / "out.xml", repository]
     process = subprocess.Popen([*command, "--processes", "1", "--seconds", "240"], stdout=subprocess.PIPE, text=True)
     try:
         while not at_work.exists():  # or the command ends at its own limit
