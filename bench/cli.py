@@ -1,4 +1,4 @@
-"""``python -m lcconformer bench``: the suite on this machine."""
+"""``python -m lcconformer bench``: run the benchmark suite on this machine."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from .case import DTYPES, OPS, Case, parse_shapes
-from .providers import choose
-from .rows import Results, Row, commit, device_name
-from .suite import run_case
-from .table import case_tables, flops_rate, notes, number
+from .core.case import DTYPES, OPS, Case, parse_shapes
+from .core.rows import Results, Row, commit, device_name
+from .providers.registry import choose
+from .reports.table import case_tables, flops_rate, notes, number
+from .runs.suite import run_case
 
 __all__ = ["add_arguments", "run"]
 
@@ -26,31 +26,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--mode", default="inference", choices=["inference", "training", "ops"], help="what to time (default inference)"
     )
-    add("--shapes", metavar="BxT,...", help=f"batch x frames; default {SHAPES['cuda']} on a GPU, {SHAPES['cpu']} else")
+    add(
+        "--shapes",
+        metavar="BxT,...",
+        help=f"batch x frames; default {SHAPES['cuda']} on a GPU, {SHAPES['cpu']} on a CPU",
+    )
     add("--d-model", type=int, default=256, help="width; heads are 64 wide (default 256)")
-    add("--layers", type=int, help="N; default 12 on a GPU, 4 on a CPU")
-    add("--depth", metavar="K,...", help="loops of lcconformer, each a row; default all N")
-    add("--providers", metavar="NAME[:BACKEND],...", help="who takes part; default all that can")
-    add("--dtype", choices=list(DTYPES), help="amp: autocast to bfloat16; default bfloat16 on a GPU, float32 on a CPU")
-    add("--device", choices=["cpu", "cuda"], help="default cuda if there is one")
-    add("--threads", type=int, help="CPU threads; default as many as this process may use")
-    add("--seconds", type=float, help="timing budget of a case; default 3 on a GPU, 15 on a CPU; at least 5 rounds")
-    add("--rounds", type=int, help="exactly this many rounds instead")
-    add("--json", type=Path, metavar="F", help="write rows to F as they finish; rows of the same case are replaced")
-    add("--plot", type=Path, metavar="DIR", help="write plots of the rows to DIR")
-    add("--ladder", action="store_true", help="one table: each gain of the algorithm alone, and their product")
+    add("--layers", type=int, help="number of layers, N; default 12 on a GPU, 4 on a CPU")
+    add("--depth", metavar="K,...", help="loops that lcconformer runs, one row each; default N")
+    add("--providers", metavar="NAME[:BACKEND],...", help="implementations to time; default all that can run")
+    add(
+        "--dtype", choices=list(DTYPES), help="default bfloat16 on a GPU, float32 on a CPU; amp is autocast to bfloat16"
+    )
+    add("--device", choices=["cpu", "cuda"], help="default cuda if torch can use a GPU")
+    add("--threads", type=int, help="CPU threads; default one for each core this process may use")
+    add("--seconds", type=float, help="time budget of a case; default 3 on a GPU, 15 on a CPU, but at least 5 rounds")
+    add("--rounds", type=int, help="run exactly this many rounds, whatever the budget")
+    add(
+        "--json", type=Path, metavar="F", help="write rows to F as they finish, in place of older rows of the same case"
+    )
+    add("--plot", type=Path, metavar="DIR", help="write plots of the rows to DIR (PNG)")
+    add("--ladder", action="store_true", help="print what each part of the algorithm gains, and the product")
     add("--compare", metavar="REF", help="time this working tree against commit REF, interleaved")
     add(
         "--import",
         dest="import_from",
         type=Path,
         metavar="OUT",
-        help="file the results of bench/gpu.sh and refresh the README",
+        help="file the results that bench/gpu.sh wrote to OUT and refresh the README",
     )
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
-    """The cases the arguments describe."""
+    """The cases that the arguments describe.
+
+    Raises:
+        ValueError: a case is impossible, or the device is not there.
+    """
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("bench: --device cuda, but torch sees no CUDA device; leave it out to run on the CPU")
@@ -69,23 +81,24 @@ def cases(args: argparse.Namespace) -> list[Case]:
 
 def run(args: argparse.Namespace) -> int:
     if args.import_from is not None:
-        from .filing import file_results
+        from .reports.filing import file_results
 
         return file_results(args.import_from)
     todo = cases(args)
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
     if args.compare:
-        from .compare import compare
+        from .runs.compare import compare
 
         return compare(args.compare, todo, args.seconds, args.rounds)
     if args.ladder:
-        from .ladder import ladder
+        from .runs.ladder import ladder
 
         return ladder(todo, args.seconds, args.rounds)
     providers = choose(args.providers)
     results = Results(args.json)
     seconds = args.seconds or (3.0 if args.device == "cuda" else 15.0)
-    print(f"{device_name(args.device)}; commit {commit()}; {len(todo)} cases, N = {todo[0].layers}, {todo[0].dtype}")
+    count = f"{len(todo)} case{'s' if len(todo) > 1 else ''}"
+    print(f"{device_name(args.device)}; commit {commit()}; {count}, N = {todo[0].layers}, {todo[0].dtype}")
     rows: list[Row] = []
     per_case = len(providers) + 1 + (len(args.depths) - 1) * sum(p.name == "lcconformer" for p in providers)
     with progress_bar(per_case * len(todo)) as bar:
@@ -112,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
                 )
         finally:
             bar.close()
-            # an interruption keeps what is finished
+            # also after an interruption: what is finished counts
             report(rows, results, args)
     return 0 if rows else 1
 
@@ -123,9 +136,9 @@ def report(rows: list[Row], results: Results, args: argparse.Namespace) -> None:
         return
     print("\n" + case_tables(rows))
     print(
-        "\nms: median of interleaved rounds; frames/s: B x T over it; RTF: time over speech time at 10 ms a frame; MB: most "
-        "that one call allocates;\nFLOP/s, GB/s: least work of the maths over the time; of floor: least possible time over "
-        "the time, from measured ceilings (" + "; ".join(_ceiling(*item) for item in results.ceilings.items()) + ")"
+        "\nms: median of interleaved rounds; frames/s: B x T per second; RTF: time over the duration of the speech, 10 ms a "
+        "frame; MB: peak memory of one call;\nFLOP/s, GB/s: minimum work per second; of floor: least possible time over the "
+        "time, by measured ceilings (" + "; ".join(_ceiling(*item) for item in results.ceilings.items()) + ")"
     )
     if args.mode == "training":
         print("training: forward and backward with dropout 0.1, without the optimiser")
@@ -134,14 +147,14 @@ def report(rows: list[Row], results: Results, args: argparse.Namespace) -> None:
     if args.json is not None:
         print(f"rows: {args.json}")
     if args.plot is not None:
-        from .plots import plot
+        from .reports.plots import plot
 
         for path in plot(rows, results, args.plot):
             print(f"plot: {path}")
 
 
 def _ceiling(name: str, rates: dict[str, float]) -> str:
-    return f"{name}: matrix product {flops_rate(rates['gemm_tflops'])}, copy {number(rates['copy_gb_s'])} GB/s"
+    return f"{name}: GEMM {flops_rate(rates['gemm_tflops'])}, copy {number(rates['copy_gb_s'])} GB/s"
 
 
 def progress_bar(total: int) -> Any:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lcconformer.bench.case import Case, parse_shapes
-from lcconformer.bench.gate import Gate
-from lcconformer.bench.providers import Provider, choose
-from lcconformer.bench.suite import Skip, prepare
-from lcconformer.bench.timing import flush_l2
+from lcconformer.bench.core.case import Case, parse_shapes
+from lcconformer.bench.core.timing import flush_l2
+from lcconformer.bench.providers.registry import Provider, choose
+from lcconformer.bench.runs.gate import Gate
+from lcconformer.bench.runs.suite import Skip, prepare
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPU, CPU = ("1x100,8x400,32x400", 256, 12, "bfloat16"), ("1x100", 128, 2, "float32")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``case`` and ``provider`` of a bench: the module's MODES times the shapes of this machine times all providers."""
+    """Parametrise ``case`` and ``provider``: the module's MODES by the shapes for this machine by all providers."""
     if "provider" not in metafunc.fixturenames:
         return
     shapes, d_model, layers, dtype = GPU if DEVICE == "cuda" else CPU
@@ -30,7 +30,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def measure(benchmark):
-    """Check a provider on a case, then time it; skip with the reason if it cannot take part."""
+    """Check a provider on a case, then time it; skip with the reason if it cannot run."""
 
     def run(case: Case, provider: Provider) -> None:
         try:
@@ -45,7 +45,7 @@ def measure(benchmark):
 
         benchmark.group = str(case)
         benchmark.extra_info.update(provider=provider.name, backend=provider.backend)
-        # flushed before every round, outside of the time
+        # flushed before every round, untimed
         before = {"setup": flush_l2} if case.device == "cuda" else {}
         benchmark.pedantic(call, rounds=20 if case.device == "cuda" else 5, iterations=1, warmup_rounds=0, **before)
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything a GPU can tell in under ten minutes:  bash bench/gpu.sh OUT
 #
-# From a bare checkout, without a network: builds, tests on the GPU, times, and writes at most 8 small files to OUT as it goes,
-# the most informative part first, so that a run cut short still tells something. A part that fails or outlasts its time is
-# reported and the next one starts. Then, where the repository lies:  python -m lcconformer bench --import OUT
+# From a bare checkout, without a network: builds, runs the GPU tests, times, and writes at most 8 small files to OUT as it
+# goes, the most informative part first, so that a run cut short is still of use. A part that fails or exceeds its time is
+# reported and the next one starts. Then, in the repository:  python -m lcconformer bench --import OUT
 #
 # Without a GPU it goes through the same parts with tiny shapes on the CPU (Triton interpreted) and says what is missing.
 # LCCONFORMER_COMMIT names the commit where the sources come without their history; PYTHON names the interpreter.
@@ -26,7 +26,7 @@ export LCCONFORMER_COMMIT="${LCCONFORMER_COMMIT:-$(git -C "$repo" rev-parse --sh
 
 say() { echo "$*" | tee -a "$out/summary.txt"; }
 
-# stage NAME SECONDS COMMAND...: bounded by its own seconds and by what is left of the whole
+# stage NAME SECONDS COMMAND...: run a part; stop it after its seconds, or when the time for everything is up
 stage() {
   local name=$1 limit=$2 left=$((deadline - SECONDS)) begin=$SECONDS status
   shift 2
@@ -69,7 +69,7 @@ bench() {
 
 : >"$out/summary.txt"
 : >"$out/log.txt"
-# away from the checkout, whose lcconformer/ would hide the built one
+# leave the checkout, whose lcconformer/ would shadow the built package
 cd "$work" || exit 2
 
 say "commit $LCCONFORMER_COMMIT, $("$python" --version), $(date -u +%Y-%m-%dT%H:%MZ)"
@@ -105,14 +105,14 @@ stage "info" 30 "$python" -m lcconformer info
 bench "inference, latency, d=$width" 45 --shapes "$latency" --providers "$plain" "${small[@]}"
 bench "training, d=$width" 60 --mode training --shapes "$train" --providers "$plain" "${small[@]}"
 bench "inference, batches, d=$width" 45 --shapes "$batches,$long" --providers "$plain" "${small[@]}"
-stage "GPU tests" 180 "$python" -m lcconformer.bench.gpu_tests "$out/gpu_tests.xml" "$repo" --seconds 165
+stage "GPU tests" 180 "$python" -m lcconformer.bench.gpu.gpu_tests "$out/gpu_tests.xml" "$repo" --seconds 165
 stage "errors against float64" 60 "$python" -m lcconformer doctor --device "$device" ${doctor[@]+"${doctor[@]}"}
 bench "ops, d=$width" 60 --mode ops --shapes "$batches,$long" --providers eager,sdpa,lcconformer "${small[@]}"
 bench "inference against torch.compile, d=$width" 90 --shapes "$latency,$batches" --providers "$compiled" "${small[@]}"
 bench "training against torch.compile, d=$width" 120 --mode training --shapes "$train" --providers "$compiled" "${small[@]}"
 bench "training, long, d=$width" 45 --mode training --shapes "$long" --providers "$plain" "${small[@]}"
 if [ "$device" = cuda ]; then
-  # cuBLAS between pointwise kernels, or products with those steps inside; the choice is filed beside the results
+  # choose between cuBLAS with pointwise kernels around it and GEMMs with those steps inside; the choice goes to OUT
   for shape in "32 400" "1 100" "8 400"; do
     : >"$work/stage.txt"
     stage "tune the feed-forward, ${shape/ /x}, d=$width" 100 "$python" -m lcconformer tune --op feed_forward \
@@ -126,7 +126,7 @@ for wide in "${widths[@]:1}"; do
 done
 constants=(--device "$device")
 [ "$device" = cpu ] && constants+=(--small)
-stage "constants of the machine" 60 "$python" -m lcconformer.bench.constants "$out/machine.json" "${constants[@]}"
+stage "constants of the machine" 60 "$python" -m lcconformer.bench.gpu.constants "$out/machine.json" "${constants[@]}"
 sanitizer=()
 command -v compute-sanitizer >/dev/null && sanitizer=(compute-sanitizer --tool memcheck --error-exitcode 9)
 stage "ops under compute-sanitizer" 60 ${sanitizer[@]+"${sanitizer[@]}"} "$python" -m lcconformer bench --mode ops \
@@ -136,7 +136,7 @@ stage "ladder, inference" 30 "$python" -m lcconformer bench --ladder --device "$
 stage "ladder, training" 30 "$python" -m lcconformer bench --ladder --mode training --device "$device" --shapes "$train" \
   "${small[@]}"
 
-"$python" -m lcconformer.bench.goals "$out/bench.json" | tee -a "$out/summary.txt"
+"$python" -m lcconformer.bench.reports.goals "$out/bench.json" | tee -a "$out/summary.txt"
 say "$((SECONDS)) s, $failed parts failed; $(find "$out" -type f | wc -l) files in $out"
 grep -h -A 200 '^step ' "$out/log.txt" | head -n 60
 exit 0

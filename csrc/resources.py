@@ -1,7 +1,8 @@
-"""What nvcc makes of every CUDA kernel, without a GPU: ``python csrc/resources.py bench/results/cuda_resources.json``.
+"""What nvcc makes of every CUDA kernel, without a GPU: ``python csrc/resources.py``.
 
 One row per kernel, element type and architecture: registers a thread, bytes of stack and spills, static shared memory.
 Dynamic shared memory depends on the kernel width and is listed once. The exit status is 1 if a row breaks its budget.
+bench/results/cuda_resources.json is what ``--out`` wrote.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from pathlib import Path
 
 import toolchain
 
+from lcconformer.architectures import SHARED_MEMORY
+
 CSRC = Path(__file__).resolve().parent
-# shared memory a block may use (bytes) and registers of a multiprocessor are the same on every part of an architecture
-SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 WIDTHS = (3, 15, 31, 63)
 # registers at which three blocks of 128 threads share a multiprocessor, as the launch bounds ask; nothing may spill
 BUDGET = {"registers": 168, "stack": 0, "spills": 0}
@@ -99,23 +100,56 @@ def violations(report: dict) -> list[str]:
     return found
 
 
-def main() -> int:
+def check_replaceable(path: Path) -> None:
+    """Only an older report may be overwritten.
+
+    Raises:
+        ValueError: ``path`` exists and is not a report in JSON.
+    """
+    if not (path.exists() or path.is_symlink()):
+        return
+    try:
+        report = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} is there and not JSON ({error}); it was left as it is: choose another file"
+        ) from error
+    if not isinstance(report, dict) or not report.keys() >= {"nvcc", "kernels", "dynamic_shared"}:
+        raise ValueError(f"{path} is JSON but not a report of this script; it was left as it is: choose another file")
+
+
+def write(report: dict, path: Path) -> None:
+    """The report as JSON, a row a line, atomically."""
+    rows = ",\n  ".join(json.dumps(row) for row in report["kernels"])
+    head = {key: value for key, value in report.items() if key != "kernels"}
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        part.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "kernels": [\n  {rows}\n ]\n}}\n')
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="file to write (JSON)")
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the report to this file (JSON)")
+    args = parser.parse_args(argv)
+    if args.out is not None:
+        try:
+            check_replaceable(args.out)
+        except ValueError as error:
+            parser.error(str(error))
     nvcc, compiler = toolchain.find_nvcc(), shutil.which("c++")
     if isinstance(nvcc, str) or compiler is None:
         parser.error(nvcc if isinstance(nvcc, str) else "no C++ compiler on PATH")
     report = collect(nvcc, compiler, sorted(SHARED_MEMORY))
-    part = args.out.with_name(args.out.name + ".part")
-    rows = ",\n  ".join(json.dumps(row) for row in report["kernels"])
-    head = {key: value for key, value in report.items() if key != "kernels"}
-    part.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "kernels": [\n  {rows}\n ]\n}}\n')
-    os.replace(part, args.out)
+    if args.out is not None:
+        write(report, args.out)
     for row in report["kernels"]:
         print("{kernel:28} {element:9} sm_{arch:<4} {registers:3} registers, {spills} bytes spilled".format(**row))
     broken = violations(report)
-    print("\n".join(broken), file=sys.stderr)
+    for line in broken:
+        print(line, file=sys.stderr)
     return int(bool(broken))
 
 

@@ -16,18 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
+from lcconformer.architectures import SHARED_MEMORY
+
 # set before triton is imported, or not at all: decorating a kernel reads it
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
-
-# shared memory one block may use (bytes), by compute capability
-SHARED_MEMORY: dict[int, int] = {
-    80: 163 * 1024,
-    86: 99 * 1024,
-    89: 99 * 1024,
-    90: 227 * 1024,
-    100: 227 * 1024,
-    120: 99 * 1024,
-}
 
 TRITON_DTYPE: dict[torch.dtype, str] = {
     torch.float32: "fp32",

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import triton
 
+from lcconformer.runtime import write_atomically
+
 from ._common import LaunchConfig
 
 _log = logging.getLogger("lcconformer")
@@ -86,10 +88,7 @@ def watched() -> Iterator[tuple[dict[str, list[LaunchConfig]], dict[str, LaunchC
 def write(path: Path, gpu: str, table: Mapping[str, LaunchConfig]) -> None:
     """Atomically."""
     entries = {k: {"num_warps": c.num_warps, "num_stages": c.num_stages, **c.blocks} for k, c in sorted(table.items())}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps({"gpu": gpu, "triton": triton.__version__, "configs": entries}, indent=1) + "\n")
-    os.replace(part, path)
+    write_atomically(path, json.dumps({"gpu": gpu, "triton": triton.__version__, "configs": entries}, indent=1) + "\n")
     _table.cache_clear()
 
 

@@ -21,13 +21,23 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from lcconformer.architectures import SHARED_MEMORY
+from lcconformer.runtime import write_atomically
 
 from . import __name__ as PACKAGE
 from . import __path__ as PACKAGE_PATH
-from ._common import INTERPRETED, SHARED_MEMORY, AotConfig, divisible_by_16
+
+try:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    print(f'this report needs Triton ({error}): pip install "lcconformer[triton]"', file=sys.stderr)
+    sys.exit(2)
+
+from ._common import INTERPRETED, AotConfig, divisible_by_16
 
 __all__ = ["Resources", "compile_config", "configs", "kernel_modules", "main", "report", "violations", "write"]
 
@@ -161,9 +171,7 @@ def write(rows: Iterable[Row], path: Path) -> None:
     """The rows and the version of Triton as JSON, a row a line, atomically."""
     flat = [{k: v for k, v in asdict(row).items() if k != "resources"} | asdict(row.resources) for row in rows]
     lines = ",\n  ".join(json.dumps(row) for row in flat)
-    part = path.with_name(path.name + ".part")
-    part.write_text(f'{{\n "triton": "{triton.__version__}",\n "kernels": [\n  {lines}\n ]\n}}\n')
-    os.replace(part, path)
+    write_atomically(path, f'{{\n "triton": "{triton.__version__}",\n "kernels": [\n  {lines}\n ]\n}}\n')
 
 
 def main(argv: list[str] | None = None) -> int:

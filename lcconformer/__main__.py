@@ -1,4 +1,4 @@
-"""The command line: ``python -m lcconformer COMMAND``.
+"""The command line: ``lcconformer COMMAND``, or ``python -m lcconformer COMMAND``.
 
 A command is a module with ``add_arguments(parser)`` and ``run(args) -> int | None``; it is imported only when called.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -29,12 +31,12 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m lcconformer",
+        prog="lcconformer",
         description="A Conformer encoder for speech whose layers share one set of weights.",
-        epilog="'python -m lcconformer COMMAND --help' explains a command.",
+        epilog="'lcconformer COMMAND --help' explains a command.",
     )
     parser.add_argument("--version", action="version", version=f"lcconformer {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     argv = list(sys.argv[1:] if argv is None else argv)
     for name, (module, summary) in COMMANDS.items():
         sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
@@ -42,8 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             command = importlib.import_module(module)
             command.add_arguments(sub)
     args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return 2
     try:
-        return command.run(args) or 0
+        code = command.run(args) or 0
+        sys.stdout.flush()  # here, so that a closed pipe is met below and not at the interpreter's exit
+        return code
+    except BrokenPipeError:
+        # the reader of the output has left, as in "lcconformer info | head": nothing is wrong, and nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

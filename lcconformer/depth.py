@@ -116,8 +116,8 @@ class ExitRule:
 
     Attributes:
         kind: ``"fixed"``: after ``depth`` loops (Shallow Layer Inference, arXiv 2105.00812); ``"change"``: when the normalised
-            change |h_k - h_(k-1)| / |h_(k-1)| of an utterance falls below ``threshold``; ``"cosine"``: when the mean
-            over its frames of 1 - cos(h_k, h_(k-1)) does.
+            change ``|h_k - h_(k-1)| / |h_(k-1)|`` of an utterance falls below ``threshold``; ``"cosine"``: when the mean
+            over its frames of ``1 - cos(h_k, h_(k-1))`` does.
         depth: loops of ``"fixed"``; the most loops otherwise (None: all of the encoder's).
         threshold: of ``"change"`` and ``"cosine"``, positive.
         min_depth: loops before the first test, 1 or more.

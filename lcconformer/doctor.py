@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,13 +19,14 @@ from torch import Tensor
 from . import ops
 from .ops.registry import OPS, backend
 from .ops.samples import CALLS, TRAITS, Sizes
+from .tolerance import GRADIENT_FACTOR, OUTPUT_FACTOR, allowed_error, passes, relative_error
 
 __all__ = ["Finding", "Refusal", "add_arguments", "check", "run"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _BACKENDS = {"cpu": ("cpu", "triton"), "cuda": ("triton", "cuda")}
 _LINE = "{:<20} {:<6} {:<7} {:<8} {:<9} {:<12} {:>8} {:>9} {:>8}  {}"
-_FACTORS = {"output": 2.0, "gradients": 3.0}
+_FACTORS = {"output": OUTPUT_FACTOR, "gradients": GRADIENT_FACTOR}
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Finding:
 
     @property
     def passed(self) -> bool:
-        return math.isfinite(self.error) and self.error <= self.allowed
+        return passes(self.error, self.allowed)
 
 
 def _run(op: str, function: Callable, dtype: torch.dtype, device: str, sizes: Sizes, rounded: torch.dtype):
@@ -73,12 +73,6 @@ def _run(op: str, function: Callable, dtype: torch.dtype, device: str, sizes: Si
         "output": {f"output {i}": o.detach() for i, o in enumerate(outputs)},
         "gradients": dict(zip(leaves, gradients)),
     }
-
-
-def _error(value: Tensor, reference: Tensor) -> float:
-    scale = reference.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
-    error = ((value.double() - reference).abs().max() / scale).item()
-    return error if math.isfinite(error) else math.inf
 
 
 @dataclass(frozen=True)
@@ -114,10 +108,10 @@ def check(op: str, device: str, sizes: Sizes) -> Iterator[Finding | Refusal]:
             with backend(which):
                 found = _run(op, getattr(ops, op), dtype, device, sizes, dtype)
             for of, values in found.items():
-                errors = {n: _error(v, exact[of][n]) for n, v in values.items()}
-                pytorch = max(_error(low[of][n], v) for n, v in exact[of].items())
+                errors = {n: relative_error(v, exact[of][n]) for n, v in values.items()}
+                pytorch = max(relative_error(low[of][n], v) for n, v in exact[of].items())
                 worst = max(errors, key=errors.__getitem__)
-                allowed = _FACTORS[of] * pytorch + 2 * torch.finfo(dtype).eps
+                allowed = allowed_error(pytorch, _FACTORS[of], dtype)
                 yield Finding(op, device, which, name, of, worst, errors[worst], pytorch, allowed)
 
 

@@ -26,10 +26,11 @@ __all__ = ["ConformerEncoder", "Summary"]
 
 @dataclass(frozen=True)
 class Summary:
-    """Parameters and arithmetic of an encoder (:meth:`ConformerEncoder.summary`).
+    """Parameters and arithmetic of an encoder (:meth:`lcconformer.ConformerEncoder.summary`).
 
     ``unique`` counts stored parameters, ``effective`` what the same depth would hold without sharing; ``flops[k]`` is the
-    forward cost of depth k+1 in floating-point operations (a multiply-add is two) for one utterance of ``frames`` frames.
+    forward cost of depth k+1 in floating-point operations (a multiply-add is two) for one utterance of ``frames`` frames
+    at the layers, front end included; ``front_end_flops`` is the front end's part of it, the same at every depth.
     """
 
     unique: int
@@ -37,6 +38,7 @@ class Summary:
     per_layer: int
     frames: int
     flops: tuple[int, ...]
+    front_end_flops: int
 
     @property
     def ratio(self) -> float:
@@ -50,6 +52,8 @@ class Summary:
             f"one layer            {self.per_layer:>13,}",
             f"depth   GFLOP for {self.frames} frames",
         ]
+        if self.front_end_flops:
+            rows[-1] += f" (front end {self.front_end_flops / 1e9:.3f})"
         rows += [f"{k:>5}   {flops / 1e9:.3f}" for k, flops in enumerate(self.flops, 1)]
         return "\n".join(rows)
 
@@ -168,7 +172,8 @@ class ConformerEncoder(nn.Module):
         """Parameters, unique and effective, and FLOPs per depth for one utterance of ``frames`` frames at the layers.
 
         Counted: every matrix product, 6 T^2 d for relative attention (4 T^2 d without), 2 K d T for the depthwise
-        convolution, the position projection once per unique layer.  The front end is left out of the FLOPs.
+        convolution, the position projection once per unique layer, and the front end, whose input is
+        ``frames * subsampling_factor`` frames long.
         """
         c, t, d = self.config, frames, self.config.d_model
         unique = sum(p.numel() for p in self.parameters())
@@ -178,8 +183,13 @@ class ConformerEncoder(nn.Module):
         attention = (6 if c.position == "relative" else 4) * t * t * d
         loop = matrices + attention + 2 * c.conv_kernel_size * d * t
         positions = 2 * (2 * t - 1) * d * d if c.position == "relative" else 0
-        flops = tuple(k * loop + len(set(self.layer_map[:k])) * positions for k in range(1, c.num_layers + 1))
-        return Summary(unique, effective, per_layer, frames, flops)
+        front = 0 if self.front_end is None else self.front_end.flops(frames)
+        flops = tuple(front + k * loop + len(set(self.layer_map[:k])) * positions for k in range(1, c.num_layers + 1))
+        return Summary(unique, effective, per_layer, frames, flops, front)
+
+    def extra_repr(self) -> str:
+        loops, layers = self.config.num_layers, len(self.layers)
+        return f"{loops} loop{'s' * (loops > 1)} of {layers} layer{'s' * (layers > 1)}, sharing={self.config.sharing!r}"
 
     def _check_depth(self, depth: int | None) -> int:
         n = self.config.num_layers

@@ -172,7 +172,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     if args.evidence:
-        from lcconformer.bench import evidence
+        from lcconformer.bench.reports import evidence
 
         print(evidence.table())
         return

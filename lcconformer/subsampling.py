@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +25,7 @@ class FrontEnd(nn.Module):
         super().__init__()
         if config.input_dim is None:
             raise ValueError("FrontEnd: config.input_dim is None; give the width of the input features")
+        self.input_dim = config.input_dim
         self.kind, self.factor = config.subsampling, config.subsampling_factor
         self.masked = config.padding == "masked"
         self.convs = nn.ModuleList()
@@ -40,6 +43,18 @@ class FrontEnd(nn.Module):
     def lengths(self, lengths: Tensor) -> Tensor:
         """Frames left of ``lengths`` input frames: ``ceil(lengths / factor)``."""
         return (lengths + self.factor - 1) // self.factor
+
+    def flops(self, frames: int) -> int:
+        """Floating-point operations for one utterance that leaves ``frames`` frames, ``frames * factor`` going in.
+
+        Counts the convolutions and the projection; a multiply-add is two operations.
+        """
+        total = 2 * frames * self.project.in_features * self.project.out_features
+        time, width = frames * self.factor, self.input_dim
+        for conv in self.convs:
+            time, width = time // 2, (width + 1) // 2  # [d_model, time, width] comes out
+            total += 2 * time * width * cast(nn.Conv2d, conv).weight.numel()
+        return total
 
     def _mask(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         if lengths is None or not self.masked:

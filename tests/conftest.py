@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from lcconformer.tolerance import allowed_error, largest_error, passes
+
 # Triton reads this when it decorates a kernel: without a GPU the kernels run in its interpreter
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -31,10 +33,10 @@ def kernels_of(item: pytest.Item) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # bench/gpu_tests.py: this process runs the tests of share i of n
+    # bench/gpu/gpu_tests.py: this process runs the tests of share i of n
     if shard := os.environ.get("LCCONFORMER_TEST_SHARD"):
         i, n = map(int, shard.split("/"))
-        keys = dict.fromkeys(kernels_of(item) for item in items if "gpu" in item.keywords)
+        keys = dict.fromkeys(kernels_of(item) for item in items if item.get_closest_marker("gpu"))
         mine = {key for k, key in enumerate(keys) if k % n == i}
         config.hook.pytest_deselected(items=[item for item in items if kernels_of(item) not in mine])
         items[:] = [item for item in items if kernels_of(item) in mine]
@@ -42,7 +44,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     skip = pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False here")
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):
             item.add_marker(skip)
 
 
@@ -86,16 +88,16 @@ def _assert_close(
     assert out.isfinite().all(), f"{name} has values that are not finite"
     if not out.numel():
         return
-    error, eager = ((x.double() - ref).abs().max().item() for x in (out, low))
-    bound = r * eager + 2 * torch.finfo(out.dtype).eps * max(scale, ref.abs().max().item())
-    assert error <= bound, f"{name}: error {error:.3g} > {bound:.3g}; eager PyTorch has {eager:.3g}"
+    error, eager = (largest_error(x, ref) for x in (out, low))
+    bound = allowed_error(eager, r, out.dtype, max(scale, ref.abs().max().item()))
+    assert passes(error, bound), f"{name}: error {error:.3g} > {bound:.3g}; eager PyTorch has {eager:.3g}"
 
 
 @pytest.fixture(scope="session")
 def assert_close() -> Callable[..., None]:
-    """The tolerance rule: max |out - ref| <= r * max |low - ref| + two roundings of the largest value (or of ``scale``).
+    """``assert_close(name, out, ref, low, r, scale=0.0)``: the rule of ``lcconformer.tolerance``.
 
-    ``ref`` is float64, ``low`` what eager PyTorch gives in the dtype of ``out``; r = 2 for a forward, 3 for a backward.
+    ``scale`` replaces the largest value of ``ref`` where it is larger.
     """
     return _assert_close
 

@@ -1,9 +1,11 @@
-"""The entry: help, version, errors in one line, interruption."""
+"""The entry: help, version, errors in one line, interruption, a closed pipe."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +30,15 @@ def test_version(capsys):
     assert capsys.readouterr().out.strip() == f"lcconformer {lcconformer.__version__}"
 
 
-@pytest.mark.parametrize("argv", [[], ["no-such-command"], ["info", "--no-such-option"]])
+def test_without_arguments_prints_the_help(capsys):
+    """On the standard error and with exit status 2, as uv does: nothing was done, and a script should notice."""
+    assert command_line.main([]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert all(name in captured.err for name in command_line.COMMANDS)
+
+
+@pytest.mark.parametrize("argv", [["no-such-command"], ["info", "--no-such-option"]])
 def test_usage_errors(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         command_line.main(argv)
@@ -80,12 +90,29 @@ loaded = [name for name in {heavy} if name in set(sys.modules) - before]
 assert not loaded, loaded
 assert not torch.cuda.is_initialized()
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
 
 
 def test_as_a_module():
     done = subprocess.run(
-        [sys.executable, "-m", "lcconformer", "info", "--help"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "lcconformer", "info", "--help"], capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0
     assert "--json" in done.stdout
+
+
+def test_console_script():
+    script = Path(sys.executable).with_name("lcconformer")
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == f"lcconformer {lcconformer.__version__}\n"
+
+
+def test_a_closed_pipe_ends_quietly():
+    """The reader has left before the first line, the hardest case of ``lcconformer info | head``."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "lcconformer", "info"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writing)
+    assert done.stderr == ""
+    assert done.returncode == 141  # 128 + SIGPIPE, as a shell reports a process that the signal ended

@@ -79,6 +79,7 @@ def test_one_graph_without_lengths_and_one_per_depth():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_inductor():
     torch._dynamo.reset()
     encoder = ConformerEncoder(BASE.replace(conditioning=("film",))).train()

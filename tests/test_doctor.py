@@ -7,7 +7,7 @@ import torch
 
 from lcconformer import extension, doctor, ops
 from lcconformer.__main__ import main
-from lcconformer.typical import CALLS, Sizes
+from lcconformer.ops.samples import CALLS, Sizes
 
 SMALL = Sizes(batch=3, frames=9, d_model=32, heads=2, ffn_dim=48, kernel_size=5)
 

@@ -301,11 +301,46 @@ def test_flops(position, sharing):
         assert flops[depth - 1] == counter.get_total_flops() - unused
 
 
+@pytest.mark.parametrize("changes", FRONT_ENDS, ids=str)
+def test_flops_of_the_front_end(changes):
+    """Against PyTorch's own counter, on input that fills the last frame."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    encoder = make_encoder(position="none", **changes).eval()
+    frames, config = 7, encoder.config
+    summary = encoder.summary(frames)
+    x = torch.randn(1, frames * config.subsampling_factor, config.input_dim or config.d_model)
+    front_end = 0
+    if encoder.front_end is not None:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            encoder.front_end(x, None)
+        front_end = counter.get_total_flops()
+    with backend("torch"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        encoder(x)
+    assert summary.front_end_flops == front_end
+    assert summary.flops[-1] == counter.get_total_flops()
+
+
 def test_summary_reads_well():
     text = str(ConformerEncoder(BASE.replace(num_layers=3)).summary(100))
     assert "(3.00x)" in text
-    assert "depth   GFLOP for 100 frames" in text
+    assert text.splitlines()[3] == "depth   GFLOP for 100 frames"
     assert len(text.splitlines()) == 7
+    text = str(ConformerEncoder(BASE.replace(num_layers=1, input_dim=500)).summary(1000))
+    assert text.splitlines()[3] == "depth   GFLOP for 1000 frames (front end 0.016)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "4 loops of 1 layer, sharing='all'"),
+        ({"sharing": "cycle:2"}, "4 loops of 2 layers, sharing='cycle:2'"),
+        ({"num_layers": 1, "sharing": "none"}, "1 loop of 1 layer, sharing='none'"),
+    ],
+    ids=str,
+)
+def test_printing_says_how_many_loops(changes, said):
+    assert said in repr(ConformerEncoder(BASE.replace(**changes))).splitlines()[1]
 
 
 # state

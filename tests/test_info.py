@@ -101,7 +101,7 @@ def test_choice_is_that_of_select(monkeypatch):
 
 
 def test_evidence(capsys, monkeypatch):
-    from lcconformer.bench import evidence
+    from lcconformer.bench.reports import evidence
 
     from lcconformer.__main__ import main
 

@@ -1,11 +1,16 @@
-"""The README's Python runs as written, and its two commands are where CI looks for them."""
+"""The Python of the README and of the documentation runs as written; commands are where CI looks; links lead somewhere."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
+from lcconformer import ConformerConfig
+from lcconformer.ssl import FeatureSettings, ObjectiveSettings, PretrainingModel, save_checkpoint
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.fixture(scope="module")
@@ -13,11 +18,34 @@ def text():
     return README.read_text()
 
 
-def test_python_blocks_run(text, transformers):
-    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, str(README), "exec"), {})
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+
+
+@pytest.fixture
+def after_pretraining(tmp_path, monkeypatch):
+    """A working directory with the run that the snippets load."""
+    config = ConformerConfig(
+        d_model=32, num_heads=2, ffn_dim=64, num_layers=6, conv_kernel_size=7, input_dim=80,
+        subsampling="stack", subsampling_factor=4,
+    )  # fmt: skip
+    model = PretrainingModel(config, FeatureSettings(), ObjectiveSettings())
+    tensors = {f"model.{name}": x for name, x in model.state_dict().items()}
+    save_checkpoint(tmp_path / "runs" / "shared" / "step_00000001.safetensors", tensors, model.describe())
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if python_blocks(p)], ids=lambda p: p.name)
+def test_python_blocks_run(page, transformers, after_pretraining):
+    """Each by itself, in the order of the page, in one folder."""
+    for block in python_blocks(page):
+        exec(compile(block, str(page), "exec"), {})
+
+
+def test_the_readme_shows_each_step_after_pretraining(text):
+    code = "".join(python_blocks(README))
+    for name in ("load_model(", ".hidden_states(", "ExitRule(", ".adaptive(", "torch.export.export("):
+        assert name in code
 
 
 @pytest.mark.parametrize(
@@ -33,6 +61,17 @@ def test_commands_stand_behind_their_markers(text, marker, ends):
     assert command.endswith("&& " + ends)
 
 
-def test_images_and_links_exist(text):
-    paths = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
-    assert [p for p in paths if not (README.parent / p).exists()] == []
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub and Sphinx form them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_images_and_links_lead_somewhere(page):
+    wrong = []
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
+        path = page.parent / target if target else page
+        if not path.exists() or (anchor and anchor not in anchors(path)):
+            wrong.append((target, anchor))
+    assert wrong == []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lcconformer.sharing import sharing_map
@@ -51,6 +51,7 @@ def forms(draw):
 
 
 @given(forms())
+@settings(deadline=None)
 def test_every_layer_is_used_and_numbered_by_first_use(form):
     sharing, n, unique = form
     layers = sharing_map(sharing, n)
@@ -60,6 +61,7 @@ def test_every_layer_is_used_and_numbered_by_first_use(form):
 
 
 @given(st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))))
+@settings(deadline=None)
 def test_groups_are_balanced(sizes):
     n, m = sizes
     for form in ("sequence", "cycle"):

@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file each, tensors in the body and everything else as JSON in the header.
 
-Written to a temporary name and renamed, so that a killed process leaves either the old file or the new one. Reading one
-runs no code from it.
+They are written atomically, so that a killed process leaves either the old file or the new one. Reading one runs no code
+from it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import __version__
+from ..runtime import replacing
 
 __all__ = ["Checkpoint", "checkpoint_path", "find_checkpoints", "load_checkpoint", "save_checkpoint"]
 
@@ -60,16 +61,9 @@ def save_checkpoint(path: str | os.PathLike[str], tensors: dict[str, Tensor], me
     from safetensors.torch import save_file
 
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     header = json.dumps({**meta, "format": _FORMAT, "version": __version__}, allow_nan=False)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         save_file({k: x.detach().cpu().contiguous() for k, x in tensors.items()}, temporary, metadata={_KEY: header})
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # or a power cut could leave the new name with no content
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

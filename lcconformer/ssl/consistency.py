@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from ..data import Corpus, load_corpus
+from ..runtime import ProgressBar, write_atomically
 from .hidden import choose_frames, collect_states, random_init_like
 from .model import PretrainingModel, load_model
-from .output import add_device_argument, describe_machine, progress_bar, write_atomically, write_json
+from .output import add_device_argument, describe_machine, write_json
 
 __all__ = ["MEASURES", "add_arguments", "consistency", "model_consistency", "run", "summarise"]
 
@@ -142,10 +143,10 @@ def run(args: argparse.Namespace) -> None:
     corpus = load_corpus(args.data)
     print(corpus, file=sys.stderr)
     matrices = {}
-    with progress_bar("consistency") as progress:
+    with ProgressBar("consistency") as bar:
         for number, (name, which) in enumerate(models.items(), 1):
             matrices[name] = model_consistency(which, corpus, max_frames=args.frames, seed=args.seed)
-            progress(number / len(models))
+            bar.update(number / len(models))
     print(format_summary(matrices))
     if args.json:
         result = {

@@ -28,6 +28,7 @@ import torch
 from ..config import ConformerConfig
 from ..data import Corpus, demo_corpus, load_corpus
 from ..encoder import ConformerEncoder
+from ..runtime import ProgressBar
 from .consistency import model_consistency, summarise
 from .hidden import random_init_like
 from .model import PretrainingModel
@@ -104,18 +105,15 @@ class Stages:
 
     Args:
         shares: by name, in order.
-        show: draw the bar.
+        show: on the standard error.
     """
 
     def __init__(self, shares: dict[str, float], show: bool) -> None:
-        from tqdm import tqdm
-
         total = sum(shares.values())
         self._ends = dict(zip(shares, np.cumsum(list(shares.values())) / total))
         self._shares = {name: share / total for name, share in shares.items()}
         self._number = {name: f"[{i}/{len(shares)}]" for i, name in enumerate(shares, 1)}
-        form = "{percentage:3.0f}%|{bar:24}| {elapsed}<{remaining} {desc}"
-        self._bar = tqdm(total=1.0, bar_format=form, dynamic_ncols=True, disable=not show)
+        self._bar = ProgressBar() if show else None
         self.name = ""
 
     @contextlib.contextmanager
@@ -124,15 +122,17 @@ class Stages:
         self.name = name
 
         def report(part: float, note: str = "") -> None:
-            self._bar.set_description_str(f"{self._number[name]} {name}  {note}", refresh=False)
-            self._bar.update(self._ends[name] - self._shares[name] * (1.0 - part) - self._bar.n)
+            if self._bar is not None:
+                done = self._ends[name] - self._shares[name] * (1.0 - part)
+                self._bar.update(done, f"{self._number[name]} {name}  {note}".rstrip())
 
         report(0.0)
         yield report
         report(1.0)
 
     def close(self) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
 
 def run_demo(

@@ -5,15 +5,14 @@ from __future__ import annotations
 import csv
 import dataclasses
 import importlib.util
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..runtime import ProgressBar, replacing
 from .settings import StepRecord
 
-__all__ = ["CsvLog", "ProgressBar", "RunLog"]
+__all__ = ["CsvLog", "RunLog", "StepBar"]
 
 
 class CsvLog:
@@ -26,12 +25,10 @@ class CsvLog:
             with open(path, newline="") as old:
                 # a killed process may have left half a row
                 rows = [r for r in csv.DictReader(old) if None not in r.values() and int(r["step"]) <= last_step]
-        temporary = path.with_name(f".{path.name}.tmp")
-        with open(temporary, "w", newline="") as file:
+        with replacing(path) as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(temporary, path)
         self._file = open(path, "a", newline="")  # noqa: SIM115 (closed by close)
         self._writer = csv.DictWriter(self._file, self._columns)
 
@@ -82,43 +79,23 @@ class RunLog:
             self._board.close()
 
 
-class ProgressBar:
-    """A bar on the standard error with loss, depth, utterances/s and the time left.
+class StepBar(ProgressBar):
+    """Progress of a run of ``steps`` steps, with loss, depth and utterances/s.
 
     Raises:
         ImportError: tqdm is not installed.
     """
 
     def __init__(self, steps: int) -> None:
-        try:
-            from tqdm import tqdm
-        except ImportError as error:
-            raise ImportError('the progress bar needs tqdm: pip install "lcconformer[speech]"') from error
+        super().__init__()
         self._steps, self._rate = steps, 0.0
-        # counted in hundredths, so that a run limited by the clock shows its time left too
-        self._bar = tqdm(
-            total=100.0,
-            bar_format="{percentage:3.0f}%|{bar:20}| {desc} [{elapsed}<{remaining}]",
-            mininterval=0.2 if sys.stderr.isatty() else 10.0,
-            dynamic_ncols=True,
-        )
 
-    def start(self, progress: float) -> None:
-        """A resumed run begins at ``progress`` (0 to 1)."""
-        self._bar.initial = self._bar.n = self._bar.last_print_n = 100.0 * progress
-
-    def step(self, record: StepRecord, progress: float) -> None:
+    def step(self, record: StepRecord, done: float) -> None:
+        """Show a step; ``done`` (0 to 1) of the run, by steps or by the clock."""
         rate = record.utterances / max(1e-9, record.compute_s + record.data_s)
         self._rate = rate if not self._rate else 0.9 * self._rate + 0.1 * rate
         depth = "+".join(map(str, record.depths))
-        self._bar.set_description_str(
+        self.update(
+            done,
             f"step {record.step}/{self._steps}  loss {record.loss:.4f}  depth {depth}  {self._rate:.1f} utterances/s",
-            refresh=False,
         )
-        self._bar.update(min(100.0, 100.0 * progress) - self._bar.n)
-
-    def say(self, text: str) -> None:
-        self._bar.write(text, file=sys.stderr)
-
-    def close(self) -> None:
-        self._bar.close()

@@ -112,7 +112,7 @@ class PretrainingModel(nn.Module):
         Returns:
             sums: ``[K]``, the objective's sum at each depth.
             apart: scalar, how far the shallower states are from the deepest, taken as fixed: squared difference, mean over
-                channels and shallower depths, summed over real frames.  Zero for K = 1.
+            channels and shallower depths, summed over real frames.  Zero for K = 1.
         """
         features, frames = self.features(audio, lengths)
         features = features.to(self._dtype)

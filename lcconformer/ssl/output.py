@@ -3,54 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import __version__
+from ..runtime import write_atomically
 
-__all__ = ["add_device_argument", "describe_machine", "progress_bar", "write_atomically", "write_json"]
-
-
-@contextlib.contextmanager
-def progress_bar(name: str) -> Iterator[Callable[[float], None]]:
-    """A bar on the standard error, driven by calls with the part done, 0 to 1.
-
-    Raises:
-        ImportError: tqdm is not installed.
-    """
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError('the progress bar needs tqdm: pip install "lcconformer[speech]"') from error
-    form = "{desc} {percentage:3.0f}%|{bar:30}| {elapsed}<{remaining}"
-    with tqdm(total=1.0, desc=name, bar_format=form, dynamic_ncols=True) as bar:
-        yield lambda part: bar.update(part - bar.n)
-
-
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> Path:
-    """Write a file so that it is there whole or not at all; makes its folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+__all__ = ["add_device_argument", "describe_machine", "write_json"]
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Write ``value`` as indented JSON; NaN and infinity are an error, JSON has neither."""
-    return write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+    return write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:

@@ -14,9 +14,10 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..data import PHONES, Corpus, load_corpus
+from ..runtime import ProgressBar
 from .hidden import random_init_like
 from .model import load_model
-from .output import add_device_argument, describe_machine, progress_bar, write_json
+from .output import add_device_argument, describe_machine, write_json
 from .probe_training import PROBES
 from .probing import LOG_MEL, TOLERANCE, ProbeSettings, accuracies, probe_model, smallest_depth
 from .timing import time_depths
@@ -109,9 +110,9 @@ def run(args: argparse.Namespace) -> None:
         models["random-init"] = random_init_like(model, args.seed)
     rows: list[dict[str, Any]] = []
     for number, (name, which) in enumerate(models.items()):
-        with progress_bar(name) as progress:
+        with ProgressBar(name) as bar:
             rows += probe_model(
-                which, train, test, depths, settings=settings, name=name, log_mel=number == 0, progress=progress
+                which, train, test, depths, settings=settings, name=name, log_mel=number == 0, progress=bar.update
             )
     times = time_depths({"checkpoint": model}, test, [k for k in depths if k])["checkpoint"]
     for row in rows:

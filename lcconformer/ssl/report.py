@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from ..data import PHONES
+from ..runtime import write_atomically
 from . import plots
-from .output import write_atomically
 from .probe_training import PROBES
 from .probing import LOG_MEL
 
@@ -51,7 +51,7 @@ def write_report(out: Path, results: Mapping[str, Any]) -> Path:
     images = {name: plots.render(figure) for name, figure in _figures(results).items()}
     for name, image in images.items():
         write_atomically(out / f"{name}.png", image)
-    return write_atomically(out / "report.html", _page(results, images).encode())
+    return write_atomically(out / "report.html", _page(results, images))
 
 
 def format_results(results: Mapping[str, Any]) -> str:

@@ -136,7 +136,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """What :func:`~lcconformer.ssl.pretrain` returns.
+    """What :func:`~lcconformer.ssl.training.pretrain` returns.
 
     model: in evaluation mode. checkpoint: the newest one. history: steps of this part of the run. validation: (step, loss at
     depth 1 ... N) of this part. stopped: ``"steps"``, ``"minutes"``, ``"SIGINT"`` or ``"SIGTERM"``.

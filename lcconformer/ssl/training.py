@@ -31,7 +31,7 @@ from ..data import Batch, BatchLoader, Corpus, frame_count
 from ..data.features import SAMPLE_RATE
 from .checkpoint import Checkpoint, checkpoint_path, find_checkpoints, load_checkpoint, save_checkpoint
 from .distributed import Ranks, join_ranks
-from .logs import ProgressBar, RunLog
+from .logs import RunLog, StepBar
 from .masking import Masks, draw_masks
 from .model import PretrainingModel
 from .optim import learning_rate_scale, load_optimizer_tensors, make_optimizer, optimizer_tensors
@@ -65,7 +65,7 @@ def pretrain(
         out: folder for checkpoints (``step_*.safetensors``), ``steps.csv``, ``validation.csv`` and ``tensorboard/``.
         resume: go on from the newest checkpoint in ``out``, exactly as if never interrupted; from the start if there is none.
         on_step: called after each step, on the first rank.
-        progress: show a bar on the standard error.
+        progress: show it on the standard error.
 
     Raises:
         ValueError: ``out`` is a file, or holds a run and ``resume`` is False; the checkpoint is damaged, or of other
@@ -90,7 +90,7 @@ def pretrain(
             run.log = RunLog(folder, run.step)
             stack.callback(run.log.close)
             if progress:
-                run.bar = ProgressBar(settings.steps)
+                run.bar = StepBar(settings.steps)
                 stack.callback(run.bar.close)
         return run.train(stop, on_step)
 
@@ -119,7 +119,7 @@ class _Run:
     """State of one run: model, optimizer, place in the data."""
 
     log: RunLog | None = None
-    bar: ProgressBar | None = None
+    bar: StepBar | None = None
 
     def __init__(
         self,

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from lcconformer.bench import cli, ladder, suite
-from lcconformer.bench.case import Case
-from lcconformer.bench.roofline import Ceilings
+from lcconformer.bench import cli
+from lcconformer.bench.core.roofline import Ceilings
+from lcconformer.bench.runs import suite
 
 from lcconformer.__main__ import main
 
@@ -54,31 +54,12 @@ def test_interruption_keeps_finished_rows(tmp_path, monkeypatch, capsys):
     assert "inference, B = 1, T = 8" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("mode", ["inference", "training"])
-def test_ladder_multiplies_up(mode, capsys):
-    case = Case(mode, 1, 8, d_model=32, layers=3, depth=3, kernel=7)
-    rungs = ladder.climb(case, depth=2, seconds=0.0, rounds=2)
-    assert any(f"({backend} backend)" in rungs[1].name for backend in ("torch", "cpu"))
-    assert len(rungs) == 4
-    lines = ladder._lines(rungs)
-    product = 1.0
-    for (_, _, factor, total, saved), rung in zip(lines, rungs):
-        product *= float(factor[:-1])
-        assert float(total[:-1]) == pytest.approx(rungs[0].ms / rung.ms, abs=0.006)
-        assert float(total[:-1]) == pytest.approx(product, rel=0.05)
-        assert float(saved[:-1]) == pytest.approx(100 * (1 - rung.ms / rungs[0].ms), abs=0.06)
-
-
 def test_ladder_states_both_definitions_and_the_paper(capsys):
     assert main([*TINY, "--ladder", "--shapes", "1x8"]) == 0
     out = capsys.readouterr().out
     assert "shallow inference, 1 of 2 loops" in out
     for text in ("7.8x fewer parameters", "41.9%", "37.7%", "throughput ratio", "1 - new / old", "2.0x fewer"):
         assert text in out
-
-
-def test_shallow_depth_saves_what_the_paper_saves():
-    assert [ladder.shallow_depth(n) for n in (1, 8, 12, 16)] == [1, 5, 8, 10]
 
 
 @pytest.mark.parametrize(

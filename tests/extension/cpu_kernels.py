@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lcconformer import extension
-from lcconformer.ops._backend import backend
+from lcconformer.ops.registry import backend
 
 if (_reason := extension.why_missing()) is not None:
     pytest.skip(f"no compiled extension: {_reason}", allow_module_level=True)

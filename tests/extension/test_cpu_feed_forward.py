@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lcconformer import ops
-from lcconformer.ops import _cpu_linear
-from lcconformer.ops._triton import dropout_seed
+from lcconformer.ops import gemm
+from lcconformer.ops.dropout import dropout_seed
 
 from .cpu_kernels import LEVELS, keep_factor, kernels, run
 
@@ -83,7 +83,7 @@ def test_same_bits_for_any_number_of_threads():
 
 
 def test_without_onednn_the_products_are_pytorchs(assert_close, monkeypatch):
-    monkeypatch.setattr(_cpu_linear, "_onednn", lambda: False)
+    monkeypatch.setattr(gemm, "_onednn", lambda: False)
     check(assert_close, make_inputs(2, 9, 8, 24))
 
 
@@ -92,12 +92,12 @@ def test_onednn_is_found_by_trying_it(monkeypatch):
         def __getattr__(self, name):
             raise AttributeError(name)
 
-    _cpu_linear._onednn.cache_clear()
+    gemm._onednn.cache_clear()
     try:
-        assert isinstance(_cpu_linear._onednn(), bool)
-        _cpu_linear._onednn.cache_clear()
+        assert isinstance(gemm._onednn(), bool)
+        gemm._onednn.cache_clear()
         monkeypatch.setattr(torch.ops, "mkldnn", Mkldnn())
-        assert not _cpu_linear._onednn()
+        assert not gemm._onednn()
     finally:
         monkeypatch.undo()
-        _cpu_linear._onednn.cache_clear()
+        gemm._onednn.cache_clear()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lcconformer import ops
 from lcconformer.ops._cpu_relpos_attention import forward
-from lcconformer.ops._triton import dropout_seed
+from lcconformer.ops.dropout import dropout_seed
 from lcconformer.ops.relpos_attention import relpos_attention_reference
 
 from .cpu_kernels import FRAMES, LEVELS, keep_factor, kernels, run

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lcconformer import ops
-from lcconformer.ops._triton import dropout_seed
+from lcconformer.ops.dropout import dropout_seed
 from lcconformer.ops.residual_layer_norm import residual_layer_norm_reference
 
 from .cpu_kernels import LEVELS, keep_factor, kernels, run

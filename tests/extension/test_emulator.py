@@ -17,7 +17,7 @@ def run_case(gxx):
     program = build("emulator_cases", [(HERE / "emulator_cases.cpp", SANITIZE)], [], gxx)
 
     def run(case: str, seed: int) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([program, case, str(seed)], capture_output=True, text=True, timeout=60)
+        return subprocess.run([program, case, str(seed)], capture_output=True, text=True, timeout=240)
 
     return run
 

@@ -20,7 +20,7 @@ from .conftest import CSRC, ROOT
 sys.path.insert(0, str(CSRC))
 import toolchain
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 BUILD_MINUTES = 5
 SWITCHES = ("LCCONFORMER_CUDA", "LCCONFORMER_CUDA_ARCHS", "CUDA_HOME", "CUDACXX", "CXX", "MAX_JOBS", "PYTHONPATH")

@@ -14,7 +14,9 @@ pytest.importorskip("triton")
 
 
 from lcconformer.kernels import report
-from lcconformer.kernels._common import INTERPRETED, SHARED_MEMORY, AotConfig, LaunchConfig
+from lcconformer.kernels._common import INTERPRETED, AotConfig, LaunchConfig
+
+from lcconformer.architectures import SHARED_MEMORY
 
 TABLE = Path(__file__).parents[2] / "bench" / "results" / "triton_resources.json"
 
@@ -121,7 +123,21 @@ def test_no_such_match_is_an_empty_table():
     assert rows(done.stdout) == []
 
 
+def test_without_triton_it_says_what_to_install():
+    code = """
+import runpy, sys
+sys.modules["triton"] = None
+runpy.run_module("lcconformer.kernels.report", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert 'pip install "lcconformer[triton]"' in line
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("arch", sorted(SHARED_MEMORY))
 def test_budgets(arch):
     """All ops, all shipped configurations."""

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from lcconformer import ops
-from lcconformer.ops._backend import backend
+from lcconformer.ops.registry import backend
 from lcconformer.ops.feed_forward import feed_forward_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

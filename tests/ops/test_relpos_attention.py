@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lcconformer import ops
-from lcconformer.ops._backend import backend
+from lcconformer.ops.registry import backend
 from lcconformer.ops.relpos_attention import relative_shift, relpos_attention_reference
 
 B, T, H, D = 2, 21, 2, 16

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import stat
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,16 @@ def test_a_failed_write_leaves_the_old_checkpoint(
         write(path, model, step=2)
     assert load_checkpoint(path).meta["step"] == 1
     assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077], ids=oct)
+def test_permissions_follow_the_umask(tmp_path: Path, model: PretrainingModel, umask: int) -> None:
+    old = os.umask(umask)
+    try:
+        path = write(tmp_path / "x.safetensors", model)
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
 
 
 @pytest.mark.parametrize("part", [0.0, 0.001, 0.05, 0.5, 0.999])

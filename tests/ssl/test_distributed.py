@@ -11,6 +11,8 @@ import torch
 
 from lcconformer.ssl import load_checkpoint
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for two runs of five minutes at most
+
 # run once with one process and accumulate=2, once with two processes and accumulate=1
 WORKER = """
 import dataclasses, json, os, sys

@@ -12,7 +12,6 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import re
 import zipfile
 from pathlib import Path
@@ -22,6 +21,8 @@ import av
 import numpy as np
 import pocketsphinx
 import soundfile
+
+from ...runtime import replacing
 
 RATE = 16_000
 MAX_SECONDS = 60
@@ -120,8 +121,7 @@ def main() -> None:
     for word, phones in PRONUNCIATION.items():
         decoder.add_word(word, phones, False)
     rows: list[dict[str, Any]] = []
-    partial = args.out.with_suffix(".partial")
-    with zipfile.ZipFile(partial, "w") as archive:
+    with replacing(args.out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for name, _, text in sorted(lines):
             path = sounds / f"{name}.g722"
             if not path.is_file() or text.startswith(("[", "<")) or name.startswith("silence/"):
@@ -142,7 +142,6 @@ def main() -> None:
             rows.append(row)
         meta = "".join(json.dumps(row) + "\n" for row in rows)
         archive.writestr(zipfile.ZipInfo("meta.jsonl"), meta, compress_type=zipfile.ZIP_DEFLATED)
-    os.replace(partial, args.out)
     for split in ("train", "test"):
         part = [row for row in rows if row["split"] == split]
         minutes = sum(row["n"] for row in part) / RATE / 60

@@ -66,7 +66,9 @@ def test_command_compares_models_and_draws_them(tiny_model, tiny_checkpoint, spe
         np.testing.assert_allclose(result["matrices"]["checkpoint"][measure], expected[measure], atol=1e-6)
     assert result["matrices"]["compared"] != result["matrices"]["checkpoint"]
     assert plot.read_bytes().startswith(b"\x89PNG")
-    shown = capsys.readouterr().out
+    shown, progress = capsys.readouterr()
+    assert "\r" not in progress  # into a pipe: lines, not frames of a bar
+    assert progress.count("100% ") == 1
     assert f"{summarise(expected)['cka']:.3f}" in shown
     assert f"{expected['frechet'][1, -1]:.3f}" in shown
 

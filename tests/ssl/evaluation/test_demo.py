@@ -149,9 +149,12 @@ def test_the_checkpoints_are_the_models_that_were_measured(demo_run, speech):
         np.testing.assert_allclose(again["cka"], results["consistency"][name]["cka"], atol=1e-3)
 
 
-def test_speech_without_alignments_leaves_the_probes_out(make_speech, tmp_path):
+def test_speech_without_alignments_leaves_the_probes_out(make_speech, tmp_path, capsys):
     train, test = load_demo_speech(str(make_speech("bare", 6, aligned=False)))
-    results = run_demo(train, test, tiny_plan(steps=2), tmp_path / "out", progress=False)
+    results = run_demo(train, test, tiny_plan(steps=2), tmp_path / "out")
+    progress = capsys.readouterr().err
+    assert "\r" not in progress  # into a pipe: lines, not frames of a bar
+    assert re.search(r"^100% \S+ \[4/4\] inference time$", progress, re.MULTILINE)
     assert results["probe"] is None
     assert results["smallest_depth"] is None
     assert "no phone probes" in (tmp_path / "out" / "report.html").read_text()
@@ -201,6 +204,7 @@ def test_command_says_what_is_wrong(arguments, message, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_command_from_start_to_end(tmp_path):
     out = tmp_path / "out"
     began = time.perf_counter()
@@ -230,6 +234,7 @@ def test_the_command_from_start_to_end(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_interrupt_says_what_is_lost(tmp_path):
     out = tmp_path / "out"
     process = subprocess.Popen(

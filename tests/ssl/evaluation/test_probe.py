@@ -77,7 +77,9 @@ def test_command_writes_rows_times_rule_and_machine(tiny_checkpoint, speech, tmp
     assert result["test"]["speakers"] == ["s2"]
     assert result["machine"]["torch"] == torch.__version__
     assert result["timing"]["audio_seconds"] > 0
-    shown = capsys.readouterr().out
+    shown, progress = capsys.readouterr()
+    assert "\r" not in progress  # into a pipe: lines, not frames of a bar
+    assert progress.count("100% ") == 2
     assert "random-init" in shown
     assert f"{100 * accuracies(rows, 'checkpoint', 'hidden')[3]:.1f}" in shown
 

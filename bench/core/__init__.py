@@ -1,0 +1,1 @@
+"""The measurement itself: cases, timing, the floor, and rows of results."""

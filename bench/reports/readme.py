@@ -1,0 +1,106 @@
+"""Generate the README's performance section from result files: ``python -m lcconformer.bench.reports.readme``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lcconformer.runtime import write_atomically
+
+from ..core.rows import Results, Row
+from . import RESULTS
+from .table import number
+
+__all__ = ["README", "refresh", "section"]
+
+README = RESULTS.parents[1] / "README.md"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+# columns of the table; all do the same maths but torchaudio, which has no relative positions
+COLUMNS = ("eager", "sdpa", "compile", "transformers", "torchaudio")
+
+
+def refresh(readme: Path = README, results: Path = RESULTS) -> None:
+    """Rewrite the text between the markers of a README.
+
+    Raises:
+        ValueError: the file has no markers.
+    """
+    text = readme.read_text()
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"bench: {readme} lacks the lines {BEGIN} and {END}; add them where the section belongs")
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    write_atomically(readme, f"{head}{BEGIN}\n{section(results)}\n{END}{tail}")
+
+
+def section(results: Path = RESULTS) -> str:
+    """Markdown of the latest result file of each machine in ``results``, GPUs first."""
+    latest: list[tuple[bool, Path, Results]] = []
+    for folder in sorted(p for p in results.iterdir() if p.is_dir()):
+        files = [(path, Results(path)) for path in sorted(folder.glob("20*.json"))]
+        if files:
+            path, found = max(files, key=lambda file: file[1].date)
+            latest.append((found.rows[0].device != "cuda", path, found))
+    if not latest:
+        return "No results are filed yet."
+    parts = [_machine(path, found) for _, path, found in sorted(latest, key=lambda x: (x[0], x[1]))]
+    if all(cpu for cpu, _, _ in latest):
+        parts.append("No GPU result is filed yet: every number above was taken on a CPU.")
+    return "\n\n".join(parts)
+
+
+def _machine(path: Path, found: Results) -> str:
+    first = found.rows[0]
+    kind = "" if first.device == "cuda" else " (CPU)"
+    where = path.parent.name + "/" + path.name
+    torch = first.versions["torch"]
+    lines = [
+        f"**{first.device_name}{kind}**, {found.date[:10]}, commit {first.commit}, torch {torch} "
+        f"([rows](bench/results/{where})). Median ms; the last columns say how many times as fast lcconformer is."
+    ]
+    for mode in ("inference", "training"):
+        rows = [r for r in found.rows if r.mode == mode and r.depth == r.layers]
+        if rows:
+            lines += ["", *_table(mode, rows)]
+    return "\n".join(lines)
+
+
+def _fastest(rows: Sequence[Row]) -> Row | None:
+    return min(rows, key=lambda r: r.median_ms, default=None)
+
+
+def _table(mode: str, rows: Sequence[Row]) -> list[str]:
+    header = [mode, *COLUMNS, "lcconformer", "vs eager", "vs fastest peer"]
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    cases = dict.fromkeys((r.d_model, r.layers, r.dtype, r.batch, r.frames) for r in rows)
+    for case in sorted(cases):
+        members = [r for r in rows if (r.d_model, r.layers, r.dtype, r.batch, r.frames) == case]
+        d_model, layers, dtype, batch, frames = case
+        best = {name: _fastest([r for r in members if r.provider == name]) for name in (*COLUMNS, "lcconformer")}
+        ours = best["lcconformer"]
+        peers = [r for name, r in best.items() if r is not None and name not in ("lcconformer", "torchaudio")]
+        cells = [f"B={batch} T={frames} d={d_model} N={layers} {dtype}"]
+        cells += ["-" if (r := best[name]) is None else number(r.median_ms) for name in COLUMNS]
+        if ours is None:
+            cells += ["-", "-", "-"]
+        else:
+            peer = _fastest(peers)
+            cells.append(f"**{number(ours.median_ms)}** ({ours.backend})")
+            cells.append("-" if (e := best["eager"]) is None else f"{e.median_ms / ours.median_ms:.2f}x")
+            cells.append("-" if peer is None else f"{peer.median_ms / ours.median_ms:.2f}x")
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", _footnote(mode)]
+    return lines
+
+
+def _footnote(mode: str) -> str:
+    text = "Each column is the fastest backend of that provider; torchaudio computes less (no relative positions)."
+    if mode == "training":
+        text += " Training is forward and backward with dropout 0.1, without the optimiser."
+    return text
+
+
+if __name__ == "__main__":
+    refresh()
+    sys.exit(0)

@@ -1,0 +1,118 @@
+"""What every command shares while it runs: atomic writes, and progress on the standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+__all__ = ["ProgressBar", "replacing", "write_atomically"]
+
+_EVERY = 10.0  # seconds between two lines where the standard error is no terminal
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write a file so that readers see the old content or the new one, never half; makes its folder.
+
+    Yields a temporary path beside ``path``. After the block its content is flushed to the disk and renamed to ``path``, with
+    the permissions of any new file (0666 without the umask), whatever those of the temporary file are. If the block raises,
+    ``path`` is left as it was and the temporary file is deleted.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            if stat.S_IMODE(os.fstat(file.fileno()).st_mode) != mode:
+                os.fchmod(file.fileno(), mode)  # safetensors puts a file of its own there, which is 0600
+            os.fsync(file.fileno())  # or a power cut could leave the new name with no content
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:
+    """Write ``content`` (text as UTF-8) by :func:`replacing`; returns the path."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    return Path(path)
+
+
+class ProgressBar:
+    """Progress on the standard error: a bar on a terminal, elsewhere (a pipe, a file) one line every ten seconds.
+
+    Use it as a context manager, or call :meth:`close`, which shows the last state.
+
+    Args:
+        text: what is running, shown beside the bar.
+
+    Raises:
+        ImportError: tqdm is not installed.
+    """
+
+    def __init__(self, text: str = "") -> None:
+        try:
+            from tqdm import tqdm
+        except ImportError as error:
+            raise ImportError('the progress bar needs tqdm: pip install "lcconformer[speech]"') from error
+        self._text, self._done, self._initial = text, 0.0, 0.0
+        self._began = self._shown = time.monotonic()
+        self._format = tqdm.format_meter
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            form = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining} {desc}"
+            self._bar = tqdm(total=1.0, bar_format=form, dynamic_ncols=True)
+            self._bar.set_description_str(text)
+
+    def start(self, done: float) -> None:
+        """Begin at ``done`` (0 to 1), done before: it does not count in the estimate of the time left."""
+        self._done = self._initial = done
+        if self._bar is not None:
+            self._bar.initial = self._bar.n = self._bar.last_print_n = done
+
+    def update(self, done: float, text: str | None = None) -> None:
+        """Show ``done`` (0 to 1, of the whole) and, if given, a new text."""
+        self._done = min(done, 1.0)
+        if text is not None:
+            self._text = text
+        if self._bar is not None:
+            self._bar.set_description_str(self._text, refresh=False)
+            self._bar.update(self._done - self._bar.n)
+        elif time.monotonic() - self._shown >= _EVERY:
+            self._print()
+
+    def say(self, text: str) -> None:
+        """Print a line without disturbing the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        else:
+            self._print()
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _print(self) -> None:
+        self._shown = time.monotonic()
+        form = "{percentage:3.0f}% {elapsed}<{remaining} {desc}"
+        elapsed = self._shown - self._began
+        line = self._format(self._done, 1.0, elapsed, prefix=self._text, bar_format=form, initial=self._initial)
+        print(line.rstrip(), file=sys.stderr, flush=True)

@@ -1,0 +1,56 @@
+"""Every example runs as its first lines say, in a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+# torchaudio's Conformer is plain Python, but importing the package fails where its native libraries do not fit torch;
+# without those libraries it imports anywhere
+WITHOUT_NATIVE_TORCHAUDIO = """
+import pathlib, runpy, sys
+glob = pathlib.Path.glob
+pathlib.Path.glob = lambda path, *a, **k: [] if path.parts[-2:] == ("torchaudio", "lib") else glob(path, *a, **k)
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+def run(name: str, *arguments: str, prelude: str = "") -> str:
+    command = [sys.executable, *(["-c", prelude] if prelude else []), str(EXAMPLES / f"{name}.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_pretrain_and_probe_and_serving(tmp_path):
+    pytest.importorskip("soundfile")
+    out = run("pretrain_and_probe", "--out", str(tmp_path / "run"), "--steps", "3", "--probe-frames", "500")
+    assert len(out.splitlines()[1].removeprefix("phone accuracy by depth:").split()) == 9
+    out = run("serving_with_exit_rule", "--checkpoint", str(tmp_path / "run"))
+    assert out.count("of 8 loops") == 8
+
+
+def test_serving_without_a_checkpoint():
+    pytest.importorskip("soundfile")
+    out = run("serving_with_exit_rule", "--threshold", "10")
+    assert out.count("change: ") == 4
+    assert out.count("after 1 of 8 loops") == 4
+
+
+def test_drop_in():
+    for package in ("torchaudio", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed; pip install 'lcconformer[test]'")
+    out = run("drop_in", prelude=WITHOUT_NATIVE_TORCHAUDIO)
+    assert "torchaudio: 4 layers replaced" in out
+    assert "transformers: 2 layers replaced" in out
+
+
+def test_every_example_is_tested():
+    assert {p.stem for p in EXAMPLES.glob("*.py")} == {"pretrain_and_probe", "serving_with_exit_rule", "drop_in"}

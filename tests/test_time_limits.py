@@ -1,0 +1,102 @@
+"""No step of ``.ci/run`` and no test can run for ever."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# `timeout` that notes its limit for the command, and shortens it to one second for the command named SHORT
+TIMEOUT = """#!/bin/sh
+export LIMIT="$3"
+case "$4" in "$SHORT") shift 3; exec {timeout} -k 1 1 "$@" ;; esac
+shift 3
+exec "$@"
+"""
+TOOL = """#!/bin/sh
+echo "${LIMIT:-none} ${0##*/} $*" >> "$LOG"
+case "${0##*/}" in "$SHORT") sleep 60 ;; esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> dict[str, str]:
+    """An environment to run a copy of ``.ci/run`` in, whose tools only note the limit they run under."""
+    timeout = shutil.which("timeout")
+    assert timeout is not None
+    tools = tmp_path / "tools"
+    for folder in (tools, tmp_path / ".ci"):
+        folder.mkdir()
+    (tools / "timeout").write_text(TIMEOUT.format(timeout=timeout))
+    for name in ("pip", "pytest", "ruff", "mypy"):
+        (tools / name).write_text(TOOL)
+    for path in tools.iterdir():
+        path.chmod(0o755)
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")
+    command = "mkdir -p .venv/bin && touch .venv/bin/activate && pip install . && pytest quick"
+    (tmp_path / "README.md").write_text(f"<!-- test command -->\n```bash\n{command}\n```\n")
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "LOG": str(tmp_path / "log"), "SHORT": "none"}
+
+
+def run(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    root = Path(environment["LOG"]).parent
+    return subprocess.run(["bash", root / ".ci" / "run"], env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_every_step_runs_under_a_limit(checkout: dict[str, str]) -> None:
+    done = run(checkout)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    ran = [line.split(" ", 1) for line in Path(checkout["LOG"]).read_text().splitlines()]
+    assert len(ran) == 9
+    assert {what.split(" ")[0] for _, what in ran} == {"pip", "pytest", "ruff", "mypy"}
+    for limit, what in ran:
+        assert limit.isdecimal(), f"no limit: {what}"
+        assert 60 <= int(limit) <= 3600, what
+
+
+def test_a_step_that_runs_out_of_time_is_named(checkout: dict[str, str]) -> None:
+    # the step's own limit is in seconds of the script: make both one second
+    script = Path(checkout["LOG"]).parent / ".ci" / "run"
+    script.write_text(script.read_text().replace('step 900 "types"', 'step 1 "types"'))
+    done = run({**checkout, "SHORT": "mypy"})
+    assert done.returncode == 124
+    assert ".ci/run: ran out of time after 1 s: types" in done.stderr
+    assert "=== kernels" not in done.stdout
+
+
+def test_a_step_that_fails_is_not_said_to_be_late(checkout: dict[str, str]) -> None:
+    (Path(checkout["LOG"]).parent / "tools" / "mypy").write_text("#!/bin/sh\nexit 7\n")
+    done = run(checkout)
+    assert done.returncode == 7
+    assert "ran out of time" not in done.stderr
+
+
+def test_every_test_has_a_limit(pytestconfig: pytest.Config) -> None:
+    assert pytestconfig.pluginmanager.hasplugin("timeout"), "pip install 'lcconformer[test]'"
+    assert pytestconfig.getini("timeout") == "300"
+    assert pytestconfig.getini("timeout_method") == "thread"
+
+
+def test_a_test_that_no_signal_reaches_ends(tmp_path: Path) -> None:
+    """Compiled code that never returns: no handler of Python's runs."""
+    (tmp_path / "test_hang.py").write_text(
+        "import signal, time\n"
+        "def test_hangs():\n"
+        "    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())\n"
+        "    time.sleep(200)\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, "-o", "timeout=1"]
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider", tmp_path / "test_hang.py"], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 1
+    assert "test_hangs" in done.stdout + done.stderr
+    assert "Timeout" in done.stdout + done.stderr
