@@ -31,8 +31,8 @@ def test_gpu_script_dry_run_goes_through_every_part(tmp_path):
     summary = (tmp_path / "summary.txt").read_text()
     assert done.returncode == 0
     assert "missing: a GPU that torch can use" in summary
-    assert "!!" not in summary
-    assert "-- " not in summary
+    assert "\n!! " not in summary
+    assert "\n-- " not in summary  # the sign of a part that was stopped
     parts = SCRIPT.read_text().count('\nstage "') + SCRIPT.read_text().count('\nbench "')
     assert summary.count("\nok ") == parts
     assert ", 0 parts failed; " in summary
