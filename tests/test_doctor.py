@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lcconformer import extension, doctor, ops
+from lcconformer import doctor, extension, ops
 from lcconformer.__main__ import main
 from lcconformer.ops.samples import CALLS, Sizes
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import lcconformer
-
 from lcconformer.ops.registry import BACKENDS
 
 from ..core.case import Case

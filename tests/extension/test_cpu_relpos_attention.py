@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+from lcconformer.ops._cpu_relpos_attention import forward
 from torch import Tensor
 
 from lcconformer import ops
-from lcconformer.ops._cpu_relpos_attention import forward
 from lcconformer.ops.dropout import dropout_seed
 from lcconformer.ops.relpos_attention import relpos_attention_reference
 

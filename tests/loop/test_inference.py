@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from lcconformer import Conformer, ConformerConfig, ConformerEncoder, extension, backend, engine
+from lcconformer import Conformer, ConformerConfig, ConformerEncoder, backend, engine, extension
 from lcconformer.ops import _backend
 
 from ..conftest import with_random_values

@@ -17,7 +17,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from lcconformer import ConformerConfig, ConformerEncoder, extension, engine
+from lcconformer import ConformerConfig, ConformerEncoder, engine, extension
 from lcconformer.loop import weights
 
 if (_reason := extension.why_missing()) is not None:

@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("triton")
 
 from lcconformer import ops
-from lcconformer.ops.registry import backend
 from lcconformer.ops.feed_forward import feed_forward_reference
+from lcconformer.ops.registry import backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("x", "norm_weight", "norm_bias", "w1", "b1", "w2", "b2")

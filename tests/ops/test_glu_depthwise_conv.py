@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("triton")
 
 from lcconformer import ops
-from lcconformer.ops.registry import backend
 from lcconformer.ops.glu_depthwise_conv import glu_depthwise_conv_reference
+from lcconformer.ops.registry import backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NORMS = ["none", "layer", "batch", "group"]
