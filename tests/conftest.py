@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from lcconformer.ops.registry import forget_choices
 from lcconformer.tolerance import allowed_error, largest_error, passes
 
 # Triton reads this when it decorates a kernel: without a GPU the kernels run in its interpreter
@@ -53,6 +54,8 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+    # what an earlier test patched may have decided them
+    forget_choices()
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,8 @@ import torch
 
 from lcconformer import ConformerConfig, ConformerEncoder, backend, engine, info, loop, ops
 from lcconformer.__main__ import main
-from lcconformer.ops import _backend
+from lcconformer.ops import registry
+from lcconformer.ops.samples import TRAITS, Sizes
 
 
 def test_covers_every_op_device_and_mode(capsys):
@@ -22,7 +23,7 @@ def test_covers_every_op_device_and_mode(capsys):
     assert rows == {(op, device, mode) for op in ops.__all__ for device in devices for mode in (False, True)}
     for row in found["ops"]:
         # every backend is the choice, or has reasons against it; torch needs none
-        assert {row["backend"], "torch", *row["against"]} == set(_backend.BACKENDS)
+        assert {row["backend"], "torch", *row["against"]} == set(registry.BACKENDS)
         assert all(row["against"].values())
     assert {(e["device"], e["training"]) for e in found["engines"]} == {(d, m) for d in devices for m in (False, True)}
     assert all((row["engine"] == "modules") == bool(row["against"]) for row in found["engines"])
@@ -68,36 +69,34 @@ def test_a_forced_engine_is_shown(capsys):
     assert "inference cpu float32: none not loop: backend 'torch' is forced" in text
 
 
-def test_asking_computes_nothing(monkeypatch):
-    """An op that chooses a backend stops there, and the next call runs as always."""
-    reached = []
+class Refusing:
+    """A backend with these reasons against it."""
 
-    def op():
-        _backend.select("an_op", "cpu", {"cpu": lambda: ["no reason at all"]})
-        reached.append(True)
+    def __init__(self, *reasons: str) -> None:
+        self.reasons = list(reasons)
 
-    candidates = _backend.candidates_of(op)
-    assert not reached
-    assert candidates["cpu"]() == ["no reason at all"]
-    op()
-    assert reached == [True]
+    def unsupported(self, traits: object) -> list[str]:
+        return self.reasons
 
 
-def test_choice_is_that_of_select(monkeypatch):
-    """What the table says is what the op takes: candidates with and without reasons, in every order of preference."""
-    for reasons, want in (({"cpu": []}, "cpu"), ({"cpu": ["too small"]}, "torch"), ({"triton": []}, "torch")):
-        candidates = {name: (lambda r=r: r) for name, r in reasons.items()}
-
-        def fake(op, tensor, sizes, lengths, candidates=candidates):
-            _backend.select("feed_forward", "cpu", candidates)
-            pytest.fail("the op ran")
-
-        monkeypatch.setitem(info.CALLS, "feed_forward", fake)
-        row = next(r for r in info.collect()["ops"] if r["op"] == "feed_forward" and r["device"] == "cpu")
-        assert row["backend"] == want
-        for name, r in reasons.items():
-            if name != want:
-                assert row["against"][name] == (r or ["could serve; LCCONFORMER_BACKEND=triton forces it"])
+@pytest.mark.parametrize(
+    ("backends", "want"),
+    [
+        ({"cpu": Refusing()}, "cpu"),
+        ({"cpu": Refusing("too small")}, "torch"),
+        ({"triton": Refusing()}, "torch"),
+        ({"triton": Refusing(), "cpu": Refusing()}, "cpu"),
+    ],
+)
+def test_what_the_table_says_is_what_the_op_takes(monkeypatch, backends, want):
+    monkeypatch.setitem(registry.OPS, "feed_forward", registry.OPS["feed_forward"])
+    op = registry.Op("feed_forward", backends)  # takes the place of the real one
+    row = next(r for r in info.collect()["ops"] if r["op"] == "feed_forward" and r["device"] == "cpu")
+    traits = TRAITS["feed_forward"](torch.device("cpu"), torch.float32, Sizes())
+    assert row["backend"] == want == op.choose(traits)
+    for name, made in backends.items():
+        if name != want:
+            assert row["against"][name] == (made.reasons or [f"could serve; LCCONFORMER_BACKEND={name} forces it"])
 
 
 def test_evidence(capsys, monkeypatch):

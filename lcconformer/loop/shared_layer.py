@@ -290,7 +290,7 @@ class SharedLayer:
         c, batch = self.kernels.glu_depthwise_conv.forward(replace(self._conv, x=p.view(*shape, -1)), False)
         mean, var = self._running
         if update and mean is not None and var is not None:
-            update_running(mean, var, batch.mean, batch.var, batch.count, self.plan.momentum)
+            update_running(mean, var, batch.mean, batch.var, batch.frames, self.plan.momentum)
         return self._linear("conv.pointwise2", c.reshape(h.shape)), [p]
 
     def _convolution_backward(self, dy, inner, shape, gradients) -> tuple[Tensor, Tensor]:

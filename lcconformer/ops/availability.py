@@ -44,8 +44,9 @@ def _cuda_missing(device_type: str, index: int | None) -> list[str]:
 
 
 # what torch.compiler.assume_constant_result does, without its import of torch._dynamo and triton (over a second)
-for _constant in (_missing, _triton_missing, _cuda_missing):
-    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_triton_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_cuda_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def cpu_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:

@@ -14,8 +14,8 @@ __all__ = ["drawn_from", "dropout_seed"]
 def dropout_seed(x: Tensor, dropout_p: float, shape: tuple[int, ...] = (1,)) -> Tensor | None:
     """Draw the key of the counter-based dropout: int64 of ``shape`` on the device of ``x``; None without dropout.
 
-    It comes from the generator of the device: no synchronisation, a fresh one at every replay of a CUDA graph, and the same one
-    again when activation checkpointing recomputes.
+    It comes from the generator of the device: no synchronisation, a fresh one at every replay of a CUDA graph, and the same
+    one again when activation checkpointing recomputes.
     """
     if dropout_p == 0.0:
         return None

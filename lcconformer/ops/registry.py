@@ -1,7 +1,7 @@
 """The backends of each op, and the choice among them for a call.
 
-Backends, best first: ``cuda`` (csrc/cuda), ``triton`` (kernels/), ``cpu`` (csrc/cpu), ``torch`` (plain PyTorch).  ``auto`` takes
-the first one that can serve and logs a fallback once; a forced backend raises with its reasons instead.
+Backends, best first: ``cuda`` (csrc/cuda), ``triton`` (kernels/), ``cpu`` (csrc/cpu), ``torch`` (plain PyTorch).  ``auto``
+takes the first one that can serve and logs a fallback once; a forced backend raises with its reasons instead.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 class Traits(Protocol):
-    """Everything of a call that the backends of its op decide by; hashable, so that a choice is made once for all calls alike."""
+    """Everything of a call that the backends of its op decide by; hashable, so that all calls alike share one choice."""
 
     @property
     def device(self) -> torch.device: ...

@@ -152,12 +152,12 @@ def opcheck() -> dict[str, str]:
         ("batch", (bias, lengths), (*affine, *stats), (*stats, empty)),
         ("none", (None, None), (None,) * 4, (empty,) * 3),
     ):
-        options = (norm, 1, False, EPS)
+        options = (norm, 1, False, EPS, "silu")
         forward, backward = torch.ops.lcconformer.glu_depthwise_conv_fwd, torch.ops.lcconformer.glu_depthwise_conv_bwd
         calls = {
             "forward": (forward, (x, weight, *given, *norm_args, *options, True)),
             "forward, nothing saved": (forward, (x, weight, *given, *norm_args, *options, False)),
-            "backward": (backward, (dout, x, weight, given[1], *norm_args[:2], y, *saved, *options)),
+            "backward": (backward, (dout, x, weight, *given, *norm_args, *options, y, *saved)),
         }
         for name, (operator, args) in calls.items():
             result = torch.library.opcheck(

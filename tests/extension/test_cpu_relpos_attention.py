@@ -6,12 +6,13 @@ import math
 
 import pytest
 import torch
-from lcconformer.ops._cpu_relpos_attention import forward
 from torch import Tensor
 
 from lcconformer import ops
 from lcconformer.ops.dropout import dropout_seed
 from lcconformer.ops.relpos_attention import relpos_attention_reference
+from lcconformer.ops.relpos_attention.arguments import RelposAttention
+from lcconformer.ops.relpos_attention.cpu import forward
 
 from .cpu_kernels import FRAMES, LEVELS, keep_factor, kernels, run
 
@@ -153,7 +154,7 @@ def test_plain_attention(assert_close):
     """Without positions; the op sends that to PyTorch, the kernel serves it all the same."""
     q, k, v = (torch.randn(2, 70, 2, 16) for _ in range(3))
     lengths = torch.tensor([70, 30])
-    out, _ = forward(q, k, v, None, None, None, lengths, None, None, 0.0)
+    out, _ = forward(RelposAttention(q, k, v, None, None, None, lengths, None, None, 0.0))
     low = relpos_attention_reference(q, k, v, lengths=lengths)
     ref = relpos_attention_reference(q.double(), k.double(), v.double(), lengths=lengths)
     assert_close("out", out, ref, low, 2)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lcconformer import Conformer, ConformerConfig, ConformerEncoder, backend, engine, extension
-from lcconformer.ops import _backend
+from lcconformer.ops.registry import record
 
 from ..conftest import with_random_values
 
@@ -213,21 +213,17 @@ def test_torchaudio_signature(assert_close):
 # when it serves, and when not
 
 
-def runs_the_engine(monkeypatch: pytest.MonkeyPatch, encoder: ConformerEncoder, x: torch.Tensor) -> bool:
-    """With the choice left to the library."""
-    served: list[str] = []
-    select = _backend.select
-    monkeypatch.setattr(_backend, "select", lambda op, *args: served.append(op) or select(op, *args))
-    with torch.no_grad():
+def runs_the_engine(encoder: ConformerEncoder, x: torch.Tensor) -> bool:
+    """Whether the library, left to choose, runs the encoder on the engine."""
+    with record() as served, torch.no_grad():
         encoder(x)
-    monkeypatch.undo()
     return "shared_loop" in served
 
 
-def test_serves_by_default(monkeypatch):
-    assert runs_the_engine(monkeypatch, make_encoder(), torch.randn(2, 9, 24))
+def test_serves_by_default():
+    assert runs_the_engine(make_encoder(), torch.randn(2, 9, 24))
     with engine("modules"):
-        assert not runs_the_engine(monkeypatch, make_encoder(), torch.randn(2, 9, 24))
+        assert not runs_the_engine(make_encoder(), torch.randn(2, 9, 24))
 
 
 class Scaled(nn.Linear):
@@ -258,14 +254,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("change", "reason"), REFUSED.values(), ids=REFUSED.keys())
-def test_refuses_an_encoder_it_does_not_know(monkeypatch, change, reason):
+def test_refuses_an_encoder_it_does_not_know(change, reason):
     encoder, x = make_encoder(), torch.randn(1, 9, 24)
-    assert runs_the_engine(monkeypatch, encoder, x)
+    assert runs_the_engine(encoder, x)
     change(encoder)
     with engine("loop"), torch.no_grad(), pytest.raises(NotImplementedError, match=reason):
         encoder(x)
     if reason != "a weight is not":  # which the modules refuse too
-        assert not runs_the_engine(monkeypatch, encoder, x)
+        assert not runs_the_engine(encoder, x)
 
 
 def test_refuses_under_hooks_on_every_module():
@@ -282,9 +278,9 @@ def test_refuses_under_hooks_on_every_module():
     ("changes", "reason"),
     [({"position": "rotary"}, "rotary"), ({"activation": "gelu"}, "gelu")],
 )
-def test_refuses_what_it_has_no_kernel_for(monkeypatch, changes, reason):
+def test_refuses_what_it_has_no_kernel_for(changes, reason):
     encoder, x = make_encoder(**changes), torch.randn(1, 9, 24)
-    assert not runs_the_engine(monkeypatch, encoder, x)
+    assert not runs_the_engine(encoder, x)
     with engine("loop"), torch.no_grad(), pytest.raises(NotImplementedError, match=reason):
         encoder(x)
 
@@ -303,9 +299,9 @@ def test_refuses_other_backends_and_dtypes():
 def test_bfloat16_is_left_to_the_modules_where_they_are_faster(monkeypatch):
     encoder = make_encoder().bfloat16()
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert not runs_the_engine(monkeypatch, encoder, torch.randn(1, 400, 24).bfloat16())
+    assert not runs_the_engine(encoder, torch.randn(1, 400, 24).bfloat16())
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert runs_the_engine(monkeypatch, encoder, torch.randn(1, 40, 24).bfloat16())
+    assert runs_the_engine(encoder, torch.randn(1, 40, 24).bfloat16())
 
 
 def test_gradients_come_from_elsewhere():

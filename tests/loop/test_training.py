@@ -297,7 +297,11 @@ def test_frozen_statistics():
 @pytest.mark.parametrize("convolution_first", [False, True])
 def test_dropout_on_the_fused_kernels(convolution_first):
     """Output and gradients are those of the plain layer with the very masks the kernels draw."""
-    from lcconformer.ops import _cpu_feed_forward, _cpu_relpos_attention, _cpu_residual_layer_norm
+    from lcconformer.ops.feed_forward import cpu as feed_forward
+    from lcconformer.ops.relpos_attention import RelposAttention
+    from lcconformer.ops.relpos_attention import cpu as relpos_attention
+    from lcconformer.ops.residual_layer_norm import ResidualLayerNorm
+    from lcconformer.ops.residual_layer_norm import cpu as residual_layer_norm
 
     encoder = make_encoder(dropout=0.4, num_layers=2, num_heads=1, convolution_first=convolution_first)
     (layer,), x, p = encoder.layers, data(torch.float32), 0.4
@@ -307,16 +311,17 @@ def test_dropout_on_the_fused_kernels(convolution_first):
 
     def on(seed):
         ones = torch.ones(27, 16)
-        return _cpu_residual_layer_norm.forward(0 * ones, ones, ones[0], ones[0], seed, 1.0, p, 1e-5)[0].view(3, 9, 16)
+        call = ResidualLayerNorm(0 * ones, ones, ones[0], ones[0], seed, 1.0, p, 1e-5)
+        return residual_layer_norm.forward(call)[0].view(3, 9, 16)
 
     def inside(seed):
         large = torch.full((27, 24), 100.0)
-        return (_cpu_feed_forward.activation(large, None, seed, p) / 100).view(3, 9, 24)
+        return (feed_forward.activation(large, None, seed, p) / 100).view(3, 9, 24)
 
     def of_weights(seed):  # [B, H, T, T]
         q = torch.zeros(3, 9, 1, 16)
         v = torch.eye(9, 16)[None, :, None].expand(3, 9, 1, 16).contiguous()
-        out, _ = _cpu_relpos_attention.forward(q, q, v, None, None, None, None, None, seed, p)
+        out, _ = relpos_attention.forward(RelposAttention(q, q, v, None, None, None, None, None, seed, p))
         return 9 * out[..., :9].transpose(1, 2)
 
     masks = []

@@ -154,12 +154,13 @@ def test_opcheck(layout, dropout_p):
         args[0] = args[0].permute(1, 2, 0).contiguous().permute(2, 0, 1)
         args[3], args[5] = (w.t().contiguous().t() for w in (args[3], args[5]))
     seed = torch.tensor([7], device=DEVICE) if dropout_p else None
+    options = (seed, 0.5, "silu", dropout_p, 1e-5)
     forward = torch.ops.lcconformer.feed_forward_fwd.default
     for save in (False, True):
-        torch.library.opcheck(forward, (*args, seed, 0.5, dropout_p, 1e-5, save))
-    out, *saved = forward(*args, seed, 0.5, dropout_p, 1e-5, True)
+        torch.library.opcheck(forward, (*args, *options, save))
+    out, *saved = forward(*args, *options, True)
     backward = torch.ops.lcconformer.feed_forward_bwd.default
-    torch.library.opcheck(backward, (out, *args[:6], *saved, seed, 0.5, dropout_p))
+    torch.library.opcheck(backward, (out, *args, *options, *saved))
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])

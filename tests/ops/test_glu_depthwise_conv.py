@@ -165,16 +165,15 @@ def test_opcheck(norm, layout):
         args["weight"] = args["weight"].t().contiguous().t()
     names = ("x", "weight", "bias", "lengths", "norm_weight", "norm_bias", "running_mean", "running_var")
     tensors = [args.get(name) for name in names]
-    options = (norm, 2, norm == "batch", 1e-5)
+    options = (norm, 2, norm == "batch", 1e-5, "silu")
     forward = torch.ops.lcconformer.glu_depthwise_conv_fwd.default
     torch.library.opcheck(forward, (*tensors, *options, True))
     torch.library.opcheck(forward, (*tensors, *options, False), test_utils=("test_schema", "test_faketensor"))
     out, *saved = forward(*tensors, *options, True)
-    x, weight, _bias, lengths, *norm_parameters = tensors[:6]
     dout = torch.randn_like(out).transpose(0, 1).contiguous().transpose(0, 1)
     torch.library.opcheck(
         torch.ops.lcconformer.glu_depthwise_conv_bwd.default,
-        (dout, x, weight, lengths, *norm_parameters, *saved, *options),
+        (dout, *tensors, *options, *saved),
     )
 
 

@@ -291,7 +291,7 @@ def test_opcheck(permuted, with_options):
     inputs = (q, k, v, pos, u, v_bias, lengths, None, seed)
     torch.library.opcheck(torch.ops.lcconformer.relpos_attention_fwd.default, (*inputs, p))
     out, lse = torch.ops.lcconformer.relpos_attention_fwd(*inputs, p)
-    torch.library.opcheck(torch.ops.lcconformer.relpos_attention_bwd.default, (dout, *inputs, out, lse, p))
+    torch.library.opcheck(torch.ops.lcconformer.relpos_attention_bwd.default, (dout, *inputs, p, out, lse))
 
 
 def test_fake_tensors_of_a_gpu():

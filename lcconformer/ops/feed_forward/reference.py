@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def backward(
     dout: Tensor, args: FeedForward, mean: Tensor, rstd: Tensor, u: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     names = [n for n in ("x", "norm_weight", "norm_bias", "w1", "b1", "w2", "b2") if getattr(args, n) is not None]
-    leaves = {n: getattr(args, n).detach().requires_grad_() for n in names}
+    leaves: dict[str, Any] = {n: getattr(args, n).detach().requires_grad_() for n in names}
     with torch.enable_grad(), drawn_from(args.seed):
         again = apply(dataclasses.replace(args, **leaves))
     of = dict(zip(names, torch.autograd.grad(again, list(leaves.values()), dout)))

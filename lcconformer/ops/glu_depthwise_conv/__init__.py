@@ -102,9 +102,9 @@ def glu_depthwise_conv(
     if backend == "torch":
         return reference.apply(args, momentum)
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, weight, bias, *affine)):
-        out, *batch = GluDepthwiseConvFn.apply(*args.flat(), backend)
+        out, mean, var, frames = GluDepthwiseConvFn.apply(*args.flat(), backend)
     else:
-        out, _y, *batch = torch.ops.lcconformer.glu_depthwise_conv_fwd(*args.flat(), False, backend=backend)
+        out, _y, mean, var, frames = torch.ops.lcconformer.glu_depthwise_conv_fwd(*args.flat(), False, backend=backend)
     if args.training and running_mean is not None and running_var is not None:
-        update_running(running_mean, running_var, *batch, momentum)
+        update_running(running_mean, running_var, mean, var, frames, momentum)
     return out

@@ -66,13 +66,13 @@ class Statistics(NamedTuple):
     Attributes:
         y: ``[B, T, C]`` the convolution before the norm; empty if not saved.
         mean, var: float32 ``[C]`` (batch) or ``[B, G]`` (group), else empty.
-        count: float32 ``[1]`` real frames of a training batch, else empty.
+        frames: float32 ``[1]`` real frames of a training batch, else empty.
     """
 
     y: Tensor
     mean: Tensor
     var: Tensor
-    count: Tensor
+    frames: Tensor
 
 
 class Backend(Protocol):

@@ -98,7 +98,7 @@ def backward(dout: Tensor, args: GluDepthwiseConv, saved: Statistics) -> tuple[T
         y=pointer(saved.y),
         mean=pointer(saved.mean),
         var=pointer(saved.var),
-        count=pointer(saved.count),
+        count=pointer(saved.frames),
         dout=pointer(dout),
         dout_stride_b=dout.stride(0),
         dout_stride_t=dout.stride(1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +21,16 @@ def _wide(y: Tensor) -> Tensor:
     return y.float() if y.dtype in (torch.float16, torch.bfloat16) else y
 
 
-def _batch_statistics(y: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean ``[C]``, biased variance ``[C]`` and number of the real frames of ``y [B, T, C]``."""
+class Batch(NamedTuple):
+    """Mean ``[C]``, biased variance ``[C]`` and number of the real frames of a batch."""
+
+    mean: Tensor
+    var: Tensor
+    frames: Tensor
+
+
+def _batch_statistics(y: Tensor, real: Tensor | None) -> Batch:
+    """Take the statistics of ``y [B, T, C]`` where ``real [B, T, 1]``."""
     x = _wide(y)
     if real is None:
         count = torch.full((), x.shape[0] * x.shape[1], dtype=x.dtype, device=x.device)
@@ -31,7 +40,7 @@ def _batch_statistics(y: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, T
         count = real.sum().to(x.dtype)
         mean = x.masked_fill(~real, 0.0).sum((0, 1)) / count.clamp(min=1)
         centred = (x - mean).masked_fill(~real, 0.0)
-    return mean, centred.square().sum((0, 1)) / count.clamp(min=1), count
+    return Batch(mean, centred.square().sum((0, 1)) / count.clamp(min=1), count)
 
 
 @torch.no_grad()
@@ -76,14 +85,15 @@ def _convolution(args: GluDepthwiseConv) -> tuple[Tensor, Tensor | None]:
     return y, real
 
 
-def _norm_and_activation(args: GluDepthwiseConv, y: Tensor, real: Tensor | None, batch: tuple[Tensor, ...]) -> Tensor:
+def _norm_and_activation(args: GluDepthwiseConv, y: Tensor, real: Tensor | None, batch: Batch | None) -> Tensor:
     """Finish ``y [B, T, C]``; ``batch`` holds the statistics of a training BatchNorm."""
     weight, bias = args.norm_weight, args.norm_bias
     if args.norm == "layer":
         y = F.layer_norm(y, y.shape[-1:], weight, bias, args.eps)
     elif args.norm == "batch":
-        mean, var = batch[:2] if args.training else (args.running_mean, args.running_var)
-        assert weight is not None and bias is not None and mean is not None and var is not None
+        mean, var = (args.running_mean, args.running_var) if batch is None else (batch.mean, batch.var)
+        if weight is None or bias is None or mean is None or var is None:
+            raise ValueError("glu_depthwise_conv: norm='batch' needs norm_weight, norm_bias and statistics; got None")
         scale = weight * torch.rsqrt(var + args.eps).to(weight.dtype)
         y = y * scale.to(y.dtype) + (bias - mean.to(bias.dtype) * scale).to(y.dtype)
     elif args.norm == "group":
@@ -96,9 +106,9 @@ def apply(args: GluDepthwiseConv, momentum: float | None = None) -> Tensor:
     y, real = _convolution(args)
     if not y.shape[1]:
         return y
-    batch = _batch_statistics(y, real) if args.training else ()
-    if momentum is not None and args.training and args.running_mean is not None and args.running_var is not None:
-        update_running(args.running_mean, args.running_var, *batch, momentum)
+    batch = _batch_statistics(y, real) if args.training else None
+    if momentum is not None and batch is not None and args.running_mean is not None and args.running_var is not None:
+        update_running(args.running_mean, args.running_var, batch.mean, batch.var, batch.frames, momentum)
     return _norm_and_activation(args, y, real, batch)
 
 
@@ -133,12 +143,11 @@ def unsupported(traits: Traits) -> list[str]:
 def forward(args: GluDepthwiseConv, save: bool) -> tuple[Tensor, Statistics]:
     """Save the statistics of BatchNorm alone: the backward recomputes the forward under autograd."""
     y, real = _convolution(args)
-    batch = _batch_statistics(y, real) if args.training else ()
+    batch = _batch_statistics(y, real) if args.training else None
     out = _norm_and_activation(args, y, real, batch).contiguous()
     nothing = y.new_empty((0,))
-    if batch:
-        mean, var, count = batch
-        return out, Statistics(nothing, mean, var, count[None])
+    if batch is not None:
+        return out, Statistics(nothing, batch.mean, batch.var, batch.frames[None])
     if save and args.running_mean is not None and args.running_var is not None:
         return out, Statistics(nothing, args.running_mean.clone(), args.running_var.clone(), nothing)
     return out, Statistics(nothing, nothing, nothing, nothing)
@@ -149,9 +158,9 @@ def backward(dout: Tensor, args: GluDepthwiseConv, saved: Statistics) -> tuple[T
     leaves = {n: getattr(args, n).detach().requires_grad_() for n in names}
     bias = args.x.new_zeros(args.weight.shape[0]) if args.bias is None else args.bias.detach()
     leaves["bias"] = bias.requires_grad_()
-    running = {"running_mean": saved.mean, "running_var": saved.var}
+    changed: dict[str, Any] = {**leaves, "running_mean": saved.mean, "running_var": saved.var}
     with torch.enable_grad():
-        recomputed = apply(dataclasses.replace(args, **leaves, **running))
+        recomputed = apply(dataclasses.replace(args, **changed))
     of = dict(zip(leaves, torch.autograd.grad(recomputed, list(leaves.values()), dout)))
     dnorm = torch.stack((of["norm_bias"], of["norm_weight"])) if "norm_bias" in of else args.x.new_empty((0,))
     return of["x"], of["weight"].t(), of["bias"], dnorm

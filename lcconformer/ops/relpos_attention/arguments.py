@@ -41,6 +41,12 @@ class RelposAttention(Contract):
     seed: Tensor | None
     dropout_p: float
 
+    def positions(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return pos, u and v_bias of a call with positions."""
+        if self.pos is None or self.u is None or self.v_bias is None:
+            raise ValueError("relpos_attention: this backend needs pos, u and v_bias; got None")
+        return self.pos, self.u, self.v_bias
+
 
 class Traits(NamedTuple):
     """What decides the backend: device and dtype of q, and the width D of a head."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,9 +85,8 @@ def forward(args: RelposAttention) -> tuple[Tensor, Tensor]:
 
 def backward(dout: Tensor, args: RelposAttention, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
     """Recompute the forward under autograd."""
-    tensors = [
-        x.detach().requires_grad_() for x in (args.q, args.k, args.v, args.pos, args.u, args.v_bias) if x is not None
-    ]
+    inputs = {n: getattr(args, n) for n in ("q", "k", "v", "pos", "u", "v_bias") if getattr(args, n) is not None}
+    leaves: dict[str, Any] = {n: x.detach().requires_grad_() for n, x in inputs.items()}
     with torch.enable_grad(), drawn_from(args.seed):
-        again = apply(RelposAttention(*tensors, *(None,) * (6 - len(tensors)), *args.flat()[6:]))
-    return torch.autograd.grad(again, tensors, dout)
+        recomputed = apply(dataclasses.replace(args, **leaves))
+    return torch.autograd.grad(recomputed, list(leaves.values()), dout)

@@ -20,17 +20,15 @@ def unsupported(traits: Traits) -> list[str]:
 def forward(args: RelposAttention) -> tuple[Tensor, Tensor]:
     from lcconformer.kernels import relpos_attention as kernels
 
-    assert args.pos is not None and args.u is not None and args.v_bias is not None
     return kernels.forward(
-        args.q, args.k, args.v, args.pos, args.u, args.v_bias, args.lengths, args.cu_seqlens, args.seed, args.dropout_p
+        args.q, args.k, args.v, *args.positions(), args.lengths, args.cu_seqlens, args.seed, args.dropout_p
     )
 
 
 def backward(dout: Tensor, args: RelposAttention, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
     from lcconformer.kernels import relpos_attention as kernels
 
-    assert args.pos is not None and args.u is not None and args.v_bias is not None
     return kernels.backward(
-        dout, args.q, args.k, args.v, args.pos, args.u, args.v_bias, args.lengths, args.cu_seqlens, args.seed, out, lse,
+        dout, args.q, args.k, args.v, *args.positions(), args.lengths, args.cu_seqlens, args.seed, out, lse,
         args.dropout_p,
     )  # fmt: skip

@@ -133,6 +133,18 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     scaled = seed is not None or alpha != 1.0
     dy = s.new_empty(s.shape if scaled else (0,))
-    rows = (rows_of(x) for x in (dn, ds, s))
-    dx, dparams = _backward(*rows, mean, rstd, weight, None, None, dy if scaled else None, seed, alpha, dropout_p)
+    dx, dparams = _backward(
+        rows_of(dn),
+        rows_of(ds),
+        rows_of(s),
+        mean,
+        rstd,
+        weight,
+        None,
+        None,
+        dy if scaled else None,
+        seed,
+        alpha,
+        dropout_p,
+    )
     return dx.view(s.shape), dy, dparams

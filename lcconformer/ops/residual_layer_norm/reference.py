@@ -90,8 +90,8 @@ def backward(
     alpha: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = (x.reshape(-1, x.shape[-1]) for x in (dn, ds, s))
-    dx, dparams, _ = _gradients(*rows, mean, rstd, weight)
+    d = s.shape[-1]
+    dx, dparams, _ = _gradients(dn.reshape(-1, d), ds.reshape(-1, d), s.reshape(-1, d), mean, rstd, weight)
     dx = dx.view(s.shape)
     dy = _branch(dx, seed, alpha, dropout_p, s.dtype)
     return dx, s.new_empty((0,)) if dy is None else dy, dparams
