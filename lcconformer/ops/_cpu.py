@@ -1,8 +1,12 @@
-"""What the ops share on the CPU kernels of csrc/cpu: whether those can run, and how tensors are handed over."""
+"""What the ops share on the CPU kernels of csrc/cpu: whether those can run, and how tensors are handed over.
+
+A kernel takes an object of its arguments, e.g. ``cpu.rows_forward(cpu.RowsForward(x=pointer(x), ...))``; the structs in
+csrc/cpu/kernels.h say what the fields are.  The object holds addresses, so the caller keeps the tensors alive.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -10,17 +14,14 @@ from torch import Tensor
 
 from lcconformer import _extension
 
-__all__ = ["cpu_reasons", "dropout", "f32", "i64", "pointer", "rows_of", "run", "unit_stride"]
+__all__ = ["common", "cpu_kernels", "cpu_reasons", "dropout", "f32", "i64", "pointer", "rows_of", "unit_stride"]
 
-_DTYPES = (torch.float32, torch.bfloat16)
+_ELEMENTS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def _missing() -> str:
     """Why the extension cannot be used; empty = it can.  A constant of the process, also to a tracer."""
-    reason = _extension.why_missing()
-    if reason is None and not hasattr(_extension.load().cpu, "rows_forward"):
-        reason = "lcconformer._C is older than this source; reinstall lcconformer"
-    return reason or ""
+    return _extension.why_missing() or ""
 
 
 # what torch.compiler.assume_constant_result does, without its import of torch._dynamo
@@ -35,19 +36,28 @@ def cpu_reasons(x: Tensor) -> list[str]:
         reasons.append("under torch.compile and torch.export the reference is compiled instead")
     if x.device.type != "cpu":
         reasons.append(f"the tensors are on device type {x.device.type!r}")
-    if x.dtype not in _DTYPES:
+    if x.dtype not in _ELEMENTS:
         reasons.append(f"dtype {x.dtype} is not one of float32, bfloat16")
     return [r for r in reasons if r]
 
 
-def run(kernel: str, like: Tensor, **fields: Any) -> None:
-    """Call a kernel with the fields of its struct in csrc/cpu/kernels.h; ``like`` tells the element type."""
-    call: Callable[..., None] = getattr(_extension.load().cpu, kernel)
-    call(bf16=like.dtype == torch.bfloat16, threads=torch.get_num_threads(), **fields)
+def cpu_kernels() -> ModuleType:
+    """``_C.cpu``: the kernels, the classes of their arguments, and constants.
+
+    Raises:
+        ImportError: the extension is missing or does not fit this source.
+    """
+    return _extension.load().cpu
 
 
-def pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+def common(x: Tensor) -> dict[str, Any]:
+    """Arguments of every kernel: the element type of the big tensors, which ``x`` is one of, and the number of threads."""
+    return {"element": getattr(cpu_kernels().Element, _ELEMENTS[x.dtype]), "threads": torch.get_num_threads()}
+
+
+def pointer(x: Tensor | None, element: int = 0) -> int:
+    """Address of an element of ``x``, counted in memory from the first one; 0 without a tensor."""
+    return 0 if x is None else x.data_ptr() + element * x.element_size()
 
 
 def unit_stride(x: Tensor) -> Tensor:
@@ -69,10 +79,6 @@ def i64(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.to(torch.int64).contiguous()
 
 
-_LEVELS = 1 << 16
-
-
-def dropout(seed: Tensor | None, p: float) -> tuple[int, int, float]:
-    """Pointer to the seed, threshold and scale; the same as lcconformer.kernels._common computes."""
-    threshold = min(round(p * _LEVELS), _LEVELS - 1)
-    return pointer(seed), threshold, _LEVELS / (_LEVELS - threshold)
+def dropout(seed: Tensor | None, p: float) -> Any:
+    """``cpu.Dropout``; without a seed nothing is dropped."""
+    return cpu_kernels().Dropout(pointer(seed), p)

@@ -5,14 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._cpu import dropout, f32, pointer, rows_of, run
+from ._cpu import common, cpu_kernels, dropout, f32, pointer, rows_of
 from ._cpu_linear import matmul_transposed, weight_gradient
 from ._cpu_residual_layer_norm import layer_norm, layer_norm_backward
 
 __all__ = ["activation", "activation_backward", "backward", "forward", "up", "up_backward"]
-
-_HIDDEN, _OUTPUT = 0, 1  # dropout streams
-
 
 def activation(
     u: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: float, *, overwrite: bool = False
@@ -21,17 +18,17 @@ def activation(
     m, f = u.shape
     g = u if overwrite else torch.empty_like(u)
     bias = f32(b1)
-    run(
-        "activation_forward",
-        u,
+    cpu = cpu_kernels()
+    args = cpu.FeedForwardActivationForward(
+        **common(u),
+        rows=m,
+        columns=f,
+        dropout=dropout(seed, dropout_p),
+        out=pointer(g),
         u=pointer(u),
         bias=pointer(bias),
-        out=pointer(g),
-        dropout=dropout(seed, dropout_p),
-        stream=_HIDDEN,
-        M=m,
-        N=f,
     )
+    cpu.feed_forward_activation_forward(args)
     return g
 
 
@@ -43,20 +40,20 @@ def activation_backward(
     g = torch.empty_like(u)
     db1 = u.new_empty((f,), dtype=torch.float32)
     bias = f32(b1)
-    run(
-        "activation_backward",
-        u,
+    cpu = cpu_kernels()
+    args = cpu.FeedForwardActivationBackward(
+        **common(u),
+        rows=m,
+        columns=f,
+        dropout=dropout(seed, dropout_p),
+        out=pointer(dg),
         u=pointer(u),
         d=pointer(dg),
         bias=pointer(bias),
-        out=pointer(dg),
         g=pointer(g),
         dbias=pointer(db1),
-        dropout=dropout(seed, dropout_p),
-        stream=_HIDDEN,
-        M=m,
-        N=f,
     )
+    cpu.feed_forward_activation_backward(args)
     return dg, g, db1
 
 
@@ -90,27 +87,26 @@ def forward(
     """(out like x, mean [M], rstd [M] float32, u [M, F] = LN(x) W1'); the last three empty unless ``save``."""
     rows = rows_of(x)
     m, d = rows.shape
-    drop = dropout(seed, dropout_p)
     h, mean, rstd = layer_norm(rows, norm_weight, norm_bias, eps)
     u = matmul_transposed(h, w1)
     g = activation(u, b1, seed, dropout_p, overwrite=not save)
     z = matmul_transposed(g, w2)
     out = x.new_empty(x.shape)
     bias = f32(b2)
-    run(
-        "residual_forward",
-        x,
+    cpu = cpu_kernels()
+    args = cpu.FeedForwardResidualForward(
+        **common(x),
+        rows=m,
+        columns=d,
+        dropout=dropout(seed, dropout_p),
+        out=pointer(out),
         u=pointer(z),
         bias=pointer(bias),
         x=pointer(rows),
-        x_stride=rows.stride(0),
-        out=pointer(out),
+        x_row_stride=rows.stride(0),
         scale=scale,
-        dropout=drop,
-        stream=_OUTPUT,
-        M=m,
-        N=d,
     )
+    cpu.feed_forward_residual_forward(args)
     if not save:
         mean, rstd, u = (t.new_empty((0,)) for t in (mean, rstd, u))
     return out, mean, rstd, u
@@ -134,23 +130,21 @@ def backward(
     """(dx, (dnorm_weight, dnorm_bias) [2, D], dw1, db1, dw2, db2)"""
     rows, drows = rows_of(x), rows_of(dout)
     m, d = rows.shape
-    drop = dropout(seed, dropout_p)
-
     dz = x.new_empty((m, d))
     db2 = x.new_empty((d,), dtype=torch.float32)
-    run(
-        "residual_backward",
-        x,
-        d=pointer(drows),
-        d_stride=drows.stride(0),
+    cpu = cpu_kernels()
+    args = cpu.FeedForwardResidualBackward(
+        **common(x),
+        rows=m,
+        columns=d,
+        dropout=dropout(seed, dropout_p),
         out=pointer(dz),
+        d=pointer(drows),
+        d_row_stride=drows.stride(0),
         dbias=pointer(db2),
         scale=scale,
-        dropout=drop,
-        stream=_OUTPUT,
-        M=m,
-        N=d,
     )
+    cpu.feed_forward_residual_backward(args)
     du, g, db1 = up_backward(dz, w2, u, b1, seed, dropout_p)
     dw2 = weight_gradient(dz, g)
     del g

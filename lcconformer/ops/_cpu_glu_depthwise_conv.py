@@ -7,37 +7,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._cpu import f32, i64, pointer, run, unit_stride
+from ._cpu import common, cpu_kernels, f32, i64, pointer, unit_stride
 
 __all__ = ["backward", "forward"]
 
-_NONE, _LAYER, _RUNNING, _BATCH, _GROUP = range(5)  # enum Norm of csrc/cpu/kernels.h
+
+def _norm(norm: str, training: bool) -> str:
+    """Name of the norm in ``cpu.Norm``: a BatchNorm has statistics that are running, or those of the batch."""
+    return "running" if norm == "batch" and not training else norm
 
 
-def _norm(norm: str, training: bool) -> int:
-    if norm == "batch":
-        return _BATCH if training else _RUNNING
-    return {"none": _NONE, "layer": _LAYER, "group": _GROUP}[norm]
-
-
-def _fields(x, taps, lengths, norm_weight, norm_bias, mode, num_groups, eps) -> dict[str, Any]:
-    """The caller keeps the tensors alive."""
+def _inputs(x, taps, lengths, norm, norm_weight, norm_bias, num_groups, eps) -> dict[str, Any]:
+    """Arguments that forward and backward share."""
     b, t, _ = x.shape
     k, c = taps.shape
     return {
+        **common(x),
+        "batch": b,
+        "frames": t,
+        "channels": c,
+        "width": k,
         "x": pointer(x),
-        "x_stride_b": x.stride(0),
-        "x_stride_t": x.stride(1),
+        "x_batch_stride": x.stride(0),
+        "x_frame_stride": x.stride(1),
         "taps": pointer(taps),
         "lengths": pointer(lengths),
-        "norm": mode,
+        "norm": getattr(cpu_kernels().Norm, norm),
+        "groups": num_groups,
         "norm_weight": pointer(norm_weight),
         "norm_bias": pointer(norm_bias),
-        "B": b,
-        "T": t,
-        "C": c,
-        "K": k,
-        "groups": num_groups,
         "eps": eps,
     }
 
@@ -63,30 +61,30 @@ def forward(
     """
     b, t, _ = x.shape
     c = weight.shape[0]
-    mode = _norm(norm, training)
+    kind = _norm(norm, training)
     x, taps, lengths = unit_stride(x), f32(weight.t()), i64(lengths)
     bias, norm_weight, norm_bias = f32(bias), f32(norm_weight), f32(norm_bias)
     out = x.new_empty((b, t, c))
-    y = x.new_empty((b, t, c) if save or mode in (_BATCH, _GROUP) else (0,))
+    y = x.new_empty((b, t, c) if save or kind in ("batch", "group") else (0,))
     mean, var, count = (x.new_empty((0,), dtype=torch.float32) for _ in range(3))
-    if mode == _BATCH:
+    if kind == "batch":
         mean, var, count = (x.new_empty((n,), dtype=torch.float32) for n in (c, c, 1))
-    elif mode == _GROUP:
+    elif kind == "group":
         mean, var = (x.new_empty((b, num_groups), dtype=torch.float32) for _ in range(2))
     elif running_mean is not None and running_var is not None:
         mean, var = (s.to(torch.float32, copy=True) for s in (running_mean, running_var))
-    run(
-        "conv_forward",
-        x,
-        **_fields(x, taps, lengths, norm_weight, norm_bias, mode, num_groups, eps),
-        bias=pointer(bias),
+    cpu = cpu_kernels()
+    args = cpu.GluDepthwiseConvForward(
+        **_inputs(x, taps, lengths, kind, norm_weight, norm_bias, num_groups, eps),
         mean=pointer(mean),
         var=pointer(var),
         count=pointer(count),
+        bias=pointer(bias),
         out=pointer(out),
         y=pointer(y) if y.dim() == 3 else 0,
     )
-    if mode == _RUNNING and not save:
+    cpu.glu_depthwise_conv_forward(args)
+    if kind == "running" and not save:
         mean, var = (x.new_empty((0,), dtype=torch.float32) for _ in range(2))
     return out, y, mean, var, count
 
@@ -109,27 +107,27 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx [B, T, 2C], dweight [K, C] (transposed), dbias [C], (dnorm_bias, dnorm_weight) [2, C] or empty)."""
     c, k = weight.shape
-    mode = _norm(norm, training)
+    kind = _norm(norm, training)
     x, dout, taps, lengths = unit_stride(x), unit_stride(dout), f32(weight.t()), i64(lengths)
     scale, shift = f32(norm_weight), f32(norm_bias)
     dx = x.new_empty(x.shape)
     dtaps, dbias = (x.new_empty(shape, dtype=torch.float32) for shape in ((k, c), (c,)))
     dnorm = x.new_empty((0,) if norm_weight is None else (2, c), dtype=torch.float32)
-    run(
-        "conv_backward",
-        x,
-        **_fields(x, taps, lengths, scale, shift, mode, num_groups, eps),
-        y=pointer(y),
+    cpu = cpu_kernels()
+    args = cpu.GluDepthwiseConvBackward(
+        **_inputs(x, taps, lengths, kind, scale, shift, num_groups, eps),
         mean=pointer(mean),
         var=pointer(var),
         count=pointer(count),
+        y=pointer(y),
         dout=pointer(dout),
-        dout_stride_b=dout.stride(0),
-        dout_stride_t=dout.stride(1),
+        dout_batch_stride=dout.stride(0),
+        dout_frame_stride=dout.stride(1),
         dx=pointer(dx),
         dtaps=pointer(dtaps),
         dbias=pointer(dbias),
         dnorm=pointer(dnorm),
     )
+    cpu.glu_depthwise_conv_backward(args)
     dnorm = dnorm.to(x.dtype if norm_weight is None else norm_weight.dtype)
     return dx, dtaps.to(weight.dtype), dbias.to(weight.dtype), dnorm

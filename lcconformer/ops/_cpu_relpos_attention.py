@@ -8,37 +8,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._cpu import dropout, f32, i64, pointer, run, unit_stride
+from ._cpu import common, cpu_kernels, dropout, f32, i64, pointer, unit_stride
 
 __all__ = ["backward", "forward"]
 
 
-def _heads(x: Tensor) -> tuple[int, int, int, int]:
-    batch = x.stride(0) if x.dim() == 4 else 0
-    return x.data_ptr(), batch, x.stride(-3), x.stride(-2)
+def _heads(x: Tensor) -> Any:
+    batch_stride = x.stride(0) if x.dim() == 4 else 0
+    return cpu_kernels().Heads(
+        data=pointer(x), batch_stride=batch_stride, frame_stride=x.stride(-3), head_stride=x.stride(-2)
+    )
 
 
-def _fields(q, k, v, pos, u, v_bias, lengths, cu_seqlens, seed, dropout_p) -> dict[str, Any]:
-    """The caller keeps the tensors alive."""
+def _inputs(q, k, v, pos, u, v_bias, lengths, cu_seqlens, seed, dropout_p) -> dict[str, Any]:
+    """Arguments that forward and backward share."""
     *frames, h, d = q.shape
     b, t = frames if cu_seqlens is None else (cu_seqlens.shape[0] - 1, (pos.shape[0] + 1) // 2)
-    fields = {
+    inputs = {
+        **common(q),
+        "batch": b,
+        "frames": t,
+        "heads": h,
+        "head_dim": d,
+        "total_frames": math.prod(frames),
         "q": _heads(q),
         "k": _heads(k),
         "v": _heads(v),
         "lengths": pointer(lengths),
         "cu_seqlens": pointer(cu_seqlens),
         "dropout": dropout(seed, dropout_p),
-        "B": b,
-        "T": t,
-        "H": h,
-        "D": d,
-        "rows": math.prod(frames),
     }
     if pos is not None:
-        fields |= {"pos": pointer(pos), "pos_stride_t": pos.stride(0), "pos_stride_h": pos.stride(1)}
-        fields |= {"u": pointer(u), "v_bias": pointer(v_bias)}
-    return fields
+        inputs |= {"pos": pointer(pos), "pos_frame_stride": pos.stride(0), "pos_head_stride": pos.stride(1)}
+        inputs |= {"u": pointer(u), "v_bias": pointer(v_bias)}
+    return inputs
 
 
 def forward(
@@ -60,8 +63,9 @@ def forward(
     u, v_bias, lengths, cu_seqlens = f32(u), f32(v_bias), i64(lengths), i64(cu_seqlens)
     out = q.new_empty(q.shape)
     lse = q.new_empty((h, math.prod(frames)), dtype=torch.float32)
-    fields = _fields(q, k, v, pos, u, v_bias, lengths, cu_seqlens, seed, dropout_p)
-    run("attention_forward", q, **fields, out=pointer(out), lse=pointer(lse))
+    inputs = _inputs(q, k, v, pos, u, v_bias, lengths, cu_seqlens, seed, dropout_p)
+    cpu = cpu_kernels()
+    cpu.relpos_attention_forward(cpu.RelposAttentionForward(**inputs, out=pointer(out), lse=pointer(lse)))
     return out, lse
 
 
@@ -87,8 +91,16 @@ def backward(
     u, v_bias, lengths, cu_seqlens = f32(u), f32(v_bias), i64(lengths), i64(cu_seqlens)
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
     shared = [x.new_empty(x.shape, dtype=torch.float32) for x in given]
-    fields = _fields(q, k, v, pos, u, v_bias, lengths, cu_seqlens, seed, dropout_p)
-    fields |= dict(zip(("dpos", "du", "dv_bias"), map(pointer, shared)))
-    fields |= {"dq": pointer(dq), "dk": pointer(dk), "dv": pointer(dv)}
-    run("attention_backward", q, **fields, out=pointer(out), lse=pointer(lse), dout=_heads(dout))
+    cpu = cpu_kernels()
+    args = cpu.RelposAttentionBackward(
+        **_inputs(q, k, v, pos, u, v_bias, lengths, cu_seqlens, seed, dropout_p),
+        out=pointer(out),
+        lse=pointer(lse),
+        dout=_heads(dout),
+        dq=pointer(dq),
+        dk=pointer(dk),
+        dv=pointer(dv),
+        **dict(zip(("dpos", "du", "dv_bias"), map(pointer, shared))),
+    )
+    cpu.relpos_attention_backward(args)
     return dq, dk, dv, *(x.to(like.dtype) for x, like in zip(shared, given))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._cpu import dropout, f32, pointer, rows_of, run
+from ._cpu import common, cpu_kernels, dropout, f32, pointer, rows_of
 
 __all__ = ["backward", "forward", "layer_norm", "layer_norm_backward"]
 
@@ -15,20 +15,21 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Ten
     n = x.new_empty(x.shape)
     mean, rstd = (x.new_empty(x.shape[:1], dtype=torch.float32) for _ in range(2))
     w, b = f32(weight), f32(bias)
-    run(
-        "layer_norm_forward",
-        x,
+    cpu = cpu_kernels()
+    args = cpu.ResidualLayerNormForward(
+        **common(x),
+        rows=x.shape[0],
+        columns=x.shape[1],
         x=pointer(x),
-        x_stride=x.stride(0),
+        x_row_stride=x.stride(0),
         weight=pointer(w),
         bias=pointer(b),
         n=pointer(n),
         mean=pointer(mean),
         rstd=pointer(rstd),
         eps=eps,
-        M=x.shape[0],
-        D=x.shape[1],
     )
+    cpu.residual_layer_norm_forward(args)
     return n, mean, rstd
 
 
@@ -52,28 +53,29 @@ def layer_norm_backward(
     dx = s.new_empty((m, d))
     dparams = s.new_empty((2, d), dtype=torch.float32)
     w, b = f32(weight), f32(bias)
-    run(
-        "layer_norm_backward",
-        s,
-        x=pointer(s),
-        x_stride=s.stride(0),
+    cpu = cpu_kernels()
+    args = cpu.ResidualLayerNormBackward(
+        **common(s),
+        rows=m,
+        columns=d,
+        s=pointer(s),
+        s_row_stride=s.stride(0),
         dn=pointer(dn),
-        dn_stride=dn.stride(0),
+        dn_row_stride=dn.stride(0),
         ds=pointer(ds),
-        ds_stride=ds.stride(0),
+        ds_row_stride=ds.stride(0),
         weight=pointer(w),
         bias=pointer(b),
-        n=pointer(n),
         mean=pointer(mean),
         rstd=pointer(rstd),
+        n=pointer(n),
         dx=pointer(dx),
         dy=pointer(dy),
         dparams=pointer(dparams),
         alpha=alpha,
         dropout=dropout(seed, dropout_p),
-        M=m,
-        D=d,
     )
+    cpu.residual_layer_norm_backward(args)
     return dx, dparams.to(weight.dtype)
 
 
@@ -93,13 +95,15 @@ def forward(
     s, n = x.new_empty(x.shape), x.new_empty(x.shape)
     mean, rstd = (x.new_empty((m,), dtype=torch.float32) for _ in range(2))
     w, b = f32(weight), f32(bias)
-    run(
-        "layer_norm_forward",
-        x,
+    cpu = cpu_kernels()
+    args = cpu.ResidualLayerNormForward(
+        **common(x),
+        rows=m,
+        columns=d,
         x=pointer(rows),
-        x_stride=rows.stride(0),
+        x_row_stride=rows.stride(0),
         y=pointer(branch),
-        y_stride=branch.stride(0),
+        y_row_stride=branch.stride(0),
         weight=pointer(w),
         bias=pointer(b),
         s=pointer(s),
@@ -109,9 +113,8 @@ def forward(
         alpha=alpha,
         eps=eps,
         dropout=dropout(seed, dropout_p),
-        M=m,
-        D=d,
     )
+    cpu.residual_layer_norm_forward(args)
     return s, n, mean, rstd
 
 

@@ -1,5 +1,5 @@
-// Scratch memory of a kernel: aligned, zeroed, freed at the end of the scope. Made outside of parallel regions, which no
-// exception may leave.
+// Scratch memory of a kernel: aligned, zeroed, freed at the end of the scope. Made outside of parallel regions, which
+// no exception may leave.
 #pragma once
 
 #include <stdlib.h>
