@@ -63,7 +63,7 @@ void from_python(py::handle from, V& to, const ArgumentName& where) {
         py::detail::make_caster<V> caster;
         if (from.is_none() || !caster.load(from, false)) {
             const auto* type = py::detail::get_type_info(typeid(V));
-            where.refuse(from, type == nullptr ? "another type" : std::string("a ") + type->type->tp_name);
+            where.refuse(from, type == nullptr ? "another class" : type->type->tp_name);
         }
         to = py::detail::cast_op<V&>(caster);
     }
