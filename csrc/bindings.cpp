@@ -17,10 +17,10 @@ PYBIND11_MODULE(_C, m) {
     lcc::bind_element(m);
     auto cpu = m.def_submodule("cpu", "C++ kernels for CPUs.");
     cpu.attr("Element") = m.attr("Element");
-    lcc::bind_cpu(cpu);
+    lcc::cpu::bind(cpu);
 #ifdef LCC_CUDA
     auto cuda = m.def_submodule("cuda", "CUDA kernels.");
     cuda.attr("Element") = m.attr("Element");
-    lcc::bind_cuda(cuda);
+    lcc::cuda::bind(cuda);
 #endif
 }

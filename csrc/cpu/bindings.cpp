@@ -13,7 +13,7 @@
 #include <omp.h>
 #endif
 
-namespace lcc {
+namespace lcc::cpu {
 namespace {
 
 int max_threads() {
@@ -288,7 +288,7 @@ void bind_rows(py::module_& m) {
 
 }  // namespace
 
-void bind_cpu(py::module_& m) {
+void bind(py::module_& m) {
     m.def("simd_level", &simd_level, "Instruction set the kernels use on this processor.");
     m.def("simd_levels", &simd_levels, "Those it could use, best first.");
     m.def("set_simd_level", &set_simd_level, "Use another; for tests.");
@@ -314,4 +314,4 @@ void bind_cpu(py::module_& m) {
 #undef LCC_BIND
 }
 
-}  // namespace lcc
+}  // namespace lcc::cpu

@@ -6,7 +6,7 @@
 
 #define LCC_DECLARE(kernel, Arguments) void kernel(const Arguments&);
 #define LCC_DECLARE_LEVEL(level)                                \
-    namespace lcc {                                             \
+    namespace lcc::cpu {                                        \
     namespace level {                                           \
     LCC_KERNELS(LCC_DECLARE)                                    \
     int64_t relpos_attention_position_floats(int64_t, int64_t); \
@@ -19,7 +19,7 @@ LCC_DECLARE_LEVEL(avx2)
 LCC_DECLARE_LEVEL(avx512)
 #endif
 
-namespace lcc {
+namespace lcc::cpu {
 namespace {
 
 struct Level {
@@ -88,4 +88,4 @@ Dropout make_dropout(const int64_t* seed, double p) {
     return {seed, static_cast<uint32_t>(threshold), static_cast<float>(kLevels / (kLevels - threshold))};
 }
 
-}  // namespace lcc
+}  // namespace lcc::cpu

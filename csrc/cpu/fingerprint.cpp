@@ -3,7 +3,7 @@
 
 #include "cpu/kernels.h"
 
-namespace lcc {
+namespace lcc::cpu {
 
 uint64_t fingerprint(const Bytes* parts, int64_t n) {
     constexpr int64_t kSamples = 64;
@@ -21,4 +21,4 @@ uint64_t fingerprint(const Bytes* parts, int64_t n) {
     return hash;
 }
 
-}  // namespace lcc
+}  // namespace lcc::cpu

@@ -10,7 +10,7 @@
 
 #include "element.h"
 
-namespace lcc {
+namespace lcc::cpu {
 
 constexpr int64_t kPanelColumns = 64;  // of a packed matrix
 constexpr int64_t kTileRows = 6;       // kernels touch rows of their float32 inputs and outputs up to a multiple
@@ -219,4 +219,4 @@ const char* simd_level();
 bool has_simd_level(const char* name);
 bool use_simd_level(const char* name);
 
-}  // namespace lcc
+}  // namespace lcc::cpu

@@ -3,7 +3,7 @@
 #include "arguments.h"
 #include "cuda/glu_depthwise_conv.h"
 
-namespace lcc {
+namespace lcc::cuda {
 namespace {
 
 template <class S>
@@ -26,7 +26,7 @@ void add_glu_depthwise_conv(Arguments<S>& args) {
 
 }  // namespace
 
-void bind_cuda(py::module_& m) {
+void bind(py::module_& m) {
     using Forward = GluDepthwiseConvForward;
     Arguments<Forward> forward(m, "GluDepthwiseConvForward", "Arguments of glu_depthwise_conv_forward");
     add_glu_depthwise_conv(forward);
@@ -53,4 +53,4 @@ void bind_cuda(py::module_& m) {
           py::arg("channels"));
 }
 
-}  // namespace lcc
+}  // namespace lcc::cuda

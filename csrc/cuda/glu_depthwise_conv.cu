@@ -4,7 +4,7 @@
 
 #include "cuda/common.cuh"
 
-namespace lcc {
+namespace lcc::cuda {
 namespace {
 
 // A lane makes kRows outputs in a row, so that a value read from shared memory is used kRows times.
@@ -334,4 +334,4 @@ void glu_depthwise_conv_backward(const GluDepthwiseConvBackward& op) {
     }
 }
 
-}  // namespace lcc
+}  // namespace lcc::cuda

@@ -14,7 +14,7 @@
 
 #include "element.h"
 
-namespace lcc {
+namespace lcc::cuda {
 
 // the tile of a block: one warp covers 64 channels, two a lane, and 16 frames; four warps
 constexpr int kGluConvRows = 16;
@@ -72,4 +72,4 @@ int glu_depthwise_conv_slots(int64_t batch, int64_t frames, int channels);
 
 void glu_depthwise_conv_backward(const GluDepthwiseConvBackward& op);
 
-}  // namespace lcc
+}  // namespace lcc::cuda

@@ -5,6 +5,6 @@
 
 PYBIND11_MODULE(emulated, m) {
     lcc::bind_element(m);
-    lcc::bind_cuda(m);
+    lcc::cuda::bind(m);
     m.def("set_seed", [](unsigned seed) { emulation::seed() = seed; }, "Choose the schedule of the launches to come.");
 }

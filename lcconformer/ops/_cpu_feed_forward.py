@@ -11,6 +11,7 @@ from ._cpu_residual_layer_norm import layer_norm, layer_norm_backward
 
 __all__ = ["activation", "activation_backward", "backward", "forward", "up", "up_backward"]
 
+
 def activation(
     u: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: float, *, overwrite: bool = False
 ) -> Tensor:

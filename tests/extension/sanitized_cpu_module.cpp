@@ -9,5 +9,5 @@ PYBIND11_MODULE(_C, m) {
     m.attr("interface") = lcc::kInterface;
     auto cpu = m.def_submodule("cpu");
     lcc::bind_element(cpu);
-    lcc::bind_cpu(cpu);
+    lcc::cpu::bind(cpu);
 }

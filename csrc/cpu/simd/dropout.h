@@ -4,7 +4,7 @@
 #include "../kernels.h"
 #include "vec.h"
 
-namespace lcc {
+namespace lcc::cpu {
 namespace LCC_SIMD {
 
 typedef uint64_t wide_vec __attribute__((vector_size(8 * W)));
@@ -50,4 +50,4 @@ static inline vec dropout_factor(const uint16_t* random, const Dropout& dropout)
 }
 
 }  // namespace LCC_SIMD
-}  // namespace lcc
+}  // namespace lcc::cpu

@@ -4,7 +4,7 @@
 #include "memory.h"
 #include "threads.h"
 
-namespace lcc {
+namespace lcc::cpu {
 namespace LCC_SIMD {
 namespace {
 
@@ -115,4 +115,4 @@ void feed_forward_residual_backward(const FeedForwardResidualBackward& a) {
 }
 
 }  // namespace LCC_SIMD
-}  // namespace lcc
+}  // namespace lcc::cpu

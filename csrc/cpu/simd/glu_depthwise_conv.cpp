@@ -8,7 +8,7 @@
 #include "threads.h"
 #include "vec.h"
 
-namespace lcc {
+namespace lcc::cpu {
 namespace LCC_SIMD {
 namespace {
 
@@ -479,4 +479,4 @@ void glu_depthwise_conv_backward(const GluDepthwiseConvBackward& a) {
 }
 
 }  // namespace LCC_SIMD
-}  // namespace lcc
+}  // namespace lcc::cpu

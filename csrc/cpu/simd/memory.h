@@ -8,7 +8,7 @@
 
 #include "vec.h"
 
-namespace lcc {
+namespace lcc::cpu {
 namespace LCC_SIMD {
 
 class Scratch {
@@ -35,4 +35,4 @@ class Scratch {
 };
 
 }  // namespace LCC_SIMD
-}  // namespace lcc
+}  // namespace lcc::cpu

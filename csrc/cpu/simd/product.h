@@ -3,7 +3,7 @@
 
 #include "vec.h"
 
-namespace lcc {
+namespace lcc::cpu {
 namespace LCC_SIMD {
 
 struct Left {  // element (i, k) at data[i * row + k * step]
@@ -71,4 +71,4 @@ static inline void product(int64_t rows, int64_t groups, int64_t depth, Left a, 
 }
 
 }  // namespace LCC_SIMD
-}  // namespace lcc
+}  // namespace lcc::cpu

@@ -14,7 +14,7 @@
 #include "product.h"
 #include "threads.h"
 
-namespace lcc {
+namespace lcc::cpu {
 namespace LCC_SIMD {
 namespace {
 
@@ -434,4 +434,4 @@ int64_t relpos_attention_position_floats(int64_t frames, int64_t head_dim) {
 }
 
 }  // namespace LCC_SIMD
-}  // namespace lcc
+}  // namespace lcc::cpu

@@ -5,7 +5,7 @@
 #include "memory.h"
 #include "threads.h"
 
-namespace lcc {
+namespace lcc::cpu {
 namespace LCC_SIMD {
 namespace {
 
@@ -132,4 +132,4 @@ void residual_layer_norm_backward(const ResidualLayerNormBackward& a) {
 }
 
 }  // namespace LCC_SIMD
-}  // namespace lcc
+}  // namespace lcc::cpu

@@ -9,7 +9,7 @@
 #include "product.h"
 #include "threads.h"
 
-namespace lcc {
+namespace lcc::cpu {
 namespace LCC_SIMD {
 namespace {
 
@@ -115,4 +115,4 @@ void rows_forward(const RowsForward& a) {
 }
 
 }  // namespace LCC_SIMD
-}  // namespace lcc
+}  // namespace lcc::cpu

@@ -10,7 +10,7 @@
 
 #include "../kernels.h"
 
-namespace lcc {
+namespace lcc::cpu {
 namespace LCC_SIMD {
 
 #if defined(__AVX512F__)
@@ -137,4 +137,4 @@ constexpr float kLn2 = 0.693147181f;
 static inline vec sigmoid(vec x) { return 1.0f / (1.0f + exp2(x * -kLog2E)); }
 
 }  // namespace LCC_SIMD
-}  // namespace lcc
+}  // namespace lcc::cpu
