@@ -607,7 +607,8 @@ CUDA = (
         "alignment of rows assumed",
         CUDA_CONVOLUTION,
         "    if (blocks == 0) return;\n"
-        "    const bool x_paired = rows_paired(static_cast<const T*>(op.x), op.x_batch_stride, op.x_frame_stride, op.channels);",
+        "    const bool x_paired = "
+        "rows_paired(static_cast<const T*>(op.x), op.x_batch_stride, op.x_frame_stride, op.channels);",
         "    if (blocks == 0) return;\n    const bool x_paired = true;",
         f"{ON_CUDA_CONVOLUTION}::test_strided_input_and_gradient[emulated-5-float32]",
     ),
