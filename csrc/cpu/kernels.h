@@ -1,5 +1,4 @@
-// What the CPU kernels take: pointers, sizes, strides in elements. One set of kernels per SIMD level, chosen at run
-// time.
+// What the CPU kernels take: pointers, sizes, strides in elements. Each SIMD level has its set, chosen at run time.
 //
 // Big tensors are float32 or bfloat16, their last dimension has stride 1; parameters and statistics are float32.
 // Every result is independent of the number of threads: sums over rows go by parts that depend on the sizes alone.
@@ -45,8 +44,9 @@ struct RelposAttention {
     int threads;
 };
 
-struct RelposAttentionForward : RelposAttention {  // lse may be null: not wanted
-    const float* pos_panels;                       // pos as relpos_attention_pack_positions leaves it, instead of pos
+// lse may be null: not wanted
+struct RelposAttentionForward : RelposAttention {
+    const float* pos_panels;  // pos as relpos_attention_pack_positions leaves it, instead of pos
 };
 
 struct RelposAttentionBackward : RelposAttention {
@@ -84,9 +84,10 @@ struct GluDepthwiseConv {
     int threads;
 };
 
-struct GluDepthwiseConvForward : GluDepthwiseConv {  // y may be null, but for batch and group
-    const float* bias;                               // [C] or null
-    void* out;                                       // [B, T, C] contiguous
+// y may be null, except with batch and group
+struct GluDepthwiseConvForward : GluDepthwiseConv {
+    const float* bias;  // [C] or null
+    void* out;          // [B, T, C] contiguous
 };
 
 struct GluDepthwiseConvBackward : GluDepthwiseConv {
@@ -211,7 +212,7 @@ struct Bytes {
     int64_t size;
 };
 
-// Of up to 64 words of 4 bytes of each part, first and last among them, evenly spread.
+// A hash of up to 64 words of 4 bytes of each part, first and last among them, evenly spread.
 uint64_t fingerprint(const Bytes* parts, int64_t n);
 
 // "generic", "avx2", "avx512": the level in use, those this processor runs, and a switch for tests (false: unknown).
