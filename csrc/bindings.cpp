@@ -1,8 +1,9 @@
-// lcconformer._C. Launchers take raw pointers as integers, sizes, strides in elements, and the stream: no torch headers,
-// so the build needs no torch and the module serves every torch version.
+// lcconformer._C. Kernels take structs of raw pointers as integers, sizes and strides in elements: no torch headers, so
+// the build needs no torch and the module serves every torch version.
 
 #include <pybind11/pybind11.h>
 
+#include "arguments.h"
 #include "build_info.h"
 #include "cpu/bindings.h"
 #ifdef LCC_CUDA
@@ -11,11 +12,15 @@
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled kernels of lcconformer; called through lcconformer.ops.";
-    m.attr("build_info") = LCC_BUILD_INFO;  // JSON, see lcconformer/_extension.py
+    m.attr("build_info") = LCC_BUILD_INFO;  // JSON, see lcconformer/extension.py
+    m.attr("interface") = lcc::kInterface;
+    lcc::bind_element(m);
     auto cpu = m.def_submodule("cpu", "C++ kernels for CPUs.");
-    lcc::bind_cpu(cpu);
+    cpu.attr("Element") = m.attr("Element");
+    lcc::cpu::bind(cpu);
 #ifdef LCC_CUDA
     auto cuda = m.def_submodule("cuda", "CUDA kernels.");
-    lcc::bind_cuda(cuda);
+    cuda.attr("Element") = m.attr("Element");
+    lcc::cuda::bind(cuda);
 #endif
 }

@@ -67,7 +67,9 @@ def dynamic_shared(compiler: str) -> dict[str, dict[str, int]]:
     """{kernel: {width: bytes}}, as the headers compute it."""
     directions = ("forward", "backward")
     prints = "".join(
-        f'std::printf("{d} {w} %zu\\n", lcc::glu_depthwise_conv_{d}_shared({w}));' for d in directions for w in WIDTHS
+        f'std::printf("{d} {w} %zu\\n", lcc::cuda::glu_depthwise_conv_{d}_shared({w}));'
+        for d in directions
+        for w in WIDTHS
     )
     program = f'#include <cstdio>\n#include "cuda/glu_depthwise_conv.h"\nint main() {{ {prints} }}\n'
     with tempfile.TemporaryDirectory() as tmp:

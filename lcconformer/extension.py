@@ -16,7 +16,9 @@ from typing import Any
 
 import torch  # noqa: F401  (before the extension: see above)
 
-__all__ = ["build_info", "cuda_reasons", "load", "openmp_runtimes", "why_missing"]
+INTERFACE = 2  # kInterface of csrc/arguments.h: names and fields of the kernels as this source calls them
+
+__all__ = ["INTERFACE", "build_info", "cuda_reasons", "load", "openmp_runtimes", "why_missing"]
 
 REBUILD = "reinstall lcconformer from source with a C++ compiler on PATH (pip install --force-reinstall --no-deps .)"
 
@@ -25,7 +27,7 @@ REBUILD = "reinstall lcconformer from source with a C++ compiler on PATH (pip in
 def _attempt() -> ModuleType | str:
     name = f"{__package__}._C"
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
@@ -36,6 +38,10 @@ def _attempt() -> ModuleType | str:
         return f"lcconformer._C was not built when lcconformer was installed; {REBUILD}"
     except ImportError as error:  # an undefined symbol, a missing shared library, a file of another machine
         return f"lcconformer._C does not load: {error}; {REBUILD}"
+    interface = getattr(module, "interface", 1)
+    if interface != INTERFACE:
+        return f"lcconformer._C has interface {interface}, and this source calls interface {INTERFACE}; {REBUILD}"
+    return module
 
 
 def load() -> ModuleType:

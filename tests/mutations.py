@@ -334,8 +334,8 @@ CXX = (
     Mutation(
         "attention: pitch of the relative shift off by one",
         CPU_ATTENTION,
-        "shifted = {band + M - 1, PITCH - 1};",
-        "shifted = {band + M - 1, PITCH};",
+        "shifted = {band + M - 1, kPitch - 1};",
+        "shifted = {band + M - 1, kPitch};",
         f"{ON_CPU_ATTENTION}::test_odd_lengths[7-generic]",
     ),
     Mutation(
@@ -355,8 +355,8 @@ CXX = (
     Mutation(
         "attention: band of positions carried one column off",
         CPU_ATTENTION,
-        "memcpy(band + i * PITCH, band + i * PITCH + N,",
-        "memcpy(band + i * PITCH, band + i * PITCH + N + 1,",
+        "memcpy(band + i * kPitch, band + i * kPitch + N,",
+        "memcpy(band + i * kPitch, band + i * kPitch + N + 1,",
         f"{ON_CPU_ATTENTION}::test_odd_lengths[203-generic]",
     ),
     Mutation(
@@ -439,7 +439,7 @@ CXX = (
     Mutation(
         "LayerNorm: columns beyond D in the variance",
         CPU_LAYER_NORM,
-        "first_lanes(load(buffer + d) - mean, a.D - d)",
+        "first_lanes(load(buffer + d) - mean, a.columns - d)",
         "load(buffer + d) - mean",
         f"{ON_CPU_LAYER_NORM}::test_widths[7-generic]",
     ),
@@ -460,8 +460,8 @@ CXX = (
     Mutation(
         "feed-forward: both dropout masks from one stream",
         CPU_FEED_FORWARD,
-        "a.stream, 0, (uint32_t)row",
-        "0, 0, (uint32_t)row",
+        "*a.dropout.seed, stream, 0,",
+        "*a.dropout.seed, 0, 0,",
         f"{ON_CPU_FEED_FORWARD}::test_dropout_is_that_of_the_counters[generic]",
     ),
     Mutation(
@@ -495,14 +495,14 @@ CXX = (
     Mutation(
         "rows: last row left out",
         ROWS,
-        "blocks * ROWS, a.M)",
-        "blocks * ROWS, a.M - 1)",
+        "blocks * kTileRows, a.rows)",
+        "blocks * kTileRows, a.rows - 1)",
         f"{ON_ROWS}::test_widths[1-1-1-generic]",
     ),
     Mutation(
         "rows: columns beyond D in the variance",
         ROWS,
-        "first_lanes(load(h + d) - mean, a.D - d)",
+        "first_lanes(load(h + d) - mean, a.columns - d)",
         "load(h + d) - mean",
         f"{ON_ROWS}::test_widths[7-30-14-generic]",
     ),
@@ -564,7 +564,7 @@ CUDA = (
     Mutation(
         "reduction over slots left out",
         CUDA_CONVOLUTION,
-        "slot < g.slots;",
+        "slot < op.slots;",
         "slot < 1;",
         f"{ON_CUDA_CONVOLUTION}::test_blocks_that_walk_over_several_tiles[emulated-3]",
     ),
@@ -607,7 +607,8 @@ CUDA = (
         "alignment of rows assumed",
         CUDA_CONVOLUTION,
         "    if (blocks == 0) return;\n"
-        "    const bool x_paired = rows_paired(static_cast<const T*>(op.x), op.x_batch, op.x_frame, op.channels);",
+        "    const bool x_paired = "
+        "rows_paired(static_cast<const T*>(op.x), op.x_batch_stride, op.x_frame_stride, op.channels);",
         "    if (blocks == 0) return;\n    const bool x_paired = true;",
         f"{ON_CUDA_CONVOLUTION}::test_strided_input_and_gradient[emulated-5-float32]",
     ),

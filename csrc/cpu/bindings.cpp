@@ -2,19 +2,18 @@
 
 #include <pybind11/stl.h>
 
-#include <array>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "arguments.h"
 #include "cpu/kernels.h"
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
-namespace py = pybind11;
-
-namespace lcc {
+namespace lcc::cpu {
 namespace {
 
 int max_threads() {
@@ -36,131 +35,283 @@ void set_simd_level(const std::string& name) {
     if (!use_simd_level(name.c_str())) throw py::value_error("this processor or build has no SIMD level " + name);
 }
 
-// Fills a struct of arguments from keywords: pointers and sizes as int, Heads as (pointer, stride_b, stride_t, stride_h),
-// Dropout as (pointer to the seed, threshold, scale). What is not given stays zero.
-class Reader {
-   public:
-    explicit Reader(const py::kwargs& fields) : fields_(fields) {}
-
-    template <typename V>
-    Reader& operator()(const char* name, V& value) {
-        py::str key(name);
-        if (fields_.contains(key)) {
-            convert(fields_[key], value);
-            used_++;
+// what the types of the fields let through and no kernel can take
+template <class S>
+void check(const char* kernel, const S& args) {
+    if (args.threads < 1) {
+        throw std::invalid_argument(std::string(kernel) + ": threads is " + std::to_string(args.threads) +
+                                    "; expected at least 1");
+    }
+    if constexpr (!std::is_same_v<S, RowsForward>) {
+        if (args.element == Element::float16) {
+            throw std::invalid_argument(std::string(kernel) + ": element is float16; expected float32 or bfloat16");
         }
-        return *this;
     }
-
-    void done() const {
-        if (used_ != fields_.size()) throw py::type_error("the kernel does not know one of the arguments given");
-    }
-
-   private:
-    template <typename V>
-    static void convert(py::handle from, V*& value) {
-        value = reinterpret_cast<V*>(from.cast<uintptr_t>());
-    }
-    template <typename V>
-    static void convert(py::handle from, V& value) {
-        value = from.cast<V>();
-    }
-    static void convert(py::handle from, Norm& value) { value = static_cast<Norm>(from.cast<int>()); }
-    static void convert(py::handle from, Heads& value) {
-        auto x = from.cast<std::array<int64_t, 4>>();
-        value = {reinterpret_cast<void*>(x[0]), x[1], x[2], x[3]};
-    }
-    static void convert(py::handle from, Affine& value) {
-        auto x = from.cast<std::array<uintptr_t, 2>>();
-        value = {reinterpret_cast<const float*>(x[0]), reinterpret_cast<const float*>(x[1])};
-    }
-    static void convert(py::handle from, Matrix& value) {
-        auto x = from.cast<std::array<int64_t, 4>>();
-        value = {reinterpret_cast<const float*>(x[0]), reinterpret_cast<const float*>(x[1]), x[2], x[3]};
-    }
-    static void convert(py::handle from, Dropout& value) {
-        py::tuple x = from.cast<py::tuple>();
-        convert(x[0], value.seed);
-        value.threshold = x[1].cast<uint32_t>();
-        value.scale = x[2].cast<float>();
-    }
-
-    const py::kwargs& fields_;
-    size_t used_ = 0;
-};
-
-#define LCC_FIELD(name) (#name, a.name)
-
-void read(Reader r, Attention& a) {
-    r LCC_FIELD(q) LCC_FIELD(k) LCC_FIELD(v) LCC_FIELD(pos) LCC_FIELD(pos_stride_t) LCC_FIELD(pos_stride_h)
-        LCC_FIELD(pos_panels) LCC_FIELD(u) LCC_FIELD(v_bias) LCC_FIELD(lengths) LCC_FIELD(cu_seqlens) LCC_FIELD(out) LCC_FIELD(lse) LCC_FIELD(dropout)
-        LCC_FIELD(B) LCC_FIELD(T) LCC_FIELD(H) LCC_FIELD(D) LCC_FIELD(rows) LCC_FIELD(bf16) LCC_FIELD(threads)
-        LCC_FIELD(dout) LCC_FIELD(dq) LCC_FIELD(dk) LCC_FIELD(dv) LCC_FIELD(dpos) LCC_FIELD(du) LCC_FIELD(dv_bias).done();
 }
 
-void read(Reader r, Conv& a) {
-    r LCC_FIELD(x) LCC_FIELD(x_stride_b) LCC_FIELD(x_stride_t) LCC_FIELD(taps) LCC_FIELD(bias) LCC_FIELD(lengths)
-        LCC_FIELD(norm) LCC_FIELD(norm_weight) LCC_FIELD(norm_bias) LCC_FIELD(mean) LCC_FIELD(var) LCC_FIELD(count)
-        LCC_FIELD(out) LCC_FIELD(y) LCC_FIELD(B) LCC_FIELD(T) LCC_FIELD(C) LCC_FIELD(K) LCC_FIELD(groups) LCC_FIELD(eps)
-        LCC_FIELD(bf16) LCC_FIELD(threads) LCC_FIELD(dout) LCC_FIELD(dout_stride_b) LCC_FIELD(dout_stride_t)
-        LCC_FIELD(dx) LCC_FIELD(dtaps) LCC_FIELD(dbias) LCC_FIELD(dnorm).done();
+void bind_parts(py::module_& m) {
+    py::enum_<Norm>(m, "Norm", "Norm inside glu_depthwise_conv")
+        .value("none", Norm::none)
+        .value("layer", Norm::layer)
+        .value("running", Norm::running)
+        .value("batch", Norm::batch)
+        .value("group", Norm::group);
+    Arguments<Heads>(m, "Heads", "[B, T, H, D], or packed [frames, H, D], with unit stride in D")
+        .required<&Heads::data>("data")
+        .required<&Heads::batch_stride>("batch_stride")
+        .required<&Heads::frame_stride>("frame_stride")
+        .required<&Heads::head_stride>("head_stride");
+    Arguments<Matrix>(m, "Matrix", "y = x W + bias in panels of PANEL_COLUMNS columns")
+        .required<&Matrix::panels>("panels")
+        .required<&Matrix::bias>("bias")
+        .required<&Matrix::inputs>("inputs")
+        .required<&Matrix::columns>("columns");
+    Arguments<Affine>(m, "Affine", "Weight and bias of a LayerNorm, [D]")
+        .required<&Affine::weight>("weight")
+        .required<&Affine::bias>("bias");
+    py::class_<Dropout>(m, "Dropout",
+                        "Address of the int64 seed, 0 for no dropout, and the probability of being dropped")
+        .def(py::init([](uintptr_t seed, double p) {
+                 if (!(p >= 0.0 && p <= 1.0))
+                     throw py::value_error("Dropout: p is " + std::to_string(p) + "; expected 0 to 1");
+                 return make_dropout(reinterpret_cast<const int64_t*>(seed), p);
+             }),
+             py::arg("seed"), py::arg("p"));
 }
 
-void read(Reader r, LayerNorm& a) {
-    r LCC_FIELD(x) LCC_FIELD(y) LCC_FIELD(x_stride) LCC_FIELD(y_stride) LCC_FIELD(weight) LCC_FIELD(bias) LCC_FIELD(s)
-        LCC_FIELD(n) LCC_FIELD(mean) LCC_FIELD(rstd) LCC_FIELD(alpha) LCC_FIELD(eps) LCC_FIELD(dropout) LCC_FIELD(M)
-        LCC_FIELD(D) LCC_FIELD(bf16) LCC_FIELD(threads) LCC_FIELD(dn) LCC_FIELD(ds) LCC_FIELD(dn_stride)
-        LCC_FIELD(ds_stride) LCC_FIELD(dx) LCC_FIELD(dy) LCC_FIELD(dparams).done();
+template <class S>
+void add_relpos_attention(Arguments<S>& args) {
+    args.template required<&S::element>("element")
+        .template required<&S::batch>("batch")
+        .template required<&S::frames>("frames")
+        .template required<&S::heads>("heads")
+        .template required<&S::head_dim>("head_dim")
+        .template required<&S::total_frames>("total_frames")
+        .template required<&S::threads>("threads")
+        .template required<&S::q>("q")
+        .template required<&S::k>("k")
+        .template required<&S::v>("v")
+        .template optional<&S::pos>("pos")
+        .template optional<&S::pos_frame_stride>("pos_frame_stride")
+        .template optional<&S::pos_head_stride>("pos_head_stride")
+        .template optional<&S::u>("u")
+        .template optional<&S::v_bias>("v_bias")
+        .template optional<&S::lengths>("lengths")
+        .template optional<&S::cu_seqlens>("cu_seqlens")
+        .template optional<&S::dropout>("dropout")
+        .template required<&S::out>("out");
 }
 
-void read(Reader r, Pointwise& a) {
-    r LCC_FIELD(u) LCC_FIELD(x) LCC_FIELD(d) LCC_FIELD(x_stride) LCC_FIELD(d_stride) LCC_FIELD(bias) LCC_FIELD(out)
-        LCC_FIELD(g) LCC_FIELD(dbias) LCC_FIELD(scale) LCC_FIELD(dropout) LCC_FIELD(stream) LCC_FIELD(M) LCC_FIELD(N)
-        LCC_FIELD(bf16) LCC_FIELD(threads).done();
+void bind_relpos_attention(py::module_& m) {
+    using Forward = RelposAttentionForward;
+    Arguments<Forward> forward(m, "RelposAttentionForward", "Arguments of relpos_attention_forward");
+    add_relpos_attention(forward);
+    forward.optional<&Forward::lse>("lse").optional<&Forward::pos_panels>("pos_panels");
+
+    using Backward = RelposAttentionBackward;
+    Arguments<Backward> backward(m, "RelposAttentionBackward", "Arguments of relpos_attention_backward");
+    add_relpos_attention(backward);
+    backward.required<&Backward::lse>("lse")
+        .required<&Backward::dout>("dout")
+        .required<&Backward::dq>("dq")
+        .required<&Backward::dk>("dk")
+        .required<&Backward::dv>("dv")
+        .optional<&Backward::dpos>("dpos")
+        .optional<&Backward::du>("du")
+        .optional<&Backward::dv_bias>("dv_bias");
+
+    using Pack = RelposAttentionPackPositions;
+    Arguments<Pack>(m, "RelposAttentionPackPositions", "Arguments of relpos_attention_pack_positions")
+        .required<&Pack::element>("element")
+        .required<&Pack::frames>("frames")
+        .required<&Pack::heads>("heads")
+        .required<&Pack::head_dim>("head_dim")
+        .required<&Pack::threads>("threads")
+        .required<&Pack::pos>("pos")
+        .required<&Pack::pos_frame_stride>("pos_frame_stride")
+        .required<&Pack::pos_head_stride>("pos_head_stride")
+        .required<&Pack::pos_panels>("pos_panels");
+    m.def(
+        "relpos_attention_position_floats",
+        [](int64_t frames, int64_t head_dim) { return kernels().relpos_attention_position_floats(frames, head_dim); },
+        "Floats of one head's pos_panels at the SIMD level in use.", py::arg("frames"), py::arg("head_dim"));
 }
 
-void read(Reader r, Rows& a) {
-    r LCC_FIELD(x) LCC_FIELD(branch) LCC_FIELD(merge) LCC_FIELD(up) LCC_FIELD(down) LCC_FIELD(next) LCC_FIELD(hidden_norm)
-        LCC_FIELD(norm) LCC_FIELD(out) LCC_FIELD(out_stride) LCC_FIELD(eps) LCC_FIELD(M) LCC_FIELD(D)
-        LCC_FIELD(threads).done();
+template <class S>
+void add_glu_depthwise_conv(Arguments<S>& args) {
+    args.template required<&S::element>("element")
+        .template required<&S::batch>("batch")
+        .template required<&S::frames>("frames")
+        .template required<&S::channels>("channels")
+        .template required<&S::width>("width")
+        .template required<&S::threads>("threads")
+        .template required<&S::x>("x")
+        .template required<&S::x_batch_stride>("x_batch_stride")
+        .template required<&S::x_frame_stride>("x_frame_stride")
+        .template required<&S::taps>("taps")
+        .template optional<&S::lengths>("lengths")
+        .template required<&S::norm>("norm")
+        .template optional<&S::groups>("groups")
+        .template optional<&S::norm_weight>("norm_weight")
+        .template optional<&S::norm_bias>("norm_bias")
+        .template required<&S::eps>("eps")
+        .template optional<&S::mean>("mean")
+        .template optional<&S::var>("var")
+        .template optional<&S::count>("count");
 }
 
-#undef LCC_FIELD
+void bind_glu_depthwise_conv(py::module_& m) {
+    using Forward = GluDepthwiseConvForward;
+    Arguments<Forward> forward(m, "GluDepthwiseConvForward", "Arguments of glu_depthwise_conv_forward");
+    add_glu_depthwise_conv(forward);
+    forward.optional<&Forward::bias>("bias").required<&Forward::out>("out").optional<&Forward::y>("y");
 
-template <typename Arguments>
-void bind(py::module_& m, const char* name, void (*const Kernels::*kernel)(const Arguments&)) {
-    m.def(name, [kernel](const py::kwargs& fields) {
-        Arguments a{};
-        read(Reader(fields), a);
-        py::gil_scoped_release release;
-        (kernels().*kernel)(a);
-    });
+    using Backward = GluDepthwiseConvBackward;
+    Arguments<Backward> backward(m, "GluDepthwiseConvBackward", "Arguments of glu_depthwise_conv_backward");
+    add_glu_depthwise_conv(backward);
+    backward.required<&Backward::y>("y")
+        .required<&Backward::dout>("dout")
+        .required<&Backward::dout_batch_stride>("dout_batch_stride")
+        .required<&Backward::dout_frame_stride>("dout_frame_stride")
+        .required<&Backward::dx>("dx")
+        .required<&Backward::dtaps>("dtaps")
+        .required<&Backward::dbias>("dbias")
+        .optional<&Backward::dnorm>("dnorm");
+}
+
+void bind_residual_layer_norm(py::module_& m) {
+    using Forward = ResidualLayerNormForward;
+    Arguments<Forward>(m, "ResidualLayerNormForward", "Arguments of residual_layer_norm_forward")
+        .required<&Forward::element>("element")
+        .required<&Forward::rows>("rows")
+        .required<&Forward::columns>("columns")
+        .required<&Forward::threads>("threads")
+        .required<&Forward::x>("x")
+        .required<&Forward::x_row_stride>("x_row_stride")
+        .optional<&Forward::y>("y")
+        .optional<&Forward::y_row_stride>("y_row_stride")
+        .required<&Forward::weight>("weight")
+        .required<&Forward::bias>("bias")
+        .optional<&Forward::s>("s")
+        .required<&Forward::n>("n")
+        .optional<&Forward::mean>("mean")
+        .optional<&Forward::rstd>("rstd")
+        .optional<&Forward::alpha>("alpha")
+        .required<&Forward::eps>("eps")
+        .optional<&Forward::dropout>("dropout");
+
+    using Backward = ResidualLayerNormBackward;
+    Arguments<Backward>(m, "ResidualLayerNormBackward", "Arguments of residual_layer_norm_backward")
+        .required<&Backward::element>("element")
+        .required<&Backward::rows>("rows")
+        .required<&Backward::columns>("columns")
+        .required<&Backward::threads>("threads")
+        .required<&Backward::s>("s")
+        .required<&Backward::s_row_stride>("s_row_stride")
+        .required<&Backward::dn>("dn")
+        .required<&Backward::dn_row_stride>("dn_row_stride")
+        .required<&Backward::ds>("ds")
+        .required<&Backward::ds_row_stride>("ds_row_stride")
+        .required<&Backward::weight>("weight")
+        .optional<&Backward::bias>("bias")
+        .required<&Backward::mean>("mean")
+        .required<&Backward::rstd>("rstd")
+        .optional<&Backward::n>("n")
+        .required<&Backward::dx>("dx")
+        .optional<&Backward::dy>("dy")
+        .required<&Backward::dparams>("dparams")
+        .optional<&Backward::alpha>("alpha")
+        .optional<&Backward::dropout>("dropout");
+}
+
+template <class S>
+void add_feed_forward_elements(Arguments<S>& args) {
+    args.template required<&S::element>("element")
+        .template required<&S::rows>("rows")
+        .template required<&S::columns>("columns")
+        .template required<&S::threads>("threads")
+        .template optional<&S::dropout>("dropout")
+        .template required<&S::out>("out");
+}
+
+void bind_feed_forward(py::module_& m) {
+    using Activation = FeedForwardActivationForward;
+    Arguments<Activation> activation(m, "FeedForwardActivationForward", "Arguments of feed_forward_activation_forward");
+    add_feed_forward_elements(activation);
+    activation.required<&Activation::u>("u").optional<&Activation::bias>("bias");
+
+    using Slope = FeedForwardActivationBackward;
+    Arguments<Slope> slope(m, "FeedForwardActivationBackward", "Arguments of feed_forward_activation_backward");
+    add_feed_forward_elements(slope);
+    slope.required<&Slope::u>("u")
+        .required<&Slope::d>("d")
+        .optional<&Slope::bias>("bias")
+        .required<&Slope::g>("g")
+        .required<&Slope::dbias>("dbias");
+
+    using Residual = FeedForwardResidualForward;
+    Arguments<Residual> residual(m, "FeedForwardResidualForward", "Arguments of feed_forward_residual_forward");
+    add_feed_forward_elements(residual);
+    residual.required<&Residual::u>("u")
+        .optional<&Residual::bias>("bias")
+        .required<&Residual::x>("x")
+        .required<&Residual::x_row_stride>("x_row_stride")
+        .required<&Residual::scale>("scale");
+
+    using Branch = FeedForwardResidualBackward;
+    Arguments<Branch> branch(m, "FeedForwardResidualBackward", "Arguments of feed_forward_residual_backward");
+    add_feed_forward_elements(branch);
+    branch.required<&Branch::d>("d")
+        .required<&Branch::d_row_stride>("d_row_stride")
+        .required<&Branch::dbias>("dbias")
+        .required<&Branch::scale>("scale");
+}
+
+void bind_rows(py::module_& m) {
+    using Forward = RowsForward;
+    Arguments<Forward>(m, "RowsForward", "Arguments of rows_forward")
+        .required<&Forward::rows>("rows")
+        .required<&Forward::columns>("columns")
+        .required<&Forward::threads>("threads")
+        .required<&Forward::x>("x")
+        .optional<&Forward::branch>("branch")
+        .optional<&Forward::merge>("merge")
+        .optional<&Forward::hidden_norm>("hidden_norm")
+        .optional<&Forward::up>("up")
+        .optional<&Forward::down>("down")
+        .optional<&Forward::norm>("norm")
+        .optional<&Forward::next>("next")
+        .optional<&Forward::out>("out")
+        .optional<&Forward::out_row_stride>("out_row_stride")
+        .optional<&Forward::eps>("eps");
 }
 
 }  // namespace
 
-void bind_cpu(py::module_& m) {
+void bind(py::module_& m) {
     m.def("simd_level", &simd_level, "Instruction set the kernels use on this processor.");
     m.def("simd_levels", &simd_levels, "Those it could use, best first.");
     m.def("set_simd_level", &set_simd_level, "Use another; for tests.");
     m.def("max_threads", &max_threads, "Threads an OpenMP region started now would get.");
     m.def(
         "fingerprint", [](uintptr_t parts, int64_t n) { return fingerprint(reinterpret_cast<const Bytes*>(parts), n); },
-        "Of n pairs (pointer, bytes) of int64.");
-    // arguments: the fields of the structs in csrc/cpu/kernels.h
-    bind<Attention>(m, "attention_forward", &Kernels::attention_forward);
-    bind<Attention>(m, "attention_backward", &Kernels::attention_backward);
-    bind<Attention>(m, "pack_positions", &Kernels::pack_positions);
-    m.def("position_floats", [](int64_t T, int64_t D) { return kernels().position_floats(T, D); });
-    bind<Conv>(m, "conv_forward", &Kernels::conv_forward);
-    bind<Conv>(m, "conv_backward", &Kernels::conv_backward);
-    bind<LayerNorm>(m, "layer_norm_forward", &Kernels::layer_norm_forward);
-    bind<LayerNorm>(m, "layer_norm_backward", &Kernels::layer_norm_backward);
-    bind<Pointwise>(m, "activation_forward", &Kernels::activation_forward);
-    bind<Pointwise>(m, "activation_backward", &Kernels::activation_backward);
-    bind<Pointwise>(m, "residual_forward", &Kernels::residual_forward);
-    bind<Pointwise>(m, "residual_backward", &Kernels::residual_backward);
-    bind<Rows>(m, "rows_forward", &Kernels::rows_forward);
+        "A number that changes with n tensors, given as the address of n pairs (address, bytes) of int64.");
+    m.attr("PANEL_COLUMNS") = kPanelColumns;
+    m.attr("TILE_ROWS") = kTileRows;
+
+    bind_parts(m);
+    bind_relpos_attention(m);
+    bind_glu_depthwise_conv(m);
+    bind_residual_layer_norm(m);
+    bind_feed_forward(m);
+    bind_rows(m);
+#define LCC_BIND(kernel, Args)                           \
+    bind_launch<Args>(m, #kernel, [](const Args& args) { \
+        check(#kernel, args);                            \
+        kernels().kernel(args);                          \
+    });
+    LCC_KERNELS(LCC_BIND)
+#undef LCC_BIND
 }
 
-}  // namespace lcc
+}  // namespace lcc::cpu

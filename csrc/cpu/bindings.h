@@ -1,10 +1,10 @@
-// What the CPU part offers to Python: csrc/bindings.cpp makes the submodule `_C.cpu`, bind_cpu fills it.
+// What the CPU part offers to Python: csrc/bindings.cpp makes the submodule `_C.cpu`, bind fills it.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
-namespace lcc {
+namespace lcc::cpu {
 
-void bind_cpu(pybind11::module_& m);
+void bind(pybind11::module_& m);
 
-}  // namespace lcc
+}  // namespace lcc::cpu

@@ -1,25 +1,16 @@
 // The SIMD level of the kernels: the best one this processor runs, unless a test asks for another.
+#include <cmath>
 #include <cstring>
 
 #include "cpu/kernels.h"
 
-#define LCC_DECLARE_LEVEL(level)                       \
-    namespace lcc {                                    \
-    namespace level {                                  \
-    void attention_forward(const Attention&);          \
-    void attention_backward(const Attention&);         \
-    int64_t position_floats(int64_t, int64_t);         \
-    void pack_positions(const Attention&);             \
-    void conv_forward(const Conv&);                    \
-    void conv_backward(const Conv&);                   \
-    void layer_norm_forward(const LayerNorm&);         \
-    void layer_norm_backward(const LayerNorm&);        \
-    void activation_forward(const Pointwise&);         \
-    void activation_backward(const Pointwise&);        \
-    void residual_forward(const Pointwise&);           \
-    void residual_backward(const Pointwise&);          \
-    void rows_forward(const Rows&);                    \
-    }                                                  \
+#define LCC_DECLARE(kernel, Arguments) void kernel(const Arguments&);
+#define LCC_DECLARE_LEVEL(level)                                \
+    namespace lcc::cpu {                                        \
+    namespace level {                                           \
+    LCC_KERNELS(LCC_DECLARE)                                    \
+    int64_t relpos_attention_position_floats(int64_t, int64_t); \
+    }                                                           \
     }
 
 LCC_DECLARE_LEVEL(generic)
@@ -28,21 +19,31 @@ LCC_DECLARE_LEVEL(avx2)
 LCC_DECLARE_LEVEL(avx512)
 #endif
 
-namespace lcc {
+namespace lcc::cpu {
 namespace {
-
-#define LCC_KERNELS_OF(level)                                                                        \
-    {level::attention_forward,  level::attention_backward,  level::position_floats,                  \
-     level::pack_positions,     level::conv_forward,        level::conv_backward,                    \
-     level::layer_norm_forward, level::layer_norm_backward, level::activation_forward,               \
-     level::activation_backward, level::residual_forward,   level::residual_backward,                \
-     level::rows_forward}
 
 struct Level {
     const char* name;
     bool (*runs)();
     Kernels kernels;
 };
+
+#define LCC_NAME(kernel, Arguments) kernel,
+// the functions of a level in the order of Kernels
+#define LCC_TABLE(level)                     \
+    Kernels table_of_##level() {             \
+        using namespace level;               \
+        return {                             \
+            LCC_KERNELS(LCC_NAME)            \
+            relpos_attention_position_floats \
+        };                                   \
+    }
+
+LCC_TABLE(generic)
+#if defined(__x86_64__)
+LCC_TABLE(avx2)
+LCC_TABLE(avx512)
+#endif
 
 // best first
 const Level levels[] = {
@@ -52,10 +53,10 @@ const Level levels[] = {
          return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      },
-     LCC_KERNELS_OF(avx512)},
-    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, LCC_KERNELS_OF(avx2)},
+     table_of_avx512()},
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, table_of_avx2()},
 #endif
-    {"generic", [] { return true; }, LCC_KERNELS_OF(generic)},
+    {"generic", [] { return true; }, table_of_generic()},
 };
 
 const Level* find(const char* name) {
@@ -81,4 +82,10 @@ bool use_simd_level(const char* name) {
     return level != nullptr;
 }
 
-}  // namespace lcc
+Dropout make_dropout(const int64_t* seed, double p) {
+    constexpr double kLevels = 1 << 16;
+    double threshold = std::fmin(std::nearbyint(p * kLevels), kLevels - 1);
+    return {seed, static_cast<uint32_t>(threshold), static_cast<float>(kLevels / (kLevels - threshold))};
+}
+
+}  // namespace lcc::cpu

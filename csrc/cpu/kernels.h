@@ -1,140 +1,208 @@
-// What the CPU kernels take: pointers, sizes, strides in elements. One set of kernels per SIMD level, chosen at run time.
+// What the CPU kernels take: pointers, sizes, strides in elements. Each SIMD level has its set, chosen at run time.
 //
-// Big tensors are float32 or bfloat16 (`bf16`), their last dimension has stride 1; parameters and statistics are float32.
+// Big tensors are float32 or bfloat16, their last dimension has stride 1; parameters and statistics are float32.
 // Every result is independent of the number of threads: sums over rows go by parts that depend on the sizes alone.
+// csrc/cpu/bindings.cpp makes a Python class of each struct and says which fields it demands.
 #pragma once
 
 #include <cstdint>
 
-namespace lcc {
+#include "element.h"
 
-// Element (row, col) is dropped if 16 bits of Philox-4x32-7 are below the threshold; see lcconformer/kernels/_common.py.
+namespace lcc::cpu {
+
+constexpr int64_t kPanelColumns = 64;  // of a packed matrix
+constexpr int64_t kTileRows = 6;       // kernels touch rows of their float32 inputs and outputs up to a multiple
+
+// An element is dropped if its 16 bits of Philox-4x32-7 are below the threshold; see lcconformer/kernels/_common.py.
 struct Dropout {
-    const int64_t* seed;  // null: none
-    uint32_t threshold;
-    float scale;  // 1 / probability of being kept
+    const int64_t* seed = nullptr;  // null: none
+    uint32_t threshold = 0;
+    float scale = 1.0f;  // 1 / probability of being kept
 };
+
+Dropout make_dropout(const int64_t* seed, double p);
 
 struct Heads {  // [B, T, H, D], or [frames, H, D] packed
-    void* data;
-    int64_t stride_b, stride_t, stride_h;
+    const void* data;
+    int64_t batch_stride, frame_stride, head_stride;
 };
 
-struct Attention {
+struct RelposAttention {
+    Element element;
+    int64_t batch, frames, heads, head_dim;  // B, T (of an utterance at most), H, D
+    int64_t total_frames;                    // B*T, or the packed frames
     Heads q, k, v;
     const void* pos;  // [2T-1, H, D], or null
-    int64_t pos_stride_t, pos_stride_h;
-    const float* pos_panels;  // pos as pack_positions leaves it; null: forward packs it itself
-    const float *u, *v_bias;  // [H, D], or null
+    int64_t pos_frame_stride, pos_head_stride;
+    const float *u, *v_bias;    // [H, D], or null
     const int64_t* lengths;     // [B], or null
     const int64_t* cu_seqlens;  // [B+1], or null: utterance b is the frames cu_seqlens[b] ... cu_seqlens[b+1]-1
-    void* out;                  // [rows, H, D] contiguous
-    float* lse;                 // [H, rows], log2 of the sum of 2^score; null: not wanted
+    void* out;                  // [total_frames, H, D] contiguous
+    float* lse;                 // [H, total_frames], log2 of the sum of 2^score
     Dropout dropout;
-    int64_t B, T, H, D, rows;  // rows: B*T, or the packed frames; T: of an utterance at most
-    bool bf16;
     int threads;
-    // backward
+};
+
+// lse may be null: not wanted
+struct RelposAttentionForward : RelposAttention {
+    const float* pos_panels;  // pos as relpos_attention_pack_positions leaves it, instead of pos
+};
+
+struct RelposAttentionBackward : RelposAttention {
     Heads dout;
-    void *dq, *dk, *dv;          // [rows, H, D] contiguous
+    void *dq, *dk, *dv;          // [total_frames, H, D] contiguous
     float *dpos, *du, *dv_bias;  // [2T-1, H, D], [H, D], [H, D]
 };
 
-enum Norm : int { kNone = 0, kLayer = 1, kRunning = 2, kBatch = 3, kGroup = 4 };
-
-struct Conv {
-    const void* x;  // [B, T, 2C]
-    int64_t x_stride_b, x_stride_t;
-    const float *taps, *bias;  // [K, C], [C] or null
-    const int64_t* lengths;    // [B], or null
-    Norm norm;
-    const float *norm_weight, *norm_bias;  // [C], or null
-    float *mean, *var;                     // [C]; [B, G] for kGroup; unused for kNone, kLayer
-    float* count;                          // [1], real frames (kBatch)
-    void* out;                             // [B, T, C] contiguous
-    void* y;                               // [B, T, C] contiguous, the convolution before the norm, or null
-    int64_t B, T, C, K, groups;
-    float eps;
-    bool bf16;
+struct RelposAttentionPackPositions {
+    Element element;
+    int64_t frames, heads, head_dim;  // T, H, D
+    const void* pos;                  // [2T-1, H, D]
+    int64_t pos_frame_stride, pos_head_stride;
+    float* pos_panels;  // [H, relpos_attention_position_floats(T, D)]
     int threads;
-    // backward
-    const void* dout;
-    int64_t dout_stride_b, dout_stride_t;
-    void* dx;                     // [B, T, 2C] contiguous
-    float *dtaps, *dbias, *dnorm;  // [K, C], [C], [2, C]: bias, then weight; null for kNone
 };
 
-struct LayerNorm {  // s = x + alpha * drop(y), n = LN(s)
-    const void *x, *y;  // [M, D]; y null: s is x and not stored
-    int64_t x_stride, y_stride;
+// running: statistics are given; batch, group: taken from the input
+enum class Norm : int { none, layer, running, batch, group };
+
+struct GluDepthwiseConv {
+    Element element;
+    int64_t batch, frames, channels, width;  // B, T, C, K
+    const void* x;                           // [B, T, 2C]
+    int64_t x_batch_stride, x_frame_stride;
+    const float* taps;       // [K, C]
+    const int64_t* lengths;  // [B], or null
+    Norm norm;
+    int64_t groups = 1;                    // G, of Norm::group
+    const float *norm_weight, *norm_bias;  // [C], or null
+    void* y;                               // [B, T, C] contiguous, the convolution before the norm
+    float *mean, *var;                     // [C]; [B, G] for group; unused for none, layer
+    float* count;                          // [1], real frames (batch)
+    float eps;
+    int threads;
+};
+
+// y may be null, except with batch and group
+struct GluDepthwiseConvForward : GluDepthwiseConv {
+    const float* bias;  // [C] or null
+    void* out;          // [B, T, C] contiguous
+};
+
+struct GluDepthwiseConvBackward : GluDepthwiseConv {
+    const void* dout;  // [B, T, C]
+    int64_t dout_batch_stride, dout_frame_stride;
+    void* dx;                      // [B, T, 2C] contiguous
+    float *dtaps, *dbias, *dnorm;  // [K, C], [C], [2, C]: bias, then weight; null for none
+};
+
+struct ResidualLayerNormForward {  // s = x + alpha * drop(y), n = LN(s)
+    Element element;
+    int64_t rows, columns;  // M, D
+    const void *x, *y;      // [M, D]; y null: s is x and not stored
+    int64_t x_row_stride, y_row_stride;
     const float *weight, *bias;  // [D]
     void *s, *n;                 // [M, D] contiguous
     float *mean, *rstd;          // [M], or null
-    float alpha, eps;
+    float alpha = 1.0f, eps;
     Dropout dropout;
-    int64_t M, D;
-    bool bf16;
     int threads;
-    // backward, from x as s: dx = ds + LN'(dn), dy = alpha * drop'(dx); n again if it is not null
-    const void *dn, *ds;
-    int64_t dn_stride, ds_stride;
-    void *dx, *dy;   // [M, D] contiguous; dy may be null
-    float* dparams;  // [2, D]: weight, then bias
 };
 
-struct Pointwise {  // the elementwise parts of feed_forward on [M, N], contiguous unless a stride is given
-    const void *u, *x, *d;  // pre-activation; residual stream; incoming gradient
-    int64_t x_stride, d_stride;
-    const float* bias;  // [N], or null
-    void *out, *g;
-    float* dbias;  // [N]
+struct ResidualLayerNormBackward {  // dx = ds + LN'(dn), dy = alpha * drop'(dx); n again if it is not null
+    Element element;
+    int64_t rows, columns;    // M, D
+    const void *s, *dn, *ds;  // [M, D]
+    int64_t s_row_stride, dn_row_stride, ds_row_stride;
+    const float *weight, *bias;  // [D]; bias for n alone
+    const float *mean, *rstd;    // [M]
+    void *n, *dx, *dy;           // [M, D] contiguous; n and dy may be null
+    float* dparams;              // [2, D]: weight, then bias
+    float alpha = 1.0f;
+    Dropout dropout;
+    int threads;
+};
+
+// The elementwise parts of feed_forward on [M, N], contiguous unless a stride is given.
+struct FeedForwardElements {
+    Element element;
+    int64_t rows, columns;  // M, N
+    const float* bias;      // [N], or null
+    void* out;
+    Dropout dropout;
+    int threads;
+};
+
+struct FeedForwardActivationForward : FeedForwardElements {  // out = drop(silu(u + bias))
+    const void* u;
+};
+
+struct FeedForwardActivationBackward
+    : FeedForwardElements {  // out = silu'(u + bias) * drop'(d), g = drop(silu(u + bias))
+    const void *u, *d;
+    void* g;
+    float* dbias;  // [N], sum of out
+};
+
+struct FeedForwardResidualForward : FeedForwardElements {  // out = x + scale * drop(u + bias)
+    const void *u, *x;
+    int64_t x_row_stride;
     float scale;
-    Dropout dropout;
-    uint32_t stream;  // of the dropout
-    int64_t M, N;
-    bool bf16;
-    int threads;
 };
 
-struct Matrix {  // y = x W + bias, float32
-    static constexpr int64_t PANEL = 64;
-    const float* panels;  // [columns / PANEL rounded up, inputs, PANEL]; null: no matrix
-    const float* bias;    // [columns], zero up to a multiple of PANEL
+struct FeedForwardResidualBackward : FeedForwardElements {  // out = scale * drop'(d)
+    const void* d;
+    int64_t d_row_stride;
+    float* dbias;  // [N], sum of out
+    float scale;
+};
+
+struct Matrix {           // y = x W + bias, float32
+    const float* panels;  // [columns / kPanelColumns rounded up, inputs, kPanelColumns]; null: no matrix
+    const float* bias;    // [columns], zero up to a multiple of kPanelColumns
     int64_t inputs, columns;
 };
 
-struct Affine {  // of a LayerNorm; null: no norm
+struct Affine {                  // of a LayerNorm; null: no norm
     const float *weight, *bias;  // [D]
 };
 
-// What a layer does to each row between attention and convolution, for inference, float32. In this order, each if there:
+// What a layer does to each row between attention and convolution, for inference, float32. In this order, each if
+// there:
 //   x += merge(branch);   x += down(silu(up(LN(x))));   out = next(LN(x)), or without a matrix x = LN(x)
-struct Rows {
-    float* x;             // [M, D], changed in place
-    const float* branch;  // [M, inputs of merge]
+struct RowsForward {
+    int64_t rows, columns;  // M, D
+    float* x;               // [M, D], changed in place
+    const float* branch;    // [M, inputs of merge]
     Matrix merge, up, down, next;
     Affine hidden_norm, norm;
-    float* out;          // [M, out_stride]
-    int64_t out_stride;  // at least the columns of next, rounded up to PANEL
+    float* out;              // [M, out_row_stride]
+    int64_t out_row_stride;  // at least the columns of next, rounded up to kPanelColumns
     float eps;
-    int64_t M, D;  // branch and out have rows up to a multiple of 6
-    int threads;
+    int threads;  // branch and out have rows up to a multiple of kTileRows
 };
 
+// kernel, struct of its arguments
+#define LCC_KERNELS(KERNEL)                                                 \
+    KERNEL(relpos_attention_forward, RelposAttentionForward)                \
+    KERNEL(relpos_attention_backward, RelposAttentionBackward)              \
+    KERNEL(relpos_attention_pack_positions, RelposAttentionPackPositions)   \
+    KERNEL(glu_depthwise_conv_forward, GluDepthwiseConvForward)             \
+    KERNEL(glu_depthwise_conv_backward, GluDepthwiseConvBackward)           \
+    KERNEL(residual_layer_norm_forward, ResidualLayerNormForward)           \
+    KERNEL(residual_layer_norm_backward, ResidualLayerNormBackward)         \
+    KERNEL(feed_forward_activation_forward, FeedForwardActivationForward)   \
+    KERNEL(feed_forward_activation_backward, FeedForwardActivationBackward) \
+    KERNEL(feed_forward_residual_forward, FeedForwardResidualForward)       \
+    KERNEL(feed_forward_residual_backward, FeedForwardResidualBackward)     \
+    KERNEL(rows_forward, RowsForward)
+
 struct Kernels {
-    void (*attention_forward)(const Attention&);
-    void (*attention_backward)(const Attention&);
-    int64_t (*position_floats)(int64_t T, int64_t D);  // of one head's pos_panels
-    void (*pack_positions)(const Attention&);          // from pos into out
-    void (*conv_forward)(const Conv&);
-    void (*conv_backward)(const Conv&);
-    void (*layer_norm_forward)(const LayerNorm&);
-    void (*layer_norm_backward)(const LayerNorm&);
-    void (*activation_forward)(const Pointwise&);   // out = drop(silu(u + bias))
-    void (*activation_backward)(const Pointwise&);  // out = silu'(u + bias) * drop'(d), g = drop(silu(u + bias)), dbias
-    void (*residual_forward)(const Pointwise&);     // out = x + scale * drop(u + bias)
-    void (*residual_backward)(const Pointwise&);    // out = scale * drop'(d), dbias
-    void (*rows_forward)(const Rows&);
+#define LCC_MEMBER(kernel, Arguments) void (*kernel)(const Arguments&);
+    LCC_KERNELS(LCC_MEMBER)
+#undef LCC_MEMBER
+    int64_t (*relpos_attention_position_floats)(int64_t frames, int64_t head_dim);  // of one head's pos_panels
 };
 
 const Kernels& kernels();
@@ -144,7 +212,7 @@ struct Bytes {
     int64_t size;
 };
 
-// Of up to 64 words of 4 bytes of each part, first and last among them, evenly spread.
+// A hash of up to 64 words of 4 bytes of each part, first and last among them, evenly spread.
 uint64_t fingerprint(const Bytes* parts, int64_t n);
 
 // "generic", "avx2", "avx512": the level in use, those this processor runs, and a switch for tests (false: unknown).
@@ -152,4 +220,4 @@ const char* simd_level();
 bool has_simd_level(const char* name);
 bool use_simd_level(const char* name);
 
-}  // namespace lcc
+}  // namespace lcc::cpu

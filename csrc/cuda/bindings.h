@@ -1,10 +1,10 @@
-// What the CUDA part offers to Python: csrc/bindings.cpp makes the submodule `_C.cuda`, bind_cuda fills it.
+// What the CUDA part offers to Python: csrc/bindings.cpp makes the submodule `_C.cuda`, bind fills it.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
-namespace lcc {
+namespace lcc::cuda {
 
-void bind_cuda(pybind11::module_& m);
+void bind(pybind11::module_& m);
 
-}  // namespace lcc
+}  // namespace lcc::cuda

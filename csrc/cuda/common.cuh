@@ -1,8 +1,8 @@
 // What the CUDA kernels share: launching, shared memory, element types.
 //
 // Kernels include this and nothing of CUDA itself. nvcc compiles them for GPUs; with LCC_EMULATION a C++ compiler
-// compiles the same text against emulation/cuda_host.h and runs it on the CPU, which is why launches and shared memory go
-// through the names below instead of <<<>>> and __shared__.
+// compiles the same text against emulation/cuda_host.h and runs it on the CPU, which is why launches and shared memory
+// go through the names below instead of <<<>>> and __shared__.
 #pragma once
 
 #include <cstdint>
@@ -28,10 +28,11 @@ inline void check(cudaError_t error, const char* what) {
 // kernel<<<grid, block, shared, stream>>>(args...) on `device`, with an error instead of a silent nothing
 template <class... Params>
 void launch(const char* name, int device, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared,
-            std::uintptr_t stream, Params... args) {
+            uintptr_t stream, Params... args) {
     check(cudaSetDevice(device), name);
     if (shared > (48u << 10)) {
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), name);
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+              name);
     }
     kernel<<<grid, block, shared, reinterpret_cast<cudaStream_t>(stream)>>>(args...);
     check(cudaGetLastError(), name);
@@ -59,7 +60,7 @@ namespace lcc {
 
 constexpr int kWarp = 32;
 
-__host__ __device__ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
@@ -100,7 +101,7 @@ __device__ inline void store_pair(T* row, int c, int channels, bool paired, floa
 // whether rows at multiples of `strides` elements from `base` start at a multiple of two elements
 template <class T, class... Strides>
 bool rows_paired(const T* base, Strides... strides) {
-    return reinterpret_cast<std::uintptr_t>(base) % (2 * sizeof(T)) == 0 && ((strides % 2 == 0) && ...);
+    return reinterpret_cast<uintptr_t>(base) % (2 * sizeof(T)) == 0 && ((strides % 2 == 0) && ...);
 }
 
 }  // namespace lcc

@@ -1,5 +1,5 @@
-// The names of CUDA that the kernels use, for a C++ compiler. cuda/common.cuh includes it with LCC_EMULATION; the threads
-// run in emulation/scheduler.h. Only what a kernel needs is here: add a name when a kernel uses it.
+// The names of CUDA that the kernels use, for a C++ compiler. cuda/common.cuh includes it with LCC_EMULATION; the
+// threads run in emulation/scheduler.h. Only what a kernel needs is here: add a name when a kernel uses it.
 #pragma once
 
 #include <cmath>
@@ -32,7 +32,7 @@ using std::min;
 
 // --- 16-bit floats, rounded to nearest even
 struct __nv_bfloat16 {
-    std::uint16_t bits;
+    uint16_t bits;
 };
 struct __half {
     _Float16 value;
@@ -40,21 +40,21 @@ struct __half {
 inline float __half2float(__half x) { return static_cast<float>(x.value); }
 inline __half __float2half_rn(float x) { return {static_cast<_Float16>(x)}; }
 inline float __bfloat162float(__nv_bfloat16 x) {
-    const std::uint32_t bits = std::uint32_t{x.bits} << 16;
+    const uint32_t bits = uint32_t{x.bits} << 16;
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) {
-    std::uint32_t bits;
+    uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
     if (std::isnan(x)) return {0x7FFF};
-    return {static_cast<std::uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
+    return {static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
 }
 
 // --- synchronisation
 inline void __syncthreads(EMULATION_HERE) { emulation::current()->barrier({"__syncthreads", file, line}); }
-inline void __syncwarp(std::uint32_t mask = 0xFFFFFFFFu, EMULATION_HERE) {
+inline void __syncwarp(uint32_t mask = 0xFFFFFFFFu, EMULATION_HERE) {
     emulation::current()->exchange({"__syncwarp", file, line}, mask, 0);
 }
 
@@ -69,9 +69,9 @@ inline grid_group this_grid() { return {}; }
 namespace emulation {
 
 template <class T>
-T shuffle(const char* what, std::uint32_t mask, T value, int source, const char* file, int line) {
-    static_assert(sizeof(T) <= sizeof(std::uint64_t) && std::is_trivially_copyable_v<T>);
-    std::uint64_t bits = 0;
+T shuffle(const char* what, uint32_t mask, T value, int source, const char* file, int line) {
+    static_assert(sizeof(T) <= sizeof(uint64_t) && std::is_trivially_copyable_v<T>);
+    uint64_t bits = 0;
     std::memcpy(&bits, &value, sizeof value);
     const auto& lanes = current()->exchange({what, file, line}, mask, bits);
     if ((mask >> source & 1) == 0) throw Failure(std::string(what) + " reads a lane outside of its mask");
@@ -86,32 +86,35 @@ inline int within(int source, int width) { return source / width == lane() / wid
 }  // namespace emulation
 
 template <class T>
-T __shfl_sync(std::uint32_t mask, T value, int source, int width = 32, EMULATION_HERE) {
+T __shfl_sync(uint32_t mask, T value, int source, int width = 32, EMULATION_HERE) {
     const int first = emulation::lane() / width * width;
     return emulation::shuffle("__shfl_sync", mask, value, first + (source & (width - 1)), file, line);
 }
 template <class T>
-T __shfl_xor_sync(std::uint32_t mask, T value, int bits, int width = 32, EMULATION_HERE) {
-    return emulation::shuffle("__shfl_xor_sync", mask, value, emulation::within(emulation::lane() ^ bits, width), file, line);
+T __shfl_xor_sync(uint32_t mask, T value, int bits, int width = 32, EMULATION_HERE) {
+    return emulation::shuffle("__shfl_xor_sync", mask, value, emulation::within(emulation::lane() ^ bits, width), file,
+                              line);
 }
 template <class T>
-T __shfl_down_sync(std::uint32_t mask, T value, int by, int width = 32, EMULATION_HERE) {
-    return emulation::shuffle("__shfl_down_sync", mask, value, emulation::within(emulation::lane() + by, width), file, line);
+T __shfl_down_sync(uint32_t mask, T value, int by, int width = 32, EMULATION_HERE) {
+    return emulation::shuffle("__shfl_down_sync", mask, value, emulation::within(emulation::lane() + by, width), file,
+                              line);
 }
 template <class T>
-T __shfl_up_sync(std::uint32_t mask, T value, int by, int width = 32, EMULATION_HERE) {
-    return emulation::shuffle("__shfl_up_sync", mask, value, emulation::within(emulation::lane() - by, width), file, line);
+T __shfl_up_sync(uint32_t mask, T value, int by, int width = 32, EMULATION_HERE) {
+    return emulation::shuffle("__shfl_up_sync", mask, value, emulation::within(emulation::lane() - by, width), file,
+                              line);
 }
-inline std::uint32_t __ballot_sync(std::uint32_t mask, int predicate, EMULATION_HERE) {
+inline uint32_t __ballot_sync(uint32_t mask, int predicate, EMULATION_HERE) {
     const auto& lanes = emulation::current()->exchange({"__ballot_sync", file, line}, mask, predicate != 0);
-    std::uint32_t ballot = 0;
-    for (int i = 0; i < 32; ++i) ballot |= static_cast<std::uint32_t>((mask >> i & 1) && lanes[i]) << i;
+    uint32_t ballot = 0;
+    for (int i = 0; i < 32; ++i) ballot |= static_cast<uint32_t>((mask >> i & 1) && lanes[i]) << i;
     return ballot;
 }
-inline int __any_sync(std::uint32_t mask, int predicate, EMULATION_HERE) {
+inline int __any_sync(uint32_t mask, int predicate, EMULATION_HERE) {
     return __ballot_sync(mask, predicate, file, line) != 0;
 }
-inline int __all_sync(std::uint32_t mask, int predicate, EMULATION_HERE) {
+inline int __all_sync(uint32_t mask, int predicate, EMULATION_HERE) {
     return __ballot_sync(mask, predicate, file, line) == mask;
 }
 
@@ -157,11 +160,11 @@ class SharedMemory {
     }
 };
 
-constexpr std::size_t kMaxShared = 99 << 10;  // of a block on sm_86, sm_89, sm_120: the least of all targets
+constexpr size_t kMaxShared = 99 << 10;  // of a block on sm_86, sm_89, sm_120: the least of all targets
 constexpr unsigned kMaxThreads = 1024;
 
 template <class... Params>
-void emulate(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared, bool cooperative,
+void emulate(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, bool cooperative,
              Params... args) {
     const auto refuse = [&](const char* why) { throw emulation::Failure(std::string(name) + ": " + why); };
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) refuse("empty grid");
@@ -172,8 +175,8 @@ void emulate(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
 }
 
 template <class... Params>
-void launch(const char* name, int /*device*/, void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared,
-            std::uintptr_t /*stream*/, Params... args) {
+void launch(const char* name, int /*device*/, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared,
+            uintptr_t /*stream*/, Params... args) {
     emulate(name, kernel, grid, block, shared, false, args...);
 }
 

@@ -1,9 +1,9 @@
 // Runs the threads of a CUDA grid as fibers on one CPU thread.
 //
-// A thread runs until it waits (barrier, warp operation, grid barrier) or reaches an atomic; then a seeded random choice
-// says who runs next. So what a kernel leaves to luck shows: a missing barrier reads poison or an old value, a barrier
-// that some thread never reaches leaves nobody to run and is reported by block, thread, file and line. Two blocks are
-// resident at a time, or all of them under a cooperative launch.
+// A thread runs until it waits (barrier, warp operation, grid barrier) or reaches an atomic; then a seeded random
+// choice says who runs next. So what a kernel leaves to luck shows: a missing barrier reads poison or an old value, a
+// barrier that some thread never reaches leaves nobody to run and is reported by block, thread, file and line. Two
+// blocks are resident at a time, or all of them under a cooperative launch.
 #pragma once
 
 #include <sys/mman.h>
@@ -34,7 +34,7 @@ struct uint3 {
 namespace emulation {
 
 constexpr int kWarpSize = 32;
-constexpr std::size_t kStack = 128 << 10;
+constexpr size_t kStack = 128 << 10;
 constexpr unsigned char kPoison = 0xFF;  // NaN in every floating format, -1 in every integer
 
 struct Failure : std::runtime_error {
@@ -51,7 +51,7 @@ struct Place {
     }
 };
 
-using Lanes = std::array<std::uint64_t, kWarpSize>;
+using Lanes = std::array<uint64_t, kWarpSize>;
 
 struct Block;
 
@@ -59,25 +59,25 @@ struct Fiber {
     ucontext_t context;
     Block* block = nullptr;
     uint3 thread;
-    int rank = 0;             // of the thread in its block
+    int rank = 0;  // of the thread in its block
     bool done = false;
-    Place waits;              // empty: can run
-    Lanes lanes{};            // what each lane brought to the last warp operation
-    int pieces = 0;           // of dynamic shared memory taken so far
+    Place waits;     // empty: can run
+    Lanes lanes{};   // what each lane brought to the last warp operation
+    int pieces = 0;  // of dynamic shared memory taken so far
     void* stack = nullptr;
     void* fake_stack = nullptr;  // of AddressSanitizer
 };
 
 // an operation that some lanes of a warp have reached; lanes of disjoint masks may be in different ones
 struct WarpOperation {
-    std::uint32_t mask = 0, arrived = 0;
+    uint32_t mask = 0, arrived = 0;
     Place place;
     Lanes lanes{};
 };
 
 // separate allocations, so that AddressSanitizer sees an index past the end of each
 struct SharedPiece {
-    std::size_t bytes;
+    size_t bytes;
     std::unique_ptr<unsigned char[]> memory;
 };
 
@@ -87,15 +87,16 @@ struct Block {
     std::vector<std::vector<WarpOperation>> warps;
     std::vector<std::pair<Place, SharedPiece>> arrays;  // static shared memory, by declaration
     std::vector<SharedPiece> pieces;                    // dynamic shared memory, in the order it is taken
-    std::size_t dynamic_bytes = 0;
+    size_t dynamic_bytes = 0;
     int at_barrier = 0, at_grid_barrier = 0, done = 0;
     Place barrier;
 };
 
 class Grid {
    public:
-    Grid(uint3 grid, uint3 block, std::size_t shared, bool cooperative, unsigned seed, std::function<void()> body)
-        : grid_(grid), block_(block), shared_(shared), cooperative_(cooperative), random_(seed), body_(std::move(body)) {}
+    Grid(uint3 grid, uint3 block, size_t shared, bool cooperative, unsigned seed, std::function<void()> body)
+        : grid_(grid), block_(block), shared_(shared), cooperative_(cooperative), random_(seed),
+          body_(std::move(body)) {}
 
     ~Grid() {
         for (void* stack : stacks_) munmap(stack, kStack);
@@ -109,9 +110,9 @@ class Grid {
     void barrier(Place place);
     void grid_barrier(Place place);
     void yield();
-    const Lanes& exchange(Place place, std::uint32_t mask, std::uint64_t value);
-    void* shared_array(Place place, std::size_t bytes);
-    void* shared_piece(std::size_t bytes);
+    const Lanes& exchange(Place place, uint32_t mask, uint64_t value);
+    void* shared_array(Place place, size_t bytes);
+    void* shared_piece(size_t bytes);
 
     uint3 grid_dim() const { return grid_; }
     uint3 block_dim() const { return block_; }
@@ -119,7 +120,7 @@ class Grid {
     void enter();
 
    private:
-    void start_block(std::uint64_t index);
+    void start_block(uint64_t index);
     void start_fiber(Block& block, int rank);
     void resume(Fiber& fiber);
     void suspend(bool last = false);
@@ -132,7 +133,7 @@ class Grid {
     void* take_stack();
 
     uint3 grid_, block_;
-    std::size_t shared_;
+    size_t shared_;
     bool cooperative_;
     std::mt19937 random_;
     std::function<void()> body_;
@@ -143,7 +144,7 @@ class Grid {
     ucontext_t scheduler_;
     void* scheduler_fake_ = nullptr;
     const void* scheduler_stack_ = nullptr;
-    std::size_t scheduler_size_ = 0;
+    size_t scheduler_size_ = 0;
     std::exception_ptr error_;
 };
 
@@ -157,7 +158,7 @@ inline unsigned& seed() {
     return value;
 }
 
-inline uint3 unravel(std::uint64_t i, uint3 size) {
+inline uint3 unravel(uint64_t i, uint3 size) {
     return {static_cast<unsigned>(i % size.x), static_cast<unsigned>(i / size.x % size.y),
             static_cast<unsigned>(i / size.x / size.y)};
 }
@@ -165,12 +166,12 @@ inline uint3 unravel(std::uint64_t i, uint3 size) {
 inline void entry() { current()->enter(); }
 
 inline void Grid::run() {
-    const std::uint64_t blocks = std::uint64_t{grid_.x} * grid_.y * grid_.z;
-    std::vector<std::uint64_t> order(blocks);
-    for (std::uint64_t i = 0; i < blocks; ++i) order[i] = i;
+    const uint64_t blocks = uint64_t{grid_.x} * grid_.y * grid_.z;
+    std::vector<uint64_t> order(blocks);
+    for (uint64_t i = 0; i < blocks; ++i) order[i] = i;
     std::shuffle(order.begin(), order.end(), random_);
-    const std::size_t limit = cooperative_ ? blocks : 2;
-    std::uint64_t next = 0;
+    const size_t limit = cooperative_ ? blocks : 2;
+    uint64_t next = 0;
     Grid* outer = std::exchange(current(), this);
     while (next < blocks || !resident_.empty()) {
         while (next < blocks && resident_.size() < limit) start_block(order[next++]);
@@ -195,7 +196,7 @@ inline void Grid::run() {
     current() = outer;
 }
 
-inline void Grid::start_block(std::uint64_t index) {
+inline void Grid::start_block(uint64_t index) {
     auto block = std::make_unique<Block>();
     const unsigned threads = block_.x * block_.y * block_.z;
     block->index = unravel(index, grid_);
@@ -308,7 +309,7 @@ inline void Grid::grid_barrier(Place place) {
     ++running_->block->at_grid_barrier;
     const auto all = [](const auto& b) { return b->at_grid_barrier == static_cast<int>(b->fibers.size()); };
     if (std::all_of(resident_.begin(), resident_.end(), all) &&
-        resident_.size() == std::size_t{grid_.x} * grid_.y * grid_.z) {
+        resident_.size() == size_t{grid_.x} * grid_.y * grid_.z) {
         for (auto& block : resident_) {
             block->at_grid_barrier = 0;
             for (Fiber& fiber : block->fibers) wake(fiber);
@@ -318,7 +319,7 @@ inline void Grid::grid_barrier(Place place) {
     wait(place);
 }
 
-inline const Lanes& Grid::exchange(Place place, std::uint32_t mask, std::uint64_t value) {
+inline const Lanes& Grid::exchange(Place place, uint32_t mask, uint64_t value) {
     Fiber& fiber = *running_;
     auto& pending = fiber.block->warps[fiber.rank / kWarpSize];
     const int lane = fiber.rank % kWarpSize;
@@ -332,7 +333,7 @@ inline const Lanes& Grid::exchange(Place place, std::uint32_t mask, std::uint64_
         fail(why.str());
     }
     operation->lanes[lane] = value;
-    operation->arrived |= std::uint32_t{1} << lane;
+    operation->arrived |= uint32_t{1} << lane;
     if (operation->arrived != mask) {
         wait(place);
         return fiber.lanes;
@@ -348,13 +349,13 @@ inline const Lanes& Grid::exchange(Place place, std::uint32_t mask, std::uint64_
     return fiber.lanes;
 }
 
-inline SharedPiece poisoned(std::size_t bytes) {
+inline SharedPiece poisoned(size_t bytes) {
     SharedPiece piece{bytes, std::unique_ptr<unsigned char[]>(new unsigned char[bytes])};
     std::memset(piece.memory.get(), kPoison, bytes);
     return piece;
 }
 
-inline void* Grid::shared_array(Place place, std::size_t bytes) {
+inline void* Grid::shared_array(Place place, size_t bytes) {
     auto& arrays = running_->block->arrays;
     for (auto& [at, piece] : arrays) {
         if (at == place) return piece.memory.get();
@@ -363,20 +364,21 @@ inline void* Grid::shared_array(Place place, std::size_t bytes) {
     return arrays.back().second.memory.get();
 }
 
-inline void* Grid::shared_piece(std::size_t bytes) {
+inline void* Grid::shared_piece(size_t bytes) {
     Block& block = *running_->block;
-    const std::size_t number = running_->pieces++;
+    const size_t number = running_->pieces++;
     if (number == block.pieces.size()) {
         block.dynamic_bytes += (bytes + 15) / 16 * 16;
         if (block.dynamic_bytes > shared_) {
             std::ostringstream why;
-            why << name(*running_) << " takes " << block.dynamic_bytes << " bytes of dynamic shared memory; the launch gave "
-                << shared_;
+            why << name(*running_) << " takes " << block.dynamic_bytes
+                << " bytes of dynamic shared memory; the launch gave " << shared_;
             fail(why.str());
         }
         block.pieces.push_back(poisoned(bytes));
     }
-    if (block.pieces[number].bytes != bytes) fail(name(*running_) + " takes other pieces of shared memory than its block");
+    if (block.pieces[number].bytes != bytes)
+        fail(name(*running_) + " takes other pieces of shared memory than its block");
     return block.pieces[number].memory.get();
 }
 
@@ -401,7 +403,8 @@ inline void Grid::deadlock() const {
                     << fiber.waits.line << "; ";
             }
         }
-        const auto ended = std::find_if(block->fibers.begin(), block->fibers.end(), [](const Fiber& f) { return f.done; });
+        const auto ended =
+            std::find_if(block->fibers.begin(), block->fibers.end(), [](const Fiber& f) { return f.done; });
         if (ended != block->fibers.end()) why << name(*ended) << " has returned; ";
     }
     why << told << " threads wait and none can run";

@@ -7,20 +7,19 @@ any batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lcconformer import extension
 from lcconformer.ops.availability import cpu_reasons
-from lcconformer.ops.native import i64, pointer
-from lcconformer.ops.native import run as run_kernel
+from lcconformer.ops.native import common, cpu_kernels, i64, pointer
 from lcconformer.ops.registry import Choice, forced_backend, note
 
 from . import graphs, weights
 from .watch import watch
-from .weights import PANEL, ROWS, Norm, PackedLayer
+from .weights import FeedForward, PackedLayer, padded_columns
 
 if TYPE_CHECKING:
     from lcconformer.encoder import ConformerEncoder
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["reasons", "run", "slower"]
 
 OP = "shared_loop"
+
+Launch = Callable[[Any], None]  # a kernel of csrc/cpu
 
 
 def reasons(encoder: ConformerEncoder, x: Tensor, lengths: Tensor | None) -> list[str]:
@@ -89,10 +90,11 @@ def run(
 
 
 class _Loop:
-    """The residual stream of one call, its buffers, and what is the same in all its loops."""
+    """The residual stream of one call, its buffers, and the kernels of each layer with their arguments."""
 
     def __init__(self, encoder: ConformerEncoder, x: Tensor, lengths: Tensor | None) -> None:
         config = self.config = encoder.config
+        cpu = self.cpu = cpu_kernels()
         b, t, d = x.shape
 
         def empty(*shape: int) -> Tensor:
@@ -101,59 +103,107 @@ class _Loop:
         self.x = empty(b, t, d).copy_(x)
         self.lengths = i64(lengths)
         # the last tile of rows may reach beyond the last frame
-        rows = b * t + ROWS
-        self.wide = empty(rows, -(-3 * d // PANEL) * PANEL)  # queries, keys, values; or values and gates
+        rows = b * t + cpu.TILE_ROWS
+        self.wide = empty(rows, padded_columns(3 * d))  # queries, keys, values; or values and gates
         self.branch = empty(rows, d)  # output of attention or convolution
-        self.rows = {"x": pointer(self.x), "M": b * t, "D": d, "eps": config.layer_norm_eps}
-        self.rows |= {"threads": torch.get_num_threads(), "branch": pointer(self.branch)}
-        self.rows |= {"out": pointer(self.wide), "out_stride": self.wide.stride(0)}
-
-        h, pitch = config.num_heads, self.wide.stride(0)
-        heads = [(pointer(self.wide) + 4 * i * d, t * pitch, pitch, d // h) for i in range(3)]
-        self.attention: dict[str, Any] = dict(zip("qkv", heads))
-        self.attention |= {"B": b, "T": t, "H": h, "D": d // h, "rows": b * t}
-        self.attention |= {"lengths": pointer(self.lengths), "out": pointer(self.branch)}
-
-        masked = pointer(self.lengths) if config.padding == "masked" else 0
-        self.conv: dict[str, Any] = {"x": pointer(self.wide), "x_stride_b": t * pitch, "x_stride_t": pitch}
-        self.conv |= {"B": b, "T": t, "C": d, "K": config.conv_kernel_size, "groups": config.conv_norm_groups}
-        self.conv |= {"lengths": masked, "out": pointer(self.branch), "eps": config.layer_norm_eps}
-        self.norm = {"layer": 1, "group": 4}.get(config.conv_norm, 0)  # enum Norm of csrc/cpu/kernels.h
         if config.conv_norm == "group":
             self.before_norm = empty(b, t, d)
             self.mean, self.var = empty(2, b, config.conv_norm_groups)
-            self.conv |= {"y": pointer(self.before_norm), "mean": pointer(self.mean), "var": pointer(self.var)}
+        self.sizes = {"batch": b, "frames": t}
+        self.common = common(self.x)
+        self.launches: dict[int, list[tuple[Launch, Any]]] = {}  # of each layer, by its id
+        self.panels: list[Tensor | None] = []  # positions that launches hold the address of
 
     def step(self, layer: PackedLayer) -> None:
         """One loop, in place."""
-        rows = extension.load().cpu.rows_forward
-        attention, conv = layer.attention, layer.conv
-        first, second = (attention.norm, attention.qkv), (conv.norm, conv.pointwise1)
-        merge_first, merge_second = attention.out, conv.pointwise2
-        if self.config.convolution_first:
-            first, second, merge_first, merge_second = second, first, merge_second, merge_first
+        launches = self.launches.get(id(layer))
+        if launches is None:
+            launches = self.launches[id(layer)] = list(self._launches(layer))
+        for kernel, args in launches:
+            kernel(args)
 
-        ffn = layer.ffn1
-        rows(**self.rows, hidden_norm=ffn.norm.fields, up=ffn.up.fields, down=ffn.down.fields, **_project(*first))
-        self._middle(layer, self.config.convolution_first)
-        rows(**self.rows, merge=merge_first.fields, **_project(*second))
-        self._middle(layer, not self.config.convolution_first)
-        ffn = layer.ffn2
-        hidden = {"hidden_norm": ffn.norm.fields, "up": ffn.up.fields, "down": ffn.down.fields}
-        rows(**self.rows, merge=merge_second.fields, **hidden, norm=layer.norm.fields)
+    def _launches(self, layer: PackedLayer) -> Iterator[tuple[Launch, Any]]:
+        """The kernels of one loop in their order, each with its arguments."""
+        attention, conv, ffn1, ffn2 = layer.attention, layer.conv, layer.ffn1, layer.ffn2
+        middle = [
+            (attention.norm, attention.qkv, self._attention, attention.out),
+            (conv.norm, conv.pointwise1, self._convolution, conv.pointwise2),
+        ]
+        (norm, project, first, merge), (next_norm, next_project, second, next_merge) = (
+            reversed(middle) if self.config.convolution_first else middle
+        )
+        yield self._rows(ffn1, norm=norm.args, next=project.args)
+        yield first(layer)
+        yield self._rows(merge=merge.args, norm=next_norm.args, next=next_project.args)
+        yield second(layer)
+        yield self._rows(ffn2, merge=next_merge.args, norm=layer.norm.args)
 
-    def _middle(self, layer: PackedLayer, convolution: bool) -> None:
-        if convolution:
-            conv = layer.conv
-            affine = conv.depthwise_norm or Norm(conv.bias, conv.bias)
-            fields = {"norm_weight": pointer(affine.weight), "norm_bias": pointer(affine.bias), "norm": self.norm}
-            run_kernel("conv_forward", self.x, taps=pointer(conv.taps), bias=pointer(conv.bias), **fields, **self.conv)
-            return
-        attention = layer.attention
-        panels = layer.position_panels(self.x.shape[1])
-        relative = {"pos_panels": pointer(panels), "u": pointer(attention.u), "v_bias": pointer(attention.v_bias)}
-        run_kernel("attention_forward", self.x, **self.attention, **relative)
+    def _rows(self, ffn: FeedForward | None = None, **parts: Any) -> tuple[Launch, Any]:
+        _, _, d = self.x.shape
+        if ffn is not None:
+            parts |= {"hidden_norm": ffn.norm.args, "up": ffn.up.args, "down": ffn.down.args}
+        args = self.cpu.RowsForward(
+            rows=self.sizes["batch"] * self.sizes["frames"],
+            columns=d,
+            threads=self.common["threads"],
+            x=pointer(self.x),
+            branch=pointer(self.branch),
+            out=pointer(self.wide),
+            out_row_stride=self.wide.stride(0),
+            eps=self.config.layer_norm_eps,
+            **parts,
+        )
+        return self.cpu.rows_forward, args
 
+    def _attention(self, layer: PackedLayer) -> tuple[Launch, Any]:
+        b, t, d = self.x.shape
+        h, pitch, attention = self.config.num_heads, self.wide.stride(0), layer.attention
+        panels = layer.position_panels(t)
+        self.panels.append(panels)
+        strides = {"batch_stride": t * pitch, "frame_stride": pitch, "head_stride": d // h}
+        q, k, v = (self.cpu.Heads(data=pointer(self.wide, i * d), **strides) for i in range(3))
+        args = self.cpu.RelposAttentionForward(
+            **self.common,
+            **self.sizes,
+            heads=h,
+            head_dim=d // h,
+            total_frames=b * t,
+            q=q,
+            k=k,
+            v=v,
+            u=pointer(attention.u),
+            v_bias=pointer(attention.v_bias),
+            lengths=pointer(self.lengths),
+            out=pointer(self.branch),
+            pos_panels=pointer(panels),
+        )
+        return self.cpu.relpos_attention_forward, args
 
-def _project(norm: Norm, matrix: weights.Matrix) -> dict[str, Any]:
-    return {"norm": norm.fields, "next": matrix.fields}
+    def _convolution(self, layer: PackedLayer) -> tuple[Launch, Any]:
+        config, conv = self.config, layer.conv
+        _, t, d = self.x.shape
+        norm, pitch = conv.depthwise_norm, self.wide.stride(0)
+        statistics = {}
+        if config.conv_norm == "group":
+            statistics = {"y": pointer(self.before_norm), "mean": pointer(self.mean), "var": pointer(self.var)}
+        args = self.cpu.GluDepthwiseConvForward(
+            **self.common,
+            **self.sizes,
+            channels=d,
+            width=config.conv_kernel_size,
+            x=pointer(self.wide),
+            x_batch_stride=t * pitch,
+            x_frame_stride=pitch,
+            taps=pointer(conv.taps),
+            bias=pointer(conv.bias),
+            lengths=pointer(self.lengths) if config.padding == "masked" else 0,
+            # a BatchNorm is part of the taps
+            norm=getattr(self.cpu.Norm, "none" if norm is None else config.conv_norm),
+            groups=config.conv_norm_groups,
+            norm_weight=pointer(norm.weight) if norm else 0,
+            norm_bias=pointer(norm.bias) if norm else 0,
+            eps=config.layer_norm_eps,
+            out=pointer(self.branch),
+            **statistics,
+        )
+        return self.cpu.glu_depthwise_conv_forward, args

@@ -14,6 +14,7 @@ process: with such tensors the weights are packed at every call.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -22,9 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lcconformer import extension
 from lcconformer.layer import RelativeAttention
-from lcconformer.ops.native import pointer, run
+from lcconformer.ops.native import common, cpu_kernels, pointer
 from lcconformer.positions import relative_sinusoids
 
 from .watch import Watch, watch
@@ -33,15 +33,17 @@ if TYPE_CHECKING:
     from lcconformer.config import ConformerConfig
     from lcconformer.encoder import ConformerEncoder
 
-__all__ = ["ROWS", "Matrix", "Norm", "PackedLayer", "forget", "packed"]
+__all__ = ["FeedForward", "Matrix", "Norm", "PackedLayer", "forget", "packed", "padded_columns"]
 
-PANEL = 64  # Matrix::PANEL of csrc/cpu/kernels.h
-ROWS = 6  # of a tile: the kernels touch rows of inputs and outputs up to a multiple
+
+def padded_columns(columns: int) -> int:
+    """Columns of a matrix and of its product in whole panels."""
+    return columns + -columns % cpu_kernels().PANEL_COLUMNS
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """``y = x W + bias``: W ``[columns / 64 rounded up, inputs, 64]`` and bias, zeros beyond the columns."""
+    """``y = x W + bias``: panels of W ``[columns / PANEL_COLUMNS rounded up, inputs, PANEL_COLUMNS]``, bias; zeros beyond."""
 
     panels: Tensor
     bias: Tensor
@@ -50,17 +52,19 @@ class Matrix:
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None, scale: float = 1.0) -> Matrix:
-        """Of an ``nn.Linear``: weight ``[columns, inputs]``, bias ``[columns]`` or None."""
+        """Pack the weights of an ``nn.Linear``: weight ``[columns, inputs]``, bias ``[columns]`` or None."""
         columns, inputs = weight.shape
-        beyond = -columns % PANEL
+        panel, beyond = cpu_kernels().PANEL_COLUMNS, padded_columns(columns) - columns
         weight = F.pad(weight.float() * scale, (0, 0, 0, beyond))
         bias = weight.new_zeros(columns) if bias is None else bias.float() * scale
-        return cls(weight.unflatten(0, (-1, PANEL)).mT.contiguous(), F.pad(bias, (0, beyond)), inputs, columns)
+        return cls(weight.unflatten(0, (-1, panel)).mT.contiguous(), F.pad(bias, (0, beyond)), inputs, columns)
 
-    @property
-    def fields(self) -> tuple[int, int, int, int]:
-        """As the kernels take it."""
-        return self.panels.data_ptr(), self.bias.data_ptr(), self.inputs, self.columns
+    @functools.cached_property
+    def args(self) -> Any:
+        """``cpu.Matrix``, what the kernels take."""
+        return cpu_kernels().Matrix(
+            panels=pointer(self.panels), bias=pointer(self.bias), inputs=self.inputs, columns=self.columns
+        )
 
 
 @dataclass(frozen=True)
@@ -70,10 +74,10 @@ class Norm:
     weight: Tensor
     bias: Tensor
 
-    @property
-    def fields(self) -> tuple[int, int]:
-        """As the kernels take it."""
-        return self.weight.data_ptr(), self.bias.data_ptr()
+    @functools.cached_property
+    def args(self) -> Any:
+        """``cpu.Affine``, what the kernels take."""
+        return cpu_kernels().Affine(weight=pointer(self.weight), bias=pointer(self.bias))
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ class PackedLayer:
         """Projected relative positions of ``frames`` frames as the attention kernel takes them; None without positions."""
         if self.attention.pos is None:
             return None
-        cpu = extension.load().cpu
+        cpu = cpu_kernels()
         level, kept = cpu.simd_level(), self._panels
         if kept is not None and kept[:2] == (frames, level):
             return kept[2]
@@ -137,9 +141,18 @@ class PackedLayer:
             rows = self._positions = _project(self.attention.pos, frames)
         middle = rows[(rows.shape[0] + 1) // 2 - frames :]  # the first row is position frames - 1
         width = self.attention.pos.columns // self.heads
-        panels = rows.new_empty(self.heads * cpu.position_floats(frames, width))
-        fields: dict[str, Any] = {"T": frames, "H": self.heads, "D": width, "out": panels.data_ptr()}
-        run("pack_positions", rows, pos=middle.data_ptr(), pos_stride_t=rows.stride(0), pos_stride_h=width, **fields)
+        panels = rows.new_empty(self.heads * cpu.relpos_attention_position_floats(frames, width))
+        args = cpu.RelposAttentionPackPositions(
+            **common(rows),
+            frames=frames,
+            heads=self.heads,
+            head_dim=width,
+            pos=pointer(middle),
+            pos_frame_stride=rows.stride(0),
+            pos_head_stride=width,
+            pos_panels=pointer(panels),
+        )
+        cpu.relpos_attention_pack_positions(args)
         self._panels = (frames, level, panels)
         return panels
 
@@ -147,9 +160,18 @@ class PackedLayer:
 def _project(pos: Matrix, frames: int) -> Tensor:
     """Not by a library: these products give a row the same bits whatever the number of rows."""
     table = relative_sinusoids(frames, pos.inputs, device=torch.device("cpu"), dtype=torch.float32)
-    out = table.new_empty(len(table) + ROWS, pos.panels.shape[0] * PANEL)
-    sizes = {"M": len(table), "D": pos.inputs, "out_stride": out.stride(0), "threads": torch.get_num_threads()}
-    extension.load().cpu.rows_forward(x=table.data_ptr(), next=pos.fields, out=out.data_ptr(), **sizes)
+    cpu = cpu_kernels()
+    out = table.new_empty(len(table) + cpu.TILE_ROWS, padded_columns(pos.columns))
+    args = cpu.RowsForward(
+        rows=len(table),
+        columns=pos.inputs,
+        threads=torch.get_num_threads(),
+        x=pointer(table),
+        next=pos.args,
+        out=pointer(out),
+        out_row_stride=out.stride(0),
+    )
+    cpu.rows_forward(args)
     return out[: len(table)]
 
 
@@ -245,7 +267,7 @@ class _Packed:
         self._fingerprint = self._take_fingerprint()
 
     def _take_fingerprint(self) -> int:
-        return extension.load().cpu.fingerprint(pointer(self._bytes), len(self._bytes))
+        return cpu_kernels().fingerprint(pointer(self._bytes), len(self._bytes))
 
     def holds(self, watch: Watch) -> bool:
         """Whether the tensors are as they were."""

@@ -15,10 +15,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 def _missing() -> str:
     """Return why the extension cannot be used; empty: it can.  A constant of the process, also to a tracer."""
-    reason = extension.why_missing()
-    if reason is None and not hasattr(extension.load().cpu, "rows_forward"):
-        reason = "lcconformer._C is older than this source; reinstall lcconformer"
-    return reason or ""
+    return extension.why_missing() or ""
 
 
 def _triton_missing(device_type: str, index: int | None) -> str:

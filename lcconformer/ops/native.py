@@ -1,8 +1,12 @@
-"""How tensors are handed to the kernels of csrc/."""
+"""How tensors are handed to the kernels of csrc/.
+
+A kernel takes an object of its arguments, e.g. ``cpu.rows_forward(cpu.RowsForward(x=pointer(x), ...))``; the structs in
+csrc/cpu/kernels.h say what the fields are.  The object holds addresses, so the caller keeps the tensors alive.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -10,17 +14,28 @@ from torch import Tensor
 
 from lcconformer import extension
 
-__all__ = ["dropout", "f32", "i64", "pointer", "rows_of", "run", "unit_stride"]
+__all__ = ["common", "cpu_kernels", "dropout", "f32", "i64", "pointer", "rows_of", "unit_stride"]
+
+_ELEMENTS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
-def run(kernel: str, like: Tensor, **fields: Any) -> None:
-    """Call a kernel with the fields of its struct in csrc/cpu/kernels.h; ``like`` tells the element type."""
-    call: Callable[..., None] = getattr(extension.load().cpu, kernel)
-    call(bf16=like.dtype == torch.bfloat16, threads=torch.get_num_threads(), **fields)
+def cpu_kernels() -> ModuleType:
+    """``_C.cpu``: the kernels, the classes of their arguments, and constants.
+
+    Raises:
+        ImportError: the extension is missing or does not fit this source.
+    """
+    return extension.load().cpu
 
 
-def pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+def common(x: Tensor) -> dict[str, Any]:
+    """Arguments of every kernel: the element type of the big tensors, which ``x`` is one of, and the number of threads."""
+    return {"element": getattr(cpu_kernels().Element, _ELEMENTS[x.dtype]), "threads": torch.get_num_threads()}
+
+
+def pointer(x: Tensor | None, element: int = 0) -> int:
+    """Address of an element of ``x``, counted in memory from the first one; 0 without a tensor."""
+    return 0 if x is None else x.data_ptr() + element * x.element_size()
 
 
 def unit_stride(x: Tensor) -> Tensor:
@@ -42,10 +57,6 @@ def i64(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.to(torch.int64).contiguous()
 
 
-_LEVELS = 1 << 16
-
-
-def dropout(seed: Tensor | None, p: float) -> tuple[int, int, float]:
-    """Pointer to the seed, threshold and scale; the same as lcconformer.kernels._common computes."""
-    threshold = min(round(p * _LEVELS), _LEVELS - 1)
-    return pointer(seed), threshold, _LEVELS / (_LEVELS - threshold)
+def dropout(seed: Tensor | None, p: float) -> Any:
+    """``cpu.Dropout``; without a seed nothing is dropped."""
+    return cpu_kernels().Dropout(pointer(seed), p)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lcconformer.ops import _cuda_glu_depthwise_conv as glue
+from lcconformer.ops.glu_depthwise_conv import cuda as glue
 
 # the package's attribute of this name is the function
 op = importlib.import_module("lcconformer.ops.glu_depthwise_conv")

@@ -1,5 +1,5 @@
-// Small kernels, right and wrong, for the emulator itself: emulator_cases CASE SEED. Exit 0: right result; 3: wrong result;
-// 4: the emulator stopped the kernel and says why on stderr; a sanitizer's own exit otherwise.
+// Small kernels, right and wrong, for the emulator itself: emulator_cases CASE SEED. Exit 0: right result; 3: wrong
+// result; 4: the emulator stopped the kernel and says why on stderr; a sanitizer's own exit otherwise.
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
@@ -92,13 +92,15 @@ void warp_operations(float* out) {
     sum = __shfl_sync(0xFFFFFFFFu, sum, 0);  // sum of the warp
     const int neighbour = __shfl_xor_sync(0xFFFFFFFFu, lane, 1);
     const double before = __shfl_up_sync(0xFFFFFFFFu, static_cast<double>(lane), 3);
-    const std::uint32_t odd = __ballot_sync(0xFFFFFFFFu, lane % 2);
+    const uint32_t odd = __ballot_sync(0xFFFFFFFFu, lane % 2);
     int low = -1;
     if (lane < 8) low = __shfl_sync(0xFFu, lane * 2, 7 - lane);  // a part of the warp
-    const int all = __all_sync(0xFFFFFFFFu, 1), any = __any_sync(0xFFFFFFFFu, lane == 31), none = __any_sync(0xFFFFFFFFu, 0);
+    const int all = __all_sync(0xFFFFFFFFu, 1), any = __any_sync(0xFFFFFFFFu, lane == 31),
+              none = __any_sync(0xFFFFFFFFu, 0);
     const int first = i / 32 * 32;
-    const bool right = sum == 32.0f * first + 496.0f && neighbour == (lane ^ 1) && before == (lane < 3 ? lane : lane - 3) &&
-                       odd == 0xAAAAAAAAu && low == (lane < 8 ? (7 - lane) * 2 : -1) && all && any && !none;
+    const bool right = sum == 32.0f * first + 496.0f && neighbour == (lane ^ 1) &&
+                       before == (lane < 3 ? lane : lane - 3) && odd == 0xAAAAAAAAu &&
+                       low == (lane < 8 ? (7 - lane) * 2 : -1) && all && any && !none;
     out[blockIdx.x * kThreads + i] = right ? rotated(i) : -1.0f;
 }
 
@@ -122,7 +124,7 @@ void grid_barrier(float* out) {  // reads what the next block wrote
 
 void order(float*) { order_hash = (order_hash * 31 + static_cast<int>(threadIdx.x)) % 1000003; }
 
-int run(Kernel kernel, std::size_t shared, bool cooperative) {
+int run(Kernel kernel, size_t shared, bool cooperative) {
     std::vector<float> out(kBlocks * kThreads, -2.0f);
     lcc::emulate("case", kernel, dim3(kBlocks), dim3(kThreads), shared, cooperative, out.data());
     for (int i = 0; i < kBlocks * kThreads; ++i) {
@@ -152,7 +154,8 @@ int main(int, char** argv) {
         {"missing_lane", [] { return run(lane_misses_shuffle, 0, false); }},
         {"divergent_warp", [] { return run(divergent_warp, 0, false); }},
         {"warp_operations", [] { return run(warp_operations, 0, false); }},
-        {"atomics", [] { return run(atomics, 0, false) | (arrivals != kBlocks * kThreads) | (order_hash != arrivals - 1); }},
+        {"atomics",
+         [] { return run(atomics, 0, false) | (arrivals != kBlocks * kThreads) | (order_hash != arrivals - 1); }},
         {"grid_barrier", [] { return run(grid_barrier, 0, true); }},
         {"grid_barrier_without_cooperation", [] { return run(grid_barrier, 0, false); }},
         {"order",

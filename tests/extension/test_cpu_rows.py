@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lcconformer.loop.weights import PANEL, ROWS, Matrix, Norm
+from lcconformer.loop.weights import Matrix, Norm, padded_columns
 
 from .cpu_kernels import CPU, LEVELS, kernels
 
@@ -47,14 +47,15 @@ def run(v: dict[str, Tensor], parts: list[str], level: str | None = None, thread
     matrices = {name: Matrix.of(v[f"{name}.weight"], v[f"{name}.bias"]) for name in names}
     norms = {name: Norm(v[f"{name}.weight"], v[f"{name}.bias"]) for name in ("hidden_norm", "norm")}
     n = matrices["next"].columns if "next" in parts else 0
-    x, out = v["x"].clone(), torch.full((m + ROWS, n + -n % PANEL), torch.nan)
-    branch = torch.cat((v["branch"], torch.full((ROWS, d + 3), torch.nan)))  # rows of the last tile
-    fields = {name: part.fields for name, part in (matrices | norms).items()}
+    x, out = v["x"].clone(), torch.full((m + CPU.TILE_ROWS, padded_columns(n)), torch.nan)
+    branch = torch.cat((v["branch"], torch.full((CPU.TILE_ROWS, d + 3), torch.nan)))  # rows of the last tile
+    args = CPU.RowsForward(
+        **{name: part.args for name, part in (matrices | norms).items()},
+        x=x.data_ptr(), branch=branch.data_ptr(), out=out.data_ptr(), out_row_stride=out.stride(0),
+        rows=m, columns=d, eps=1e-5, threads=threads,
+    )  # fmt: skip
     with kernels(level, threads):
-        CPU.rows_forward(
-            **fields, x=x.data_ptr(), branch=branch.data_ptr(), out=out.data_ptr(), out_stride=out.stride(0),
-            M=m, D=d, eps=1e-5, threads=threads,
-        )  # fmt: skip
+        CPU.rows_forward(args)
     return x, out[:m, :n] if "next" in parts else x
 
 
@@ -95,7 +96,7 @@ def test_a_row_does_not_depend_on_the_others():
 def test_packed_matrix():
     linear = nn.Linear(5, 70)
     matrix = Matrix.of(linear.weight.detach(), None, 0.5)
-    assert matrix.panels.shape == (2, 5, PANEL)
+    assert matrix.panels.shape == (2, 5, CPU.PANEL_COLUMNS)
     assert torch.equal(matrix.panels.mT.flatten(0, 1)[:70], linear.weight * 0.5)
     assert matrix.panels.mT.flatten(0, 1)[70:].abs().sum() == 0
     assert torch.equal(matrix.bias, torch.zeros(128))
@@ -125,16 +126,21 @@ def test_packed_positions_give_the_same_bits():
     b, t, h, d = 2, 70, 2, 24
     q, k, v = torch.randn(3, b, t, h, d)
     pos, u, v_bias = torch.randn(2 * t - 1, h, d), torch.randn(h, d), torch.randn(h, d)
-    heads = {n: (x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)) for n, x in zip("qkv", (q, k, v))}
-    fields = dict(**heads, u=u.data_ptr(), v_bias=v_bias.data_ptr(), B=b, T=t, H=h, D=d, rows=b * t, threads=2)
-    position = dict(pos=pos.data_ptr(), pos_stride_t=h * d, pos_stride_h=d)
+    strides = dict(batch_stride=t * h * d, frame_stride=h * d, head_stride=d)
+    heads = {n: CPU.Heads(data=x.data_ptr(), **strides) for n, x in zip("qkv", (q, k, v))}
+    sizes = dict(element=CPU.Element.float32, frames=t, heads=h, head_dim=d, threads=2)
+    position = dict(pos=pos.data_ptr(), pos_frame_stride=h * d, pos_head_stride=d)
+    inputs = dict(**heads, **sizes, u=u.data_ptr(), v_bias=v_bias.data_ptr(), batch=b, total_frames=b * t)
     for level in LEVELS:
         with kernels(level):
             outs, lse = torch.full((2, b, t, h, d), torch.nan), torch.empty(h, b * t)
-            CPU.attention_forward(**fields, **position, out=outs[0].data_ptr(), lse=lse.data_ptr(), bf16=False)
-            panels = torch.full((h * CPU.position_floats(t, d),), torch.nan)
-            sizes = dict(T=t, H=h, D=d, threads=2, bf16=False)
-            CPU.pack_positions(**position, **sizes, out=panels.data_ptr())
-            CPU.attention_forward(**fields, pos_panels=panels.data_ptr(), out=outs[1].data_ptr(), bf16=False)
+            args = CPU.RelposAttentionForward(**inputs, **position, out=outs[0].data_ptr(), lse=lse.data_ptr())
+            CPU.relpos_attention_forward(args)
+            panels = torch.full((h * CPU.relpos_attention_position_floats(t, d),), torch.nan)
+            packed = CPU.RelposAttentionPackPositions(**sizes, **position, pos_panels=panels.data_ptr())
+            CPU.relpos_attention_pack_positions(packed)
+            # the same object, changed
+            args.pos, args.pos_panels, args.lse, args.out = 0, panels.data_ptr(), 0, outs[1].data_ptr()
+            CPU.relpos_attention_forward(args)
         assert outs.isfinite().all()
         assert torch.equal(outs[0], outs[1])

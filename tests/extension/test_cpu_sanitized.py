@@ -63,8 +63,10 @@ spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 x, w, n = torch.randn(4, 16), torch.ones(16), torch.empty(3, 16)
-module.cpu.layer_norm_forward(x=x.data_ptr(), x_stride=16, weight=w.data_ptr(), bias=w.data_ptr(), n=n.data_ptr(),
-                              eps=1e-5, M=4, D=16, threads=1, bf16=False)
+cpu = module.cpu
+args = cpu.ResidualLayerNormForward(element=cpu.Element.float32, rows=4, columns=16, x=x.data_ptr(), x_row_stride=16,
+                                    weight=w.data_ptr(), bias=w.data_ptr(), n=n.data_ptr(), eps=1e-5, threads=1)
+cpu.residual_layer_norm_forward(args)
 """
     command = [sys.executable, "-c", code, str(sanitized_module)]
     done = subprocess.run(command, env=sanitizer_environment(gxx), capture_output=True, text=True, timeout=600)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lcconformer.ops import _cuda_glu_depthwise_conv as glue
+from lcconformer.ops.glu_depthwise_conv import cuda as glue
 
 from . import cases_glu_depthwise_conv as cases
 from .conftest import Worker, sanitizer_environment

@@ -79,6 +79,14 @@ def test_a_module_of_another_python(tmp_path):
     assert "built for another Python (_C.cpython-23-x86_64-linux-gnu.so); reinstall" in said
 
 
+@pytest.mark.parametrize(("version", "said"), [(None, 1), (3, 3)])
+def test_a_module_of_another_source(tmp_path, version, said):
+    """As after a pull without a new build: it loads, and its kernels would be called by the wrong names."""
+    line = "" if version is None else f"interface = {version}\n"
+    said_of_it = run_copy(tmp_path, extra={"_C.py": line.encode()})
+    assert f"has interface {said}, and this source calls interface {extension.INTERFACE}; reinstall" in said_of_it
+
+
 @pytest.mark.parametrize(
     ("archs", "capability", "serves"),
     [

@@ -72,6 +72,29 @@ OPTIONS: dict[str, dict] = {
 }
 
 
+@pytest.mark.parametrize(("changes", "layers"), [({}, 1), ({"sharing": "none"}, 3), ({"conditioning": ("lora",)}, 3)])
+def test_arguments_are_made_once_for_each_layer(monkeypatch, changes, layers):
+    """And launched again in every loop of the layer."""
+    made: dict[str, int] = {}
+
+    def count(name: str):
+        make = getattr(CPU, name)
+
+        def counted(**args):
+            made[name] = made.get(name, 0) + 1
+            return make(**args)
+
+        return counted
+
+    encoder, x = make_encoder(**changes), torch.randn(1, 5, 24)
+    with torch.no_grad(), engine("loop"):
+        out = encoder(x)[0]
+        for name in ("RowsForward", "RelposAttentionForward", "GluDepthwiseConvForward"):
+            monkeypatch.setattr(CPU, name, count(name))
+        assert torch.equal(encoder(x)[0], out)
+    assert made == {"RowsForward": 3 * layers, "RelposAttentionForward": layers, "GluDepthwiseConvForward": layers}
+
+
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("lengths", [None, torch.tensor([37, 1, 20])], ids=["whole", "lengths"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())

@@ -4,17 +4,17 @@
 #include "../kernels.h"
 #include "vec.h"
 
-namespace lcc {
+namespace lcc::cpu {
 namespace LCC_SIMD {
 
 typedef uint64_t wide_vec __attribute__((vector_size(8 * W)));
 
-constexpr int64_t DROPOUT_PAD = 8 * W;  // random_row writes whole groups of that many
+constexpr int64_t kDropoutPad = 8 * W;  // random_row writes whole groups of that many
 
-// The 16 bits of the elements (row, col ... col+n-1), col a multiple of 8; `out` has room for round_up(n, DROPOUT_PAD).
+// The 16 bits of the elements (row, col ... col+n-1), col a multiple of 8; `out` has room for round_up(n, kDropoutPad).
 static inline void random_row(uint16_t* out, int64_t n, int64_t seed, uint32_t stream, uint32_t major, uint32_t row,
                               int64_t col) {
-    for (int64_t i = 0; i < n; i += DROPOUT_PAD) {
+    for (int64_t i = 0; i < n; i += kDropoutPad) {
         uint32_t columns[W];
         for (int l = 0; l < W; l++) columns[l] = (uint32_t)((col + i) / 8 + l);
         uvec c0, c1 = uvec{} + row, c2 = uvec{} + major, c3 = uvec{} + stream;
@@ -50,4 +50,4 @@ static inline vec dropout_factor(const uint16_t* random, const Dropout& dropout)
 }
 
 }  // namespace LCC_SIMD
-}  // namespace lcc
+}  // namespace lcc::cpu

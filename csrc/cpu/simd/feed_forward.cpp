@@ -4,27 +4,29 @@
 #include "memory.h"
 #include "threads.h"
 
-namespace lcc {
+namespace lcc::cpu {
 namespace LCC_SIMD {
 namespace {
 
-constexpr int64_t COLUMNS = 1024;  // of a block: its random bits fit the stack
-constexpr int64_t PARTS = 64;      // partial sums of the bias gradient
-static_assert(COLUMNS % DROPOUT_PAD == 0, "blocks take whole groups of random bits");
+constexpr int64_t kBlockColumns = 1024;  // of a block: its random bits fit the stack
+constexpr int64_t kParts = 64;           // partial sums of the bias gradient
+// dropout streams: each has random bits of its own
+constexpr uint32_t kHiddenStream = 0, kOutputStream = 1;
+static_assert(kBlockColumns % kDropoutPad == 0, "blocks take whole groups of random bits");
 
 // f(row, column, bias, dropout factor) for each W elements; `sums` [parts, N rounded up] holds a part's f, if wanted
-template <typename F>
-inline void each_element(const Pointwise& a, float* sums, F f) {
-    int64_t each = imax(1, cdiv(a.M, PARTS)), parts = cdiv(a.M, each), pitch = round_up(a.N, W);
+template <class F>
+inline void each_element(const FeedForwardElements& a, uint32_t stream, float* sums, F f) {
+    int64_t each = imax(1, cdiv(a.rows, kParts)), parts = cdiv(a.rows, each), pitch = round_up(a.columns, W);
 #pragma omp parallel for num_threads(a.threads) schedule(static)
     for (int64_t part = 0; part < parts; part++)
-        for (int64_t row = part * each; row < imin((part + 1) * each, a.M); row++)
-            for (int64_t first = 0; first < a.N; first += COLUMNS) {
-                uint16_t random[COLUMNS];
-                int64_t n = imin(COLUMNS, a.N - first);
-                if (a.dropout.seed) random_row(random, n, *a.dropout.seed, a.stream, 0, (uint32_t)row, first);
+        for (int64_t row = part * each; row < imin((part + 1) * each, a.rows); row++)
+            for (int64_t first = 0; first < a.columns; first += kBlockColumns) {
+                uint16_t random[kBlockColumns];
+                int64_t n = imin(kBlockColumns, a.columns - first);
+                if (a.dropout.seed) random_row(random, n, *a.dropout.seed, stream, 0, (uint32_t)row, first);
                 for (int64_t c = first; c < first + n; c += W) {
-                    vec bias = a.bias ? load_at(a.bias, c, a.N) : vec{};
+                    vec bias = a.bias ? load_at(a.bias, c, a.columns) : vec{};
                     vec factor = a.dropout.seed ? dropout_factor(random + c - first, a.dropout) : splat(1.0f);
                     vec result = f(row, c, bias, factor);
                     if (sums) store(sums + part * pitch + c, load(sums + part * pitch + c) + result);
@@ -33,75 +35,84 @@ inline void each_element(const Pointwise& a, float* sums, F f) {
 }
 
 // the same, and the sum of f over the rows into dbias
-template <typename F>
-inline void each_element_and_sum(const Pointwise& a, F f) {
-    int64_t parts = cdiv(a.M, imax(1, cdiv(a.M, PARTS))), pitch = round_up(a.N, W);
+template <class F>
+inline void each_element_and_sum(const FeedForwardElements& a, uint32_t stream, float* dbias, F f) {
+    int64_t parts = cdiv(a.rows, imax(1, cdiv(a.rows, kParts))), pitch = round_up(a.columns, W);
     Scratch scratch(parts * pitch);
     float* sums = scratch.take(parts * pitch);
-    each_element(a, sums, f);
-    for (int64_t c = 0; c < a.N; c += W) {
+    each_element(a, stream, sums, f);
+    for (int64_t c = 0; c < a.columns; c += W) {
         vec total = {};
         for (int64_t part = 0; part < parts; part++) total += load(sums + part * pitch + c);
-        store_at(a.dbias, total, c, a.N);
+        store_at(dbias, total, c, a.columns);
     }
 }
 
-template <typename T>
+template <class T>
 const T* row_of(const void* x, int64_t row, int64_t stride) {
     return static_cast<const T*>(x) + row * stride;
 }
 
-template <typename T>
+template <class T>
 T* row_of(void* x, int64_t row, int64_t stride) {
     return static_cast<T*>(x) + row * stride;
 }
 
-template <typename T>
-void activation(const Pointwise& a) {
-    each_element(a, nullptr, [&](int64_t row, int64_t c, vec bias, vec factor) {
-        vec u = load_at(row_of<T>(a.u, row, a.N), c, a.N) + bias;
-        store_at(row_of<T>(a.out, row, a.N), u * sigmoid(u) * factor, c, a.N);
+template <class T>
+void activation(const FeedForwardActivationForward& a) {
+    each_element(a, kHiddenStream, nullptr, [&](int64_t row, int64_t c, vec bias, vec factor) {
+        vec u = load_at(row_of<T>(a.u, row, a.columns), c, a.columns) + bias;
+        store_at(row_of<T>(a.out, row, a.columns), u * sigmoid(u) * factor, c, a.columns);
         return vec{};
     });
 }
 
-template <typename T>
-void activation_gradient(const Pointwise& a) {
-    each_element_and_sum(a, [&](int64_t row, int64_t c, vec bias, vec factor) {
-        vec u = load_at(row_of<T>(a.u, row, a.N), c, a.N) + bias;
+template <class T>
+void activation_gradient(const FeedForwardActivationBackward& a) {
+    each_element_and_sum(a, kHiddenStream, a.dbias, [&](int64_t row, int64_t c, vec bias, vec factor) {
+        vec u = load_at(row_of<T>(a.u, row, a.columns), c, a.columns) + bias;
         vec s = sigmoid(u);
-        store_at(row_of<T>(a.g, row, a.N), u * s * factor, c, a.N);
+        store_at(row_of<T>(a.g, row, a.columns), u * s * factor, c, a.columns);
         // columns beyond N have d = 0
-        vec du = load_at(row_of<T>(a.d, row, a.N), c, a.N) * factor * s * (1.0f + u * (1.0f - s));
-        store_at(row_of<T>(a.out, row, a.N), du, c, a.N);
+        vec du = load_at(row_of<T>(a.d, row, a.columns), c, a.columns) * factor * s * (1.0f + u * (1.0f - s));
+        store_at(row_of<T>(a.out, row, a.columns), du, c, a.columns);
         return du;
     });
 }
 
-template <typename T>
-void residual(const Pointwise& a) {
-    each_element(a, nullptr, [&](int64_t row, int64_t c, vec bias, vec factor) {
-        vec z = (load_at(row_of<T>(a.u, row, a.N), c, a.N) + bias) * factor;
-        store_at(row_of<T>(a.out, row, a.N), load_at(row_of<T>(a.x, row, a.x_stride), c, a.N) + z * a.scale, c, a.N);
+template <class T>
+void residual(const FeedForwardResidualForward& a) {
+    each_element(a, kOutputStream, nullptr, [&](int64_t row, int64_t c, vec bias, vec factor) {
+        vec z = (load_at(row_of<T>(a.u, row, a.columns), c, a.columns) + bias) * factor;
+        store_at(row_of<T>(a.out, row, a.columns),
+                 load_at(row_of<T>(a.x, row, a.x_row_stride), c, a.columns) + z * a.scale, c, a.columns);
         return vec{};
     });
 }
 
-template <typename T>
-void residual_gradient(const Pointwise& a) {
-    each_element_and_sum(a, [&](int64_t row, int64_t c, vec, vec factor) {
-        vec dz = load_at(row_of<T>(a.d, row, a.d_stride), c, a.N) * a.scale * factor;
-        store_at(row_of<T>(a.out, row, a.N), dz, c, a.N);
+template <class T>
+void residual_gradient(const FeedForwardResidualBackward& a) {
+    each_element_and_sum(a, kOutputStream, a.dbias, [&](int64_t row, int64_t c, vec, vec factor) {
+        vec dz = load_at(row_of<T>(a.d, row, a.d_row_stride), c, a.columns) * a.scale * factor;
+        store_at(row_of<T>(a.out, row, a.columns), dz, c, a.columns);
         return dz;
     });
 }
 
 }  // namespace
 
-void activation_forward(const Pointwise& a) { a.bf16 ? activation<bf16>(a) : activation<float>(a); }
-void activation_backward(const Pointwise& a) { a.bf16 ? activation_gradient<bf16>(a) : activation_gradient<float>(a); }
-void residual_forward(const Pointwise& a) { a.bf16 ? residual<bf16>(a) : residual<float>(a); }
-void residual_backward(const Pointwise& a) { a.bf16 ? residual_gradient<bf16>(a) : residual_gradient<float>(a); }
+void feed_forward_activation_forward(const FeedForwardActivationForward& a) {
+    a.element == Element::bfloat16 ? activation<bf16>(a) : activation<float>(a);
+}
+void feed_forward_activation_backward(const FeedForwardActivationBackward& a) {
+    a.element == Element::bfloat16 ? activation_gradient<bf16>(a) : activation_gradient<float>(a);
+}
+void feed_forward_residual_forward(const FeedForwardResidualForward& a) {
+    a.element == Element::bfloat16 ? residual<bf16>(a) : residual<float>(a);
+}
+void feed_forward_residual_backward(const FeedForwardResidualBackward& a) {
+    a.element == Element::bfloat16 ? residual_gradient<bf16>(a) : residual_gradient<float>(a);
+}
 
 }  // namespace LCC_SIMD
-}  // namespace lcc
+}  // namespace lcc::cpu

@@ -1,27 +1,28 @@
 // GLU, padding zeroed, depthwise convolution, norm and SiLU over strips of frames that stay in cache, channels last.
 //
 // A strip computes the GLU of its frames and of K/2 frames on either side, so strips are independent. Weight gradients
-// and statistics are sums over parts, in a fixed order; a part is a run of strips, and their number depends on the sizes
-// alone. Rows in scratch have a pitch of C rounded up to W, zeros at the end.
+// and statistics are sums over parts, in a fixed order; a part is a run of strips, and their number depends on the
+// sizes alone. Rows in scratch have a pitch of C rounded up to W, zeros at the end.
 #include "../kernels.h"
 #include "memory.h"
 #include "threads.h"
 #include "vec.h"
 
-namespace lcc {
+namespace lcc::cpu {
 namespace LCC_SIMD {
 namespace {
 
-constexpr int FRAMES = W == 16 ? 12 : 8;  // of a tile in registers: as many sums, TAPS weights, one input
-constexpr int TAPS = 4;
-constexpr int64_t STRIP = 96;  // frames; the halo of K = 31 costs a third more GLUs, a smaller part of the whole
-constexpr int64_t PARTS = 64;
+constexpr int kFrames = W == 16 ? 12 : 8;  // of a tile in registers: as many sums, kTaps weights, one input
+constexpr int kTaps = 4;
+constexpr int64_t kStrip = 96;  // frames; the halo of K = 31 costs a third more GLUs, a smaller part of the whole
+constexpr int64_t kParts = 64;
 
 struct Sizes {
-    explicit Sizes(const Conv& a)
-        : T(a.T), C(a.C), K(a.K), taps(round_up(a.K, TAPS)), half(a.K / 2), row(round_up(a.C, W)),
-          strips(imax(1, cdiv(a.T, STRIP))), strip(round_up(cdiv(imax(a.T, 1), strips), FRAMES)),
-          units(a.B * strips), each(imax(1, cdiv(units, PARTS))), parts(cdiv(units, each)) {}
+    explicit Sizes(const GluDepthwiseConv& a)
+        : T(a.frames), C(a.channels), K(a.width), taps(round_up(a.width, kTaps)), half(a.width / 2),
+          row(round_up(a.channels, W)), strips(imax(1, cdiv(a.frames, kStrip))),
+          strip(round_up(cdiv(imax(a.frames, 1), strips), kFrames)), units(a.batch * strips),
+          each(imax(1, cdiv(units, kParts))), parts(cdiv(units, each)) {}
     int64_t T, C, K;
     int64_t taps;  // K rounded up
     int64_t half, row;
@@ -31,32 +32,32 @@ struct Sizes {
 };
 
 struct Strip {
-    Strip(const Conv& a, const Sizes& s, int64_t unit)
+    Strip(const GluDepthwiseConv& a, const Sizes& s, int64_t unit)
         : b(unit / s.strips), first(unit % s.strips * s.strip), end(imin(first + s.strip, s.T)),
           real(a.lengths ? imax(0, imin(a.lengths[b], s.T)) : s.T) {}
     int64_t b, first, end;
     int64_t real;  // frames of the utterance
 };
 
-// sums[r] = sum over k of taps[k] * in[r + k], W channels; reads FRAMES + taps - 1 rows
-inline void convolve(const float* in, int64_t row, const float* taps, int64_t num_taps, vec (&sums)[FRAMES]) {
-    for (int64_t k = 0; k < num_taps; k += TAPS) {
-        vec w[TAPS];
+// sums[r] = sum over k of taps[k] * in[r + k], W channels; reads kFrames + taps - 1 rows
+inline void convolve(const float* in, int64_t row, const float* taps, int64_t num_taps, vec (&sums)[kFrames]) {
+    for (int64_t k = 0; k < num_taps; k += kTaps) {
+        vec w[kTaps];
 #pragma GCC unroll 4
-        for (int q = 0; q < TAPS; q++) w[q] = load(taps + (k + q) * row);
+        for (int q = 0; q < kTaps; q++) w[q] = load(taps + (k + q) * row);
 #pragma GCC unroll 16
-        for (int t = 0; t < FRAMES + TAPS - 1; t++) {
+        for (int t = 0; t < kFrames + kTaps - 1; t++) {
             vec x = load(in + (k + t) * row);
 #pragma GCC unroll 4
-            for (int q = 0; q < TAPS; q++)
-                if (t - q >= 0 && t - q < FRAMES) sums[t - q] += w[q] * x;
+            for (int q = 0; q < kTaps; q++)
+                if (t - q >= 0 && t - q < kFrames) sums[t - q] += w[q] * x;
         }
     }
 }
 
 // GLU of the frames first - K/2 ... end + K/2 - 1 of a strip; zeros where there is no real frame
-template <typename T>
-void glu_rows(const Conv& a, const Sizes& s, const Strip& strip, float* out) {
+template <class T>
+void glu_rows(const GluDepthwiseConv& a, const Sizes& s, const Strip& strip, float* out) {
     int64_t rows = strip.end - strip.first + 2 * s.half;
     for (int64_t i = 0; i < rows; i++, out += s.row) {
         int64_t t = strip.first - s.half + i;
@@ -64,14 +65,14 @@ void glu_rows(const Conv& a, const Sizes& s, const Strip& strip, float* out) {
             memset(out, 0, s.row * sizeof(float));
             continue;
         }
-        const T* x = static_cast<const T*>(a.x) + strip.b * a.x_stride_b + t * a.x_stride_t;
+        const T* x = static_cast<const T*>(a.x) + strip.b * a.x_batch_stride + t * a.x_frame_stride;
         for (int64_t c = 0; c < s.C; c += W) store(out + c, load_at(x, c, s.C) * sigmoid(load_at(x + s.C, c, s.C)));
     }
     memset(out, 0, (s.halo_rows() - rows) * s.row * sizeof(float));
 }
 
 // taps of a pitch, zeros beyond K and beyond C; flipped for the gradient of the input
-void pack_taps(const Conv& a, const Sizes& s, bool flipped, float* out) {
+void pack_taps(const GluDepthwiseConv& a, const Sizes& s, bool flipped, float* out) {
     for (int64_t k = 0; k < s.K; k++)
         memcpy(out + k * s.row, a.taps + (flipped ? s.K - 1 - k : k) * s.C, s.C * sizeof(float));
 }
@@ -91,29 +92,30 @@ RowStatistics row_statistics(const float* y, int64_t C, float eps) {
     return {mean, 1.0f / sqrtf(sum(squares) / C + eps)};
 }
 
-// Per channel of one utterance: the norm is (y - mean) * rstd * weight + bias; mean and rstd of LayerNorm change per row.
-struct Affine {
+// Per channel of one utterance: the norm is (y - mean) * rstd * weight + bias; mean and rstd of LayerNorm change per
+// row.
+struct ChannelNorm {
     float *mean, *rstd, *weight, *bias;  // [s.row]
     static int64_t size(const Sizes& s) { return 4 * s.row; }
-    Affine(float* memory, const Conv& a, const Sizes& s)
+    ChannelNorm(float* memory, const GluDepthwiseConv& a, const Sizes& s)
         : mean(memory), rstd(mean + s.row), weight(rstd + s.row), bias(weight + s.row) {
         for (int64_t c = 0; c < s.C; c++) {
             mean[c] = 0.0f;
             rstd[c] = 1.0f;
-            weight[c] = a.norm == kNone ? 1.0f : a.norm_weight[c];
-            bias[c] = a.norm == kNone ? 0.0f : a.norm_bias[c];
+            weight[c] = a.norm == Norm::none ? 1.0f : a.norm_weight[c];
+            bias[c] = a.norm == Norm::none ? 0.0f : a.norm_bias[c];
         }
     }
-    void of_utterance(const Conv& a, const Sizes& s, int64_t b) {
-        if (a.norm != kRunning && a.norm != kBatch && a.norm != kGroup) return;
+    void of_utterance(const GluDepthwiseConv& a, const Sizes& s, int64_t b) {
+        if (a.norm != Norm::running && a.norm != Norm::batch && a.norm != Norm::group) return;
         for (int64_t c = 0; c < s.C; c++) {
-            int64_t at = a.norm == kGroup ? b * a.groups + c / (s.C / a.groups) : c;
+            int64_t at = a.norm == Norm::group ? b * a.groups + c / (s.C / a.groups) : c;
             mean[c] = a.mean[at];
             rstd[c] = 1.0f / sqrtf(a.var[at] + a.eps);
         }
     }
-    void of_row(const Conv& a, const Sizes& s, const float* y) {
-        if (a.norm != kLayer) return;
+    void of_row(const GluDepthwiseConv& a, const Sizes& s, const float* y) {
+        if (a.norm != Norm::layer) return;
         RowStatistics row = row_statistics(y, s.C, a.eps);
         for (int64_t c = 0; c < s.row; c += W) {
             store(mean + c, splat(row.mean));
@@ -143,7 +145,7 @@ struct Moments {
     }
 };
 
-void merge_statistics(const Conv& a, const Sizes& s, const float* moments) {
+void merge_statistics(const GluDepthwiseConv& a, const Sizes& s, const float* moments) {
     auto frames = [&](int64_t unit) {
         Strip strip(a, s, unit);
         return (double)imax(0, imin(strip.end, strip.real) - strip.first);
@@ -152,7 +154,7 @@ void merge_statistics(const Conv& a, const Sizes& s, const float* moments) {
         const float* part = moments + unit * 2 * s.row + c;
         total.merge(frames(unit), part[0], part[s.row]);
     };
-    if (a.norm == kBatch) {
+    if (a.norm == Norm::batch) {
         double count = 0;
         for (int64_t unit = 0; unit < s.units; unit++) count += frames(unit);
         a.count[0] = (float)count;
@@ -167,7 +169,7 @@ void merge_statistics(const Conv& a, const Sizes& s, const float* moments) {
     }
     int64_t width = s.C / a.groups;
 #pragma omp parallel for num_threads(a.threads)
-    for (int64_t group = 0; group < a.B * a.groups; group++) {
+    for (int64_t group = 0; group < a.batch * a.groups; group++) {
         int64_t b = group / a.groups, first = group % a.groups * width;
         Moments total;
         for (int64_t unit = b * s.strips; unit < (b + 1) * s.strips; unit++)
@@ -177,11 +179,11 @@ void merge_statistics(const Conv& a, const Sizes& s, const float* moments) {
     }
 }
 
-template <typename T>
-void forward(const Conv& a) {
+template <class T>
+void forward(const GluDepthwiseConvForward& a) {
     Sizes s(a);
-    bool statistics = a.norm == kBatch || a.norm == kGroup;
-    int64_t thread_memory = Scratch::padded((s.halo_rows() + s.strip) * s.row + Affine::size(s));
+    bool statistics = a.norm == Norm::batch || a.norm == Norm::group;
+    int64_t thread_memory = Scratch::padded((s.halo_rows() + s.strip) * s.row + ChannelNorm::size(s));
     int64_t moments_size = statistics ? s.units * 2 * s.row : 0;
     Scratch scratch(Scratch::padded((s.taps + 1) * s.row) + Scratch::padded(moments_size) + a.threads * thread_memory);
     float* taps = scratch.take((s.taps + 1) * s.row);
@@ -194,18 +196,18 @@ void forward(const Conv& a) {
     {
         float* glu = memory + thread_number() * thread_memory;
         float* y = glu + s.halo_rows() * s.row;  // [s.strip, s.row]
-        Affine affine(y + s.strip * s.row, a, s);
+        ChannelNorm norm(y + s.strip * s.row, a, s);
 #pragma omp for schedule(dynamic)
         for (int64_t unit = 0; unit < s.units; unit++) {
             Strip strip(a, s, unit);
             glu_rows<T>(a, s, strip, glu);
             int64_t rows = strip.end - strip.first;
-            for (int64_t i = 0; i < rows; i += FRAMES)
+            for (int64_t i = 0; i < rows; i += kFrames)
                 for (int64_t c = 0; c < s.C; c += W) {
-                    vec sums[FRAMES];
-                    for (int r = 0; r < FRAMES; r++) sums[r] = load(bias + c);
+                    vec sums[kFrames];
+                    for (int r = 0; r < kFrames; r++) sums[r] = load(bias + c);
                     convolve(glu + i * s.row + c, s.row, taps + c, s.taps, sums);
-                    for (int r = 0; r < FRAMES; r++) store(y + (i + r) * s.row + c, sums[r]);
+                    for (int r = 0; r < kFrames; r++) store(y + (i + r) * s.row + c, sums[r]);
                 }
             int64_t base = (strip.b * s.T + strip.first) * s.C;
             if (a.y)
@@ -229,12 +231,12 @@ void forward(const Conv& a) {
                 }
                 continue;
             }
-            affine.of_utterance(a, s, strip.b);
+            norm.of_utterance(a, s, strip.b);
             for (int64_t i = 0; i < rows; i++) {
-                affine.of_row(a, s, y + i * s.row);
+                norm.of_row(a, s, y + i * s.row);
                 for (int64_t c = 0; c < s.C; c += W)
                     store_at(static_cast<T*>(a.out) + base + i * s.C,
-                             silu(affine.apply(affine.normal(load(y + i * s.row + c), c), c)), c, s.C);
+                             silu(norm.apply(norm.normal(load(y + i * s.row + c), c), c)), c, s.C);
             }
         }
     }
@@ -242,16 +244,16 @@ void forward(const Conv& a) {
     merge_statistics(a, s, moments);
 #pragma omp parallel num_threads(a.threads)
     {
-        Affine affine(memory + thread_number() * thread_memory, a, s);
+        ChannelNorm norm(memory + thread_number() * thread_memory, a, s);
 #pragma omp for schedule(static)
         for (int64_t unit = 0; unit < s.units; unit++) {
             Strip strip(a, s, unit);
-            affine.of_utterance(a, s, strip.b);
+            norm.of_utterance(a, s, strip.b);
             for (int64_t t = strip.first; t < strip.end; t++) {
                 int64_t at = (strip.b * s.T + t) * s.C;
                 for (int64_t c = 0; c < s.C; c += W) {
                     vec y = load_at(static_cast<const T*>(a.y) + at, c, s.C);
-                    store_at(static_cast<T*>(a.out) + at, silu(affine.apply(affine.normal(y, c), c)), c, s.C);
+                    store_at(static_cast<T*>(a.out) + at, silu(norm.apply(norm.normal(y, c), c)), c, s.C);
                 }
             }
         }
@@ -259,54 +261,56 @@ void forward(const Conv& a) {
 }
 
 // Gradients of one frame in front of the norm, and what the frame adds to those of the norm's parameters.
-// `sums` [2, s.row]: for kBatch and kGroup the sums of dz and dz * normal that the statistics' gradients need, divided
-// by the count; zero for frames that have no part in the statistics.
-template <typename T>
-void norm_backward_row(const Conv& a, const Sizes& s, int64_t b, int64_t t, Affine& affine, const float* sums,
-                       float* y, float* dy, float* dnorm) {
+// `sums` [2, s.row]: for Norm::batch and Norm::group the sums of dz and dz * normal that the statistics' gradients
+// need, divided by the count; zero for frames that have no part in the statistics.
+template <class T>
+void norm_backward_row(const GluDepthwiseConvBackward& a, const Sizes& s, int64_t b, int64_t t, ChannelNorm& norm,
+                       const float* sums, float* y, float* dy, float* dnorm) {
     const T* saved = static_cast<const T*>(a.y) + (b * s.T + t) * s.C;
-    const T* dout = static_cast<const T*>(a.dout) + b * a.dout_stride_b + t * a.dout_stride_t;
+    const T* dout = static_cast<const T*>(a.dout) + b * a.dout_batch_stride + t * a.dout_frame_stride;
     for (int64_t c = 0; c < s.C; c += W) store(y + c, load_at(saved, c, s.C));
-    affine.of_row(a, s, y);
+    norm.of_row(a, s, y);
     vec total = {}, total_normal = {};
     for (int64_t c = 0; c < s.C; c += W) {
-        vec normal = affine.normal(load(y + c), c);
-        vec dz = load_at(dout, c, s.C) * silu_slope(affine.apply(normal, c));
+        vec normal = norm.normal(load(y + c), c);
+        vec dz = load_at(dout, c, s.C) * silu_slope(norm.apply(normal, c));
         if (dnorm) {
             store(dnorm + c, load(dnorm + c) + dz);
             store(dnorm + s.row + c, load(dnorm + s.row + c) + dz * normal);
         }
-        vec dnormal = dz * load(affine.weight + c);
+        vec dnormal = dz * load(norm.weight + c);
         total += dnormal;
         total_normal += dnormal * normal;
         store(dy + c, dnormal);
     }
-    if (a.norm == kNone) return;
+    if (a.norm == Norm::none) return;
     vec mean = {}, mean_normal = {};
-    if (a.norm == kLayer) {
+    if (a.norm == Norm::layer) {
         mean = splat(sum(total) / s.C);
         mean_normal = splat(sum(total_normal) / s.C);
     }
     for (int64_t c = 0; c < s.C; c += W) {
-        vec normal = affine.normal(load(y + c), c);
+        vec normal = norm.normal(load(y + c), c);
         if (sums) {
             mean = load(sums + c);
             mean_normal = load(sums + s.row + c);
         }
-        vec d = (load(dy + c) - mean - normal * mean_normal) * load(affine.rstd + c);
+        vec d = (load(dy + c) - mean - normal * mean_normal) * load(norm.rstd + c);
         store(dy + c, first_lanes(d, s.C - c));
     }
 }
 
 void add_parts(const Sizes& s, const float* parts, int64_t part_size, float* total) {
     for (int64_t part = 0; part < s.parts; part++)
-        for (int64_t i = 0; i < part_size; i += W) store(total + i, load(total + i) + load(parts + part * part_size + i));
+        for (int64_t i = 0; i < part_size; i += W)
+            store(total + i, load(total + i) + load(parts + part * part_size + i));
 }
 
 // Sums over all frames of dz and dz * normal, then `sums` of norm_backward_row for each utterance: [B, 2, s.row].
 // The mean of `normal` over real frames is zero but for rounding, which a small variance magnifies: it is taken off.
-template <typename T>
-void statistics_backward(const Conv& a, const Sizes& s, float* memory, int64_t thread_memory, float* sums) {
+template <class T>
+void statistics_backward(const GluDepthwiseConvBackward& a, const Sizes& s, float* memory, int64_t thread_memory,
+                         float* sums) {
     int64_t part_size = 3 * s.row;  // dz, dz * normal, normal
     Scratch scratch(Scratch::padded(s.units * part_size) + Scratch::padded(part_size));
     float* parts = scratch.take(s.units * part_size);
@@ -315,17 +319,17 @@ void statistics_backward(const Conv& a, const Sizes& s, float* memory, int64_t t
     {
         float* y = memory + thread_number() * thread_memory;
         float* dy = y + s.row;
-        Affine affine(dy + s.row, a, s);
+        ChannelNorm norm(dy + s.row, a, s);
 #pragma omp for schedule(dynamic)
         for (int64_t unit = 0; unit < s.units; unit++) {
             Strip strip(a, s, unit);
-            affine.of_utterance(a, s, strip.b);
+            norm.of_utterance(a, s, strip.b);
             float* part = parts + unit * part_size;
             for (int64_t t = strip.first; t < strip.end; t++) {
-                norm_backward_row<T>(a, s, strip.b, t, affine, nullptr, y, dy, part);
+                norm_backward_row<T>(a, s, strip.b, t, norm, nullptr, y, dy, part);
                 if (t >= strip.real) continue;
                 float* normal = part + 2 * s.row;
-                for (int64_t c = 0; c < s.C; c += W) store(normal + c, load(normal + c) + affine.normal(load(y + c), c));
+                for (int64_t c = 0; c < s.C; c += W) store(normal + c, load(normal + c) + norm.normal(load(y + c), c));
             }
         }
     }
@@ -337,9 +341,9 @@ void statistics_backward(const Conv& a, const Sizes& s, float* memory, int64_t t
         a.dnorm[s.C + c] = total[s.row + c];
     }
     int64_t width = s.C / a.groups;
-    for (int64_t b = 0; b < a.B; b++) {
+    for (int64_t b = 0; b < a.batch; b++) {
         float* out = sums + b * 2 * s.row;
-        if (a.norm == kBatch) {
+        if (a.norm == Norm::batch) {
             double count = fmax(a.count[0], 1.0);
             for (int64_t c = 0; c < s.C; c++) {
                 double of_normal = total[s.row + c] * (a.norm_weight[c] / count), mean = total[2 * s.row + c] / count;
@@ -368,18 +372,18 @@ void statistics_backward(const Conv& a, const Sizes& s, float* memory, int64_t t
 
 // sums[k] += sum over the strip's frames of dy[t] * glu[t + k - K/2]
 void taps_backward(const Sizes& s, int64_t rows, const float* dy, const float* glu, float* sums) {
-    constexpr int BLOCK = FRAMES;
+    constexpr int kBlock = kFrames;
     for (int64_t c = 0; c < s.C; c += W)
-        for (int64_t k = 0; k < s.K; k += BLOCK) {
-            vec acc[BLOCK] = {};
+        for (int64_t k = 0; k < s.K; k += kBlock) {
+            vec acc[kBlock] = {};
             // the last block starts early enough to end with the last tap, and stores only what is new
-            int64_t start = imax(0, imin(k, s.K - BLOCK)), n = imin(BLOCK, s.K - start);
+            int64_t start = imax(0, imin(k, s.K - kBlock)), n = imin(kBlock, s.K - start);
             const float* in = glu + start * s.row + c;
-            if (n == BLOCK) {
+            if (n == kBlock) {
                 for (int64_t t = 0; t < rows; t++) {
                     vec d = load(dy + t * s.row + c);
 #pragma GCC unroll 16
-                    for (int q = 0; q < BLOCK; q++) acc[q] += d * load(in + (t + q) * s.row);
+                    for (int q = 0; q < kBlock; q++) acc[q] += d * load(in + (t + q) * s.row);
                 }
             } else {
                 for (int64_t t = 0; t < rows; t++)
@@ -392,13 +396,13 @@ void taps_backward(const Sizes& s, int64_t rows, const float* dy, const float* g
         }
 }
 
-template <typename T>
-void backward(const Conv& a) {
+template <class T>
+void backward(const GluDepthwiseConvBackward& a) {
     Sizes s(a);
-    bool statistics = a.norm == kBatch || a.norm == kGroup;
+    bool statistics = a.norm == Norm::batch || a.norm == Norm::group;
     int64_t part_size = (s.K + 3) * s.row;  // taps, bias, norm's bias and weight
-    int64_t thread_memory = Scratch::padded((2 * s.halo_rows() + 1) * s.row + Affine::size(s));
-    int64_t sums_size = statistics ? a.B * 2 * s.row : 0;
+    int64_t thread_memory = Scratch::padded((2 * s.halo_rows() + 1) * s.row + ChannelNorm::size(s));
+    int64_t sums_size = statistics ? a.batch * 2 * s.row : 0;
     Scratch scratch(Scratch::padded(s.taps * s.row) + Scratch::padded(sums_size) + Scratch::padded(part_size) +
                     Scratch::padded(s.parts * part_size) + a.threads * thread_memory);
     float* taps = scratch.take(s.taps * s.row);
@@ -413,7 +417,7 @@ void backward(const Conv& a) {
         float* glu = memory + thread_number() * thread_memory;
         float* dy = glu + s.halo_rows() * s.row;
         float* y = dy + s.halo_rows() * s.row;
-        Affine affine(y + s.row, a, s);
+        ChannelNorm norm(y + s.row, a, s);
 #pragma omp for schedule(dynamic)
         for (int64_t part = 0; part < s.parts; part++) {
             float* dtaps = parts + part * part_size;
@@ -423,28 +427,29 @@ void backward(const Conv& a) {
                 Strip strip(a, s, unit);
                 int64_t rows = strip.end - strip.first;
                 glu_rows<T>(a, s, strip, glu);
-                affine.of_utterance(a, s, strip.b);
+                norm.of_utterance(a, s, strip.b);
                 memset(dy, 0, s.halo_rows() * s.row * sizeof(float));
                 for (int64_t t = imax(0, strip.first - s.half); t < imin(s.T, strip.end + s.half); t++) {
                     bool own = t >= strip.first && t < strip.end;
                     const float* correction = statistics && t < strip.real ? sums + strip.b * 2 * s.row : nullptr;
-                    norm_backward_row<T>(a, s, strip.b, t, affine, correction, y,
-                                         dy + (t - strip.first + s.half) * s.row, own ? dnorm : nullptr);
+                    norm_backward_row<T>(a, s, strip.b, t, norm, correction, y, dy + (t - strip.first + s.half) * s.row,
+                                         own ? dnorm : nullptr);
                 }
                 taps_backward(s, rows, dy + s.half * s.row, glu, dtaps);
                 for (int64_t i = 0; i < rows; i++)
                     for (int64_t c = 0; c < s.C; c += W)
                         store(dbias + c, load(dbias + c) + load(dy + (i + s.half) * s.row + c));
-                for (int64_t i = 0; i < rows; i += FRAMES)
+                for (int64_t i = 0; i < rows; i += kFrames)
                     for (int64_t c = 0; c < s.C; c += W) {
-                        vec dglu[FRAMES] = {};
+                        vec dglu[kFrames] = {};
                         convolve(dy + i * s.row + c, s.row, taps + c, s.taps, dglu);
-                        for (int64_t r = 0; r < imin(FRAMES, rows - i); r++) {
+                        for (int64_t r = 0; r < imin(kFrames, rows - i); r++) {
                             int64_t t = strip.first + i + r;
                             T* dx = static_cast<T*>(a.dx) + (strip.b * s.T + t) * 2 * s.C;
                             vec dvalue = {}, dgate = {};
                             if (t < strip.real) {
-                                const T* x = static_cast<const T*>(a.x) + strip.b * a.x_stride_b + t * a.x_stride_t;
+                                const T* x =
+                                    static_cast<const T*>(a.x) + strip.b * a.x_batch_stride + t * a.x_frame_stride;
                                 vec gate = sigmoid(load_at(x + s.C, c, s.C));
                                 dvalue = dglu[r] * gate;
                                 dgate = dvalue * load_at(x, c, s.C) * (1.0f - gate);
@@ -459,15 +464,19 @@ void backward(const Conv& a) {
     add_parts(s, parts, part_size, total);
     for (int64_t k = 0; k < s.K; k++) memcpy(a.dtaps + k * s.C, total + k * s.row, s.C * sizeof(float));
     memcpy(a.dbias, total + s.K * s.row, s.C * sizeof(float));
-    if (statistics || a.norm == kNone) return;
+    if (statistics || a.norm == Norm::none) return;
     memcpy(a.dnorm, total + (s.K + 1) * s.row, s.C * sizeof(float));
     memcpy(a.dnorm + s.C, total + (s.K + 2) * s.row, s.C * sizeof(float));
 }
 
 }  // namespace
 
-void conv_forward(const Conv& a) { a.bf16 ? forward<bf16>(a) : forward<float>(a); }
-void conv_backward(const Conv& a) { a.bf16 ? backward<bf16>(a) : backward<float>(a); }
+void glu_depthwise_conv_forward(const GluDepthwiseConvForward& a) {
+    a.element == Element::bfloat16 ? forward<bf16>(a) : forward<float>(a);
+}
+void glu_depthwise_conv_backward(const GluDepthwiseConvBackward& a) {
+    a.element == Element::bfloat16 ? backward<bf16>(a) : backward<float>(a);
+}
 
 }  // namespace LCC_SIMD
-}  // namespace lcc
+}  // namespace lcc::cpu

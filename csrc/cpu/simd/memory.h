@@ -1,5 +1,5 @@
-// Scratch memory of a kernel: aligned, zeroed, freed at the end of the scope. Made outside of parallel regions, which no
-// exception may leave.
+// Scratch memory of a kernel: aligned, zeroed, freed at the end of the scope. Made outside of parallel regions, which
+// no exception may leave.
 #pragma once
 
 #include <stdlib.h>
@@ -8,7 +8,7 @@
 
 #include "vec.h"
 
-namespace lcc {
+namespace lcc::cpu {
 namespace LCC_SIMD {
 
 class Scratch {
@@ -35,4 +35,4 @@ class Scratch {
 };
 
 }  // namespace LCC_SIMD
-}  // namespace lcc
+}  // namespace lcc::cpu

@@ -3,7 +3,7 @@
 
 #include "vec.h"
 
-namespace lcc {
+namespace lcc::cpu {
 namespace LCC_SIMD {
 
 struct Left {  // element (i, k) at data[i * row + k * step]
@@ -24,9 +24,9 @@ struct Addend {  // row i at data + i * row; null: none
 
 template <int N>
 static inline void product_tile(int64_t depth, Left a, Right b, Addend addend, float* c, int64_t c_row) {
-    vec sums[ROWS][N];
+    vec sums[kTileRows][N];
 #pragma GCC unroll 8
-    for (int i = 0; i < ROWS; i++)
+    for (int i = 0; i < kTileRows; i++)
 #pragma GCC unroll 8
         for (int v = 0; v < N; v++) sums[i][v] = vec{};
     for (int64_t k = 0; k < depth; k++) {
@@ -34,7 +34,7 @@ static inline void product_tile(int64_t depth, Left a, Right b, Addend addend, f
 #pragma GCC unroll 8
         for (int v = 0; v < N; v++) columns[v] = load(b.data + v * b.group);
 #pragma GCC unroll 8
-        for (int i = 0; i < ROWS; i++) {
+        for (int i = 0; i < kTileRows; i++) {
             vec x = splat(a.data[i * a.row]);
 #pragma GCC unroll 8
             for (int v = 0; v < N; v++) sums[i][v] += x * columns[v];
@@ -43,7 +43,7 @@ static inline void product_tile(int64_t depth, Left a, Right b, Addend addend, f
         b.data += b.row;
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < ROWS; i++)
+    for (int i = 0; i < kTileRows; i++)
 #pragma GCC unroll 8
         for (int v = 0; v < N; v++) {
             if (addend.data) sums[i][v] += load(addend.data + i * addend.row + v * W);
@@ -52,17 +52,17 @@ static inline void product_tile(int64_t depth, Left a, Right b, Addend addend, f
 }
 
 // c [rows, groups * W] = a [rows, depth] b [depth, groups * W] + addend. Whole tiles are written: the rows of a, addend
-// and c must exist up to the next multiple of ROWS.
+// and c must exist up to the next multiple of kTileRows.
 static inline void product(int64_t rows, int64_t groups, int64_t depth, Left a, Right b, Addend addend, float* c,
                            int64_t c_row) {
-    for (int64_t v = 0; v < groups; v += COLS) {
-        int64_t n = imin(COLS, groups - v);
-        for (int64_t i = 0; i < rows; i += ROWS) {
+    for (int64_t v = 0; v < groups; v += kTileColumns) {
+        int64_t n = imin(kTileColumns, groups - v);
+        for (int64_t i = 0; i < rows; i += kTileRows) {
             Left a_i = {a.data + i * a.row, a.row, a.step};
             Right b_v = {b.data + v * b.group, b.row, b.group};
             Addend more = {addend.data ? addend.data + i * addend.row + v * W : nullptr, addend.row};
             float* c_i = c + i * c_row + v * W;
-            if (n == COLS) product_tile<COLS>(depth, a_i, b_v, more, c_i, c_row);
+            if (n == kTileColumns) product_tile<kTileColumns>(depth, a_i, b_v, more, c_i, c_row);
             else if (n == 1) product_tile<1>(depth, a_i, b_v, more, c_i, c_row);
             else if (n == 2) product_tile<2>(depth, a_i, b_v, more, c_i, c_row);
             else product_tile<3>(depth, a_i, b_v, more, c_i, c_row);
@@ -71,4 +71,4 @@ static inline void product(int64_t rows, int64_t groups, int64_t depth, Left a, 
 }
 
 }  // namespace LCC_SIMD
-}  // namespace lcc
+}  // namespace lcc::cpu

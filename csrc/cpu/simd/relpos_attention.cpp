@@ -1,9 +1,10 @@
 // Relative-position attention in blocks that stay in cache, forward and backward; scores are never whole in memory.
 //
-// For a block of M queries from i0 and N keys from j0, S[i, j] = (q_i + u) . k_j + (q_i + v_bias) . pos[T-1-i+j] needs a
-// parallelogram of products (i, position). They are computed as a band of N + M columns x = (M-1-i) + j (indices local to
-// the block) in rows of pitch P; the shift is then reading it with pitch P - 1 from column M - 1 on. The next key block
-// needs the band N columns further: its first M columns are the last M of this one, so every product is formed once.
+// For a block of M queries from i0 and N keys from j0, S[i, j] = (q_i + u) . k_j + (q_i + v_bias) . pos[T-1-i+j] needs
+// a parallelogram of products (i, position). They are computed as a band of N + M columns x = (M-1-i) + j (indices
+// local to the block) in rows of pitch P; the shift is then reading it with pitch P - 1 from column M - 1 on. The next
+// key block needs the band N columns further: its first M columns are the last M of this one, so every product is
+// formed once.
 //
 // Queries are scaled by log2(e) / sqrt(D), so that scores are exponents of 2. Keys, values and positions are packed: as
 // panels of W columns, transposed, for products along D; as plain rows for products along keys or positions.
@@ -13,17 +14,18 @@
 #include "product.h"
 #include "threads.h"
 
-namespace lcc {
+namespace lcc::cpu {
 namespace LCC_SIMD {
 namespace {
 
-constexpr int64_t M = 48;                // queries of a block: a multiple of ROWS and W
-constexpr int64_t N = 192;               // keys of a block: likewise
-constexpr int64_t PITCH = M + N + 32;    // of the band; columns beyond M + N stay zero. An odd number of cache lines
-static_assert(M % ROWS == 0 && M % W == 0 && N % ROWS == 0 && N % W == 0 && N >= M, "blocks are made of whole tiles");
+constexpr int64_t M = 48;               // queries of a block: a multiple of kTileRows and W
+constexpr int64_t N = 192;              // keys of a block: likewise
+constexpr int64_t kPitch = M + N + 32;  // of the band; columns beyond M + N stay zero. An odd number of cache lines
+static_assert(M % kTileRows == 0 && M % W == 0 && N % kTileRows == 0 && N % W == 0 && N >= M,
+              "blocks are made of whole tiles");
 
 struct Sizes {
-    explicit Sizes(const Attention& a) : Sizes(a.T, a.D) {}
+    explicit Sizes(const RelposAttention& a) : Sizes(a.frames, a.head_dim) {}
     Sizes(int64_t T, int64_t D)
         : T(T), D(D), row(round_up(D, W)), keys(round_up(T, N)), shift(M + (W - T % W) % W),
           positions(round_up(2 * T + 2 * M + N + W, W)), scale(1.0f / sqrtf((float)D)) {}
@@ -39,27 +41,29 @@ struct Sizes {
 
 // Where the frames of utterance b are, and how many.
 struct Utterance {
-    Utterance(const Attention& a, int64_t b)
-        : b(b), first(a.cu_seqlens ? a.cu_seqlens[b] : b * a.T), queries(a.cu_seqlens ? a.cu_seqlens[b + 1] - first : a.T),
-          keys(a.lengths ? imax(0, imin(a.lengths[b], a.T)) : queries), packed(a.cu_seqlens) {}
+    Utterance(const RelposAttention& a, int64_t b)
+        : b(b), first(a.cu_seqlens ? a.cu_seqlens[b] : b * a.frames),
+          queries(a.cu_seqlens ? a.cu_seqlens[b + 1] - first : a.frames),
+          keys(a.lengths ? imax(0, imin(a.lengths[b], a.frames)) : queries), packed(a.cu_seqlens) {}
     int64_t b, first, queries, keys;
     bool packed;
 
-    template <typename T>
+    template <class T>
     const T* head(const Heads& x, int64_t h) const {
-        return static_cast<const T*>(x.data) + (packed ? first * x.stride_t : b * x.stride_b) + h * x.stride_h;
+        return static_cast<const T*>(x.data) + (packed ? first * x.frame_stride : b * x.batch_stride) +
+               h * x.head_stride;
     }
 };
 
 // rows [n, D] of stride `stride` into rows of pitch s.row
-template <typename T>
+template <class T>
 void pack_rows(const T* x, int64_t stride, int64_t n, const Sizes& s, float* rows) {
     for (int64_t i = 0; i < n; i++)
         for (int64_t d = 0; d < s.D; d += W) store(rows + i * s.row + d, load_at(x + i * stride, d, s.D));
 }
 
 // the same into panels: element (i, d) at panels[(i / W * D + d) * W + i % W], the rest of the last panel zero
-template <typename T>
+template <class T>
 void pack_panels(const T* x, int64_t stride, int64_t n, int64_t first, const Sizes& s, float* panels) {
     for (int64_t i = 0; i < n; i++) {
         float* column = panels + (first + i) / W * s.D * W + (first + i) % W;
@@ -78,7 +82,7 @@ Right panels_from(const float* panels, int64_t column, const Sizes& s) { return 
 Right rows_from(const float* rows, int64_t row, const Sizes& s) { return {rows + row * s.row, s.row, W}; }
 
 // (x_i + bias) * factor of the queries of a block; rows from m on are zero
-template <typename T>
+template <class T>
 void load_queries(const T* x, int64_t stride, int64_t m, const float* bias, float factor, const Sizes& s, float* out) {
     for (int64_t i = 0; i < M; i++)
         for (int64_t d = 0; d < s.row; d += W) {
@@ -91,10 +95,10 @@ void load_queries(const T* x, int64_t stride, int64_t m, const float* bias, floa
 // One block of queries walking along the keys.
 struct Walk {
     const Sizes& s;
-    int64_t i0, m;                // first query, number of queries
+    int64_t i0, m;                    // first query, number of queries
     const float *content, *position;  // scaled queries with their biases, [M, s.row]
-    float* band;                  // [M, PITCH]
-    float* scores;                // [M, N]
+    float* band;                      // [M, kPitch]
+    float* scores;                    // [M, N]
 
     // scores of the keys j0 ... j0+n-1, in exponents of 2; to be called for j0 = 0, N, 2N, ...
     void scores_of(int64_t j0, int64_t n, const float* key_panels, const float* position_panels) {
@@ -104,40 +108,41 @@ struct Walk {
             int64_t known = 0;
             if (j0 > 0) {
                 known = M;
-                for (int64_t i = 0; i < m; i++) memcpy(band + i * PITCH, band + i * PITCH + N, M * sizeof(float));
+                for (int64_t i = 0; i < m; i++) memcpy(band + i * kPitch, band + i * kPitch + N, M * sizeof(float));
             }
             Right columns = panels_from(position_panels, s.first_position(i0, j0) + known, s);
-            product(m, (M - known) / W + groups, s.D, {position, s.row, 1}, columns, {nullptr, 0}, band + known, PITCH);
-            shifted = {band + M - 1, PITCH - 1};
+            product(m, (M - known) / W + groups, s.D, {position, s.row, 1}, columns, {nullptr, 0}, band + known,
+                    kPitch);
+            shifted = {band + M - 1, kPitch - 1};
         }
         product(m, groups, s.D, {content, s.row, 1}, panels_from(key_panels, j0, s), shifted, scores, N);
     }
 };
 
 // panels (and rows, if asked for) of all positions of each head
-template <typename T>
-void pack_positions(const Attention& a, const Sizes& s, float* panels, float* rows) {
+template <class T, class Arguments>
+void pack_positions(const Arguments& a, const Sizes& s, float* panels, float* rows) {
 #pragma omp parallel for num_threads(a.threads)
-    for (int64_t h = 0; h < a.H; h++) {
-        const T* pos = static_cast<const T*>(a.pos) + h * a.pos_stride_h;
-        pack_panels(pos, a.pos_stride_t, 2 * s.T - 1, s.shift, s, panels + h * s.positions * s.D);
-        if (rows) pack_rows(pos, a.pos_stride_t, 2 * s.T - 1, s, rows + (h * s.positions + s.shift) * s.row);
+    for (int64_t h = 0; h < a.heads; h++) {
+        const T* pos = static_cast<const T*>(a.pos) + h * a.pos_head_stride;
+        pack_panels(pos, a.pos_frame_stride, 2 * s.T - 1, s.shift, s, panels + h * s.positions * s.D);
+        if (rows) pack_rows(pos, a.pos_frame_stride, 2 * s.T - 1, s, rows + (h * s.positions + s.shift) * s.row);
     }
 }
 
-template <typename T>
-void forward_block(const Attention& a, const Sizes& s, const Utterance& at, int64_t h, int64_t i0,
+template <class T>
+void forward_block(const RelposAttentionForward& a, const Sizes& s, const Utterance& at, int64_t h, int64_t i0,
                    const float* key_panels, const float* value_rows, const float* position_panels, float* memory) {
     float* content = memory;
     float* position = content + M * s.row;
     float* output = position + M * s.row;
     float* band = output + M * s.row;
-    float* scores = band + M * PITCH;
+    float* scores = band + M * kPitch;
     int64_t m = imin(M, at.queries - i0), keys = at.keys;
-    const T* q = at.head<T>(a.q, h) + i0 * a.q.stride_t;
-    float factor = s.scale * LOG2_E;
-    load_queries(q, a.q.stride_t, m, a.u ? a.u + h * s.D : nullptr, factor, s, content);
-    if (position_panels) load_queries(q, a.q.stride_t, m, a.v_bias + h * s.D, factor, s, position);
+    const T* q = at.head<T>(a.q, h) + i0 * a.q.frame_stride;
+    float factor = s.scale * kLog2E;
+    load_queries(q, a.q.frame_stride, m, a.u ? a.u + h * s.D : nullptr, factor, s, content);
+    if (position_panels) load_queries(q, a.q.frame_stride, m, a.v_bias + h * s.D, factor, s, position);
     memset(output, 0, M * s.row * sizeof(float));
     float highest[M], total[M];
     for (int64_t i = 0; i < M; i++) {
@@ -171,8 +176,9 @@ void forward_block(const Attention& a, const Sizes& s, const Utterance& at, int6
             }
             total[i] += sum(sums);
             if (a.dropout.seed) {
-                uint16_t random[N + DROPOUT_PAD];
-                random_row(random, n_padded, *a.dropout.seed, 0, (uint32_t)(at.b * a.H + h), (uint32_t)(i0 + i), j0);
+                uint16_t random[N + kDropoutPad];
+                random_row(random, n_padded, *a.dropout.seed, 0, (uint32_t)(at.b * a.heads + h), (uint32_t)(i0 + i),
+                           j0);
                 for (int64_t j = 0; j < n_padded; j += W)
                     store(row + j, load(row + j) * dropout_factor(random + j, a.dropout));
             }
@@ -181,29 +187,29 @@ void forward_block(const Attention& a, const Sizes& s, const Utterance& at, int6
     }
 
     for (int64_t i = 0; i < m; i++) {
-        T* out = static_cast<T*>(a.out) + ((at.first + i0 + i) * a.H + h) * s.D;
+        T* out = static_cast<T*>(a.out) + ((at.first + i0 + i) * a.heads + h) * s.D;
         float factor = keys ? 1.0f / total[i] : 0.0f;
         for (int64_t d = 0; d < s.D; d += W) store_at(out, load(output + i * s.row + d) * factor, d, s.D);
-        if (a.lse) a.lse[h * a.rows + at.first + i0 + i] = keys ? highest[i] + log2f(total[i]) : 0.0f;
+        if (a.lse) a.lse[h * a.total_frames + at.first + i0 + i] = keys ? highest[i] + log2f(total[i]) : 0.0f;
     }
 }
 
-template <typename T>
-void forward(const Attention& a) {
+template <class T>
+void forward(const RelposAttentionForward& a) {
     Sizes s(a);
-    Scratch positions(a.pos ? a.H * s.positions * s.D : 0);
+    Scratch positions(a.pos ? a.heads * s.positions * s.D : 0);
     const float* position_panels = a.pos_panels;
     if (a.pos) {
-        float* panels = positions.take(a.H * s.positions * s.D);
+        float* panels = positions.take(a.heads * s.positions * s.D);
         pack_positions<T>(a, s, panels, nullptr);
         position_panels = panels;
     }
 
     int64_t blocks = cdiv(s.T, M);
     // of query blocks: enough for all threads; each packs the keys for itself, and no result depends on their number
-    int64_t pieces = imin(blocks, cdiv(4 * a.threads, a.B * a.H));
+    int64_t pieces = imin(blocks, cdiv(4 * a.threads, a.batch * a.heads));
     int64_t each = cdiv(blocks, pieces);
-    int64_t block_memory = 3 * M * s.row + M * PITCH + M * N;
+    int64_t block_memory = 3 * M * s.row + M * kPitch + M * N;
     int64_t thread_memory = Scratch::padded(s.keys * s.D + s.keys * s.row + block_memory);
     Scratch scratch(a.threads * thread_memory);
     float* memory = scratch.take(a.threads * thread_memory);
@@ -213,12 +219,12 @@ void forward(const Attention& a) {
         float* value_rows = key_panels + s.keys * s.D;
         float* block = value_rows + s.keys * s.row;
 #pragma omp for schedule(dynamic)
-        for (int64_t unit = 0; unit < a.B * a.H * pieces; unit++) {
-            int64_t b = unit / pieces / a.H, h = unit / pieces % a.H, first = unit % pieces * each;
+        for (int64_t unit = 0; unit < a.batch * a.heads * pieces; unit++) {
+            int64_t b = unit / pieces / a.heads, h = unit / pieces % a.heads, first = unit % pieces * each;
             Utterance at(a, b);
             if (first * M >= at.queries) continue;
-            pack_panels(at.head<T>(a.k, h), a.k.stride_t, at.keys, 0, s, key_panels);
-            pack_rows(at.head<T>(a.v, h), a.v.stride_t, at.keys, s, value_rows);
+            pack_panels(at.head<T>(a.k, h), a.k.frame_stride, at.keys, 0, s, key_panels);
+            pack_rows(at.head<T>(a.v, h), a.v.frame_stride, at.keys, s, value_rows);
             for (int64_t i0 = first * M; i0 < imin((first + each) * M, at.queries); i0 += M)
                 forward_block<T>(a, s, at, h, i0, key_panels, value_rows,
                                  position_panels ? position_panels + h * s.positions * s.D : nullptr, block);
@@ -232,11 +238,11 @@ struct Gradients {
     float *dk, *dv;                               // [s.keys, s.row]
     float *content, *position, *dout;             // [M, s.row]
     float *dcontent, *dposition;                  // [M, s.row]
-    float *band, *dband;                          // [M, PITCH]
+    float *band, *dband;                          // [M, kPitch]
     float *scores, *dscores;                      // [M, N]
 
     static int64_t size(const Sizes& s) {
-        return 2 * s.keys * s.D + 3 * s.keys * s.row + 5 * M * s.row + 2 * M * PITCH + 2 * M * N;
+        return 2 * s.keys * s.D + 3 * s.keys * s.row + 5 * M * s.row + 2 * M * kPitch + 2 * M * N;
     }
     Gradients(float* memory, const Sizes& s) {
         auto take = [&](int64_t n) {
@@ -254,34 +260,35 @@ struct Gradients {
         dout = take(M * s.row);
         dcontent = take(M * s.row);
         dposition = take(M * s.row);
-        band = take(M * PITCH);
-        dband = take(M * PITCH);
+        band = take(M * kPitch);
+        dband = take(M * kPitch);
         scores = take(M * N);
         dscores = take(M * N);
     }
 };
 
 // position_panels, position_rows and the sums dpos [s.positions, s.row], du, dv_bias [s.row] are those of head h
-template <typename T>
-void backward_block(const Attention& a, const Sizes& s, const Utterance& at, int64_t h, int64_t i0, Gradients& g,
-                    const float* position_panels, const float* position_rows, float* dpos, float* du, float* dv_bias) {
+template <class T>
+void backward_block(const RelposAttentionBackward& a, const Sizes& s, const Utterance& at, int64_t h, int64_t i0,
+                    Gradients& g, const float* position_panels, const float* position_rows, float* dpos, float* du,
+                    float* dv_bias) {
     int64_t m = imin(M, at.queries - i0), keys = at.keys;
-    const T* q = at.head<T>(a.q, h) + i0 * a.q.stride_t;
-    float factor = s.scale * LOG2_E;
-    load_queries(q, a.q.stride_t, m, a.u ? a.u + h * s.D : nullptr, factor, s, g.content);
-    if (position_panels) load_queries(q, a.q.stride_t, m, a.v_bias + h * s.D, factor, s, g.position);
-    load_queries(at.head<T>(a.dout, h) + i0 * a.dout.stride_t, a.dout.stride_t, m, nullptr, 1.0f, s, g.dout);
+    const T* q = at.head<T>(a.q, h) + i0 * a.q.frame_stride;
+    float factor = s.scale * kLog2E;
+    load_queries(q, a.q.frame_stride, m, a.u ? a.u + h * s.D : nullptr, factor, s, g.content);
+    if (position_panels) load_queries(q, a.q.frame_stride, m, a.v_bias + h * s.D, factor, s, g.position);
+    load_queries(at.head<T>(a.dout, h) + i0 * a.dout.frame_stride, a.dout.frame_stride, m, nullptr, 1.0f, s, g.dout);
     float delta[M];
     for (int64_t i = 0; i < m; i++) {
-        const T* out = static_cast<const T*>(a.out) + ((at.first + i0 + i) * a.H + h) * s.D;
+        const T* out = static_cast<const T*>(a.out) + ((at.first + i0 + i) * a.heads + h) * s.D;
         vec sums = {};
         for (int64_t d = 0; d < s.D; d += W) sums += load(g.dout + i * s.row + d) * load_at(out, d, s.D);
         delta[i] = sum(sums);
     }
-    const float* lse = a.lse + h * a.rows + at.first + i0;
+    const float* lse = a.lse + h * a.total_frames + at.first + i0;
     memset(g.dcontent, 0, M * s.row * sizeof(float));
     memset(g.dposition, 0, M * s.row * sizeof(float));
-    memset(g.dband, 0, M * PITCH * sizeof(float));
+    memset(g.dband, 0, M * kPitch * sizeof(float));
 
     Walk walk = {s, i0, m, g.content, g.position, g.band, g.scores};
     int64_t groups = s.row / W;
@@ -291,11 +298,12 @@ void backward_block(const Attention& a, const Sizes& s, const Utterance& at, int
         product(m, n_padded / W, s.D, {g.dout, s.row, 1}, panels_from(g.value_panels, j0, s), {nullptr, 0}, g.dscores,
                 N);
         for (int64_t i = 0; i < m; i++) {
-            float *row = g.scores + i * N, *drow = g.dscores + i * N, *dband = g.dband + i * PITCH + M - 1 - i;
+            float *row = g.scores + i * N, *drow = g.dscores + i * N, *dband = g.dband + i * kPitch + M - 1 - i;
             for (int64_t j = n; j < n_padded; j++) row[j] = -INFINITY;
-            uint16_t random[N + DROPOUT_PAD];
+            uint16_t random[N + kDropoutPad];
             if (a.dropout.seed)
-                random_row(random, n_padded, *a.dropout.seed, 0, (uint32_t)(at.b * a.H + h), (uint32_t)(i0 + i), j0);
+                random_row(random, n_padded, *a.dropout.seed, 0, (uint32_t)(at.b * a.heads + h), (uint32_t)(i0 + i),
+                           j0);
             for (int64_t j = 0; j < n_padded; j += W) {
                 vec p = exp2(load(row + j) - lse[i]), dp = load(drow + j), kept = p;
                 if (a.dropout.seed) {
@@ -309,7 +317,7 @@ void backward_block(const Attention& a, const Sizes& s, const Utterance& at, int
                 if (position_panels) store(dband + j, ds);
             }
             // whole tiles of keys are multiplied below
-            for (int64_t j = n_padded; j < imin(round_up(n_padded, ROWS), N); j++) row[j] = drow[j] = 0.0f;
+            for (int64_t j = n_padded; j < imin(round_up(n_padded, kTileRows), N); j++) row[j] = drow[j] = 0.0f;
         }
         product(n, groups, m, {g.scores, 1, N}, rows_from(g.dout, 0, s), {g.dv + j0 * s.row, s.row}, g.dv + j0 * s.row,
                 s.row);
@@ -320,19 +328,19 @@ void backward_block(const Attention& a, const Sizes& s, const Utterance& at, int
             // the first N columns of the band are complete; the last block completes all
             int64_t columns = j0 + N < keys ? N : M + n_padded;
             int64_t first = s.first_position(i0, j0);
-            product(m, groups, columns, {g.dband, PITCH, 1}, rows_from(position_rows, first, s), {g.dposition, s.row},
+            product(m, groups, columns, {g.dband, kPitch, 1}, rows_from(position_rows, first, s), {g.dposition, s.row},
                     g.dposition, s.row);
             float* sums = dpos + first * s.row;
-            product(columns, groups, m, {g.dband, 1, PITCH}, rows_from(g.position, 0, s), {sums, s.row}, sums, s.row);
+            product(columns, groups, m, {g.dband, 1, kPitch}, rows_from(g.position, 0, s), {sums, s.row}, sums, s.row);
             for (int64_t i = 0; i < m; i++) {
-                memcpy(g.dband + i * PITCH, g.dband + i * PITCH + N, M * sizeof(float));
-                memset(g.dband + i * PITCH + M, 0, (PITCH - M) * sizeof(float));
+                memcpy(g.dband + i * kPitch, g.dband + i * kPitch + N, M * sizeof(float));
+                memset(g.dband + i * kPitch + M, 0, (kPitch - M) * sizeof(float));
             }
         }
     }
 
     for (int64_t i = 0; i < m; i++) {
-        T* dq = static_cast<T*>(a.dq) + ((at.first + i0 + i) * a.H + h) * s.D;
+        T* dq = static_cast<T*>(a.dq) + ((at.first + i0 + i) * a.heads + h) * s.D;
         for (int64_t d = 0; d < s.row; d += W) {
             vec content = load(g.dcontent + i * s.row + d) * s.scale;
             vec position = load(g.dposition + i * s.row + d) * s.scale;
@@ -344,50 +352,49 @@ void backward_block(const Attention& a, const Sizes& s, const Utterance& at, int
 }
 
 // scaled rows of one head into [rows, H, D]; zeros beyond the real keys
-template <typename T>
-void store_head(const Attention& a, const Sizes& s, const Utterance& at, int64_t h, const float* rows, float scale,
-                void* out) {
+template <class T>
+void store_head(const RelposAttention& a, const Sizes& s, const Utterance& at, int64_t h, const float* rows,
+                float scale, void* out) {
     for (int64_t t = 0; t < at.queries; t++) {
-        T* row = static_cast<T*>(out) + ((at.first + t) * a.H + h) * s.D;
+        T* row = static_cast<T*>(out) + ((at.first + t) * a.heads + h) * s.D;
         for (int64_t d = 0; d < s.D; d += W)
             store_at(row, t < at.keys ? load(rows + t * s.row + d) * scale : vec{}, d, s.D);
     }
 }
 
-template <typename T>
-void backward(const Attention& a) {
+template <class T>
+void backward(const RelposAttentionBackward& a) {
     Sizes s(a);
-    Scratch positions(a.pos ? a.H * s.positions * (s.D + s.row) + 32 : 0);
-    float* position_panels = a.pos ? positions.take(a.H * s.positions * s.D) : nullptr;
-    float* position_rows = a.pos ? positions.take(a.H * s.positions * s.row) : nullptr;
+    Scratch positions(a.pos ? a.heads * s.positions * (s.D + s.row) + 32 : 0);
+    float* position_panels = a.pos ? positions.take(a.heads * s.positions * s.D) : nullptr;
+    float* position_rows = a.pos ? positions.take(a.heads * s.positions * s.row) : nullptr;
     if (a.pos) pack_positions<T>(a, s, position_panels, position_rows);
 
     // a part is a run of utterances that share one sum of dpos, du and dv_bias; their number depends on the sizes alone
-    int64_t parts = imin(a.B, cdiv(32, a.H)), each = cdiv(a.B, parts);
-    int64_t sums_size = (a.pos ? s.positions + ROWS : 0) * s.row + 2 * s.row;
+    int64_t parts = imin(a.batch, cdiv(32, a.heads)), each = cdiv(a.batch, parts);
+    int64_t sums_size = (a.pos ? s.positions + kTileRows : 0) * s.row + 2 * s.row;
     int64_t thread_memory = Scratch::padded(Gradients::size(s));
-    Scratch scratch(Scratch::padded(parts * a.H * sums_size) + a.threads * thread_memory);
-    float* sums = scratch.take(parts * a.H * sums_size);
+    Scratch scratch(Scratch::padded(parts * a.heads * sums_size) + a.threads * thread_memory);
+    float* sums = scratch.take(parts * a.heads * sums_size);
     float* memory = scratch.take(a.threads * thread_memory);
 #pragma omp parallel num_threads(a.threads)
     {
         Gradients g(memory + thread_number() * thread_memory, s);
 #pragma omp for schedule(dynamic)
-        for (int64_t unit = 0; unit < parts * a.H; unit++) {
-            int64_t h = unit % a.H, part = unit / a.H;
+        for (int64_t unit = 0; unit < parts * a.heads; unit++) {
+            int64_t h = unit % a.heads, part = unit / a.heads;
             float *du = sums + unit * sums_size, *dv_bias = du + s.row, *dpos = dv_bias + s.row;
-            for (int64_t b = part * each; b < imin((part + 1) * each, a.B); b++) {
+            for (int64_t b = part * each; b < imin((part + 1) * each, a.batch); b++) {
                 Utterance at(a, b);
-                pack_panels(at.head<T>(a.k, h), a.k.stride_t, at.keys, 0, s, g.key_panels);
-                pack_panels(at.head<T>(a.v, h), a.v.stride_t, at.keys, 0, s, g.value_panels);
-                pack_rows(at.head<T>(a.k, h), a.k.stride_t, at.keys, s, g.key_rows);
+                pack_panels(at.head<T>(a.k, h), a.k.frame_stride, at.keys, 0, s, g.key_panels);
+                pack_panels(at.head<T>(a.v, h), a.v.frame_stride, at.keys, 0, s, g.value_panels);
+                pack_rows(at.head<T>(a.k, h), a.k.frame_stride, at.keys, s, g.key_rows);
                 memset(g.dk, 0, s.keys * s.row * sizeof(float));
                 memset(g.dv, 0, s.keys * s.row * sizeof(float));
                 for (int64_t i0 = 0; i0 < at.queries; i0 += M)
-                    backward_block<T>(a, s, at, h, i0, g,
-                                      a.pos ? position_panels + h * s.positions * s.D : nullptr,
+                    backward_block<T>(a, s, at, h, i0, g, a.pos ? position_panels + h * s.positions * s.D : nullptr,
                                       a.pos ? position_rows + h * s.positions * s.row : nullptr, dpos, du, dv_bias);
-                store_head<T>(a, s, at, h, g.dk, LN_2, a.dk);
+                store_head<T>(a, s, at, h, g.dk, kLn2, a.dk);
                 store_head<T>(a, s, at, h, g.dv, 1.0f, a.dv);
             }
         }
@@ -395,14 +402,14 @@ void backward(const Attention& a) {
     if (!a.pos) return;
 #pragma omp parallel for num_threads(a.threads)
     for (int64_t row = -2; row < 2 * s.T - 1; row++) {
-        for (int64_t h = 0; h < a.H; h++) {
-            float* out = (row == -2 ? a.du : row == -1 ? a.dv_bias : a.dpos + row * a.H * s.D) + h * s.D;
+        for (int64_t h = 0; h < a.heads; h++) {
+            float* out = (row == -2 ? a.du : row == -1 ? a.dv_bias : a.dpos + row * a.heads * s.D) + h * s.D;
             int64_t from = row < 0 ? row + 2 : 2 + s.shift + row;
             for (int64_t d = 0; d < s.D; d += W) {
                 vec total = {};
                 for (int64_t part = 0; part < parts; part++)
-                    total += load(sums + (part * a.H + h) * sums_size + from * s.row + d);
-                store_at(out, row < 0 ? total : total * LN_2, d, s.D);
+                    total += load(sums + (part * a.heads + h) * sums_size + from * s.row + d);
+                store_at(out, row < 0 ? total : total * kLn2, d, s.D);
             }
         }
     }
@@ -410,17 +417,21 @@ void backward(const Attention& a) {
 
 }  // namespace
 
-void attention_forward(const Attention& a) { a.bf16 ? forward<bf16>(a) : forward<float>(a); }
-int64_t position_floats(int64_t T, int64_t D) {
-    return Sizes(T, D).positions * D;
+void relpos_attention_forward(const RelposAttentionForward& a) {
+    a.element == Element::bfloat16 ? forward<bf16>(a) : forward<float>(a);
 }
-void pack_positions(const Attention& a) {
-    Sizes s(a);
-    float* panels = static_cast<float*>(a.out);
-    memset(panels, 0, a.H * s.positions * s.D * sizeof(float));
-    a.bf16 ? pack_positions<bf16>(a, s, panels, nullptr) : pack_positions<float>(a, s, panels, nullptr);
+void relpos_attention_backward(const RelposAttentionBackward& a) {
+    a.element == Element::bfloat16 ? backward<bf16>(a) : backward<float>(a);
 }
-void attention_backward(const Attention& a) { a.bf16 ? backward<bf16>(a) : backward<float>(a); }
+void relpos_attention_pack_positions(const RelposAttentionPackPositions& a) {
+    Sizes s(a.frames, a.head_dim);
+    memset(a.pos_panels, 0, a.heads * s.positions * s.D * sizeof(float));
+    a.element == Element::bfloat16 ? pack_positions<bf16>(a, s, a.pos_panels, nullptr)
+                                   : pack_positions<float>(a, s, a.pos_panels, nullptr);
+}
+int64_t relpos_attention_position_floats(int64_t frames, int64_t head_dim) {
+    return Sizes(frames, head_dim).positions * head_dim;
+}
 
 }  // namespace LCC_SIMD
-}  // namespace lcc
+}  // namespace lcc::cpu

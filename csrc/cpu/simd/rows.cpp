@@ -1,82 +1,84 @@
-// The chain of norms and matrix products that a layer runs on each row between attention and convolution, for inference.
+// The chain of norms and matrix products that a layer runs on each row between attention and convolution, for
+// inference.
 //
-// A thread takes a block of rows through the whole chain: hidden activations never leave its cache, and weights, packed in
-// panels of 64 columns, come from the outer cache once per block. The products are those of product.h: 115 GFLOP/s on one
-// core of an EPYC 9004 at 3.7 GHz (peak 118), where oneDNN reaches 95 to 105 on packed weights and MKL 70 to 90.
+// A thread takes a block of rows through the whole chain: hidden activations never leave its cache, and weights, packed
+// in panels of 64 columns, come from the outer cache once per block. The products are those of product.h: 115 GFLOP/s
+// on one core of an EPYC 9004 at 3.7 GHz (peak 118), where oneDNN reaches 95 to 105 on packed weights and MKL 70 to 90.
 #include "../kernels.h"
 #include "memory.h"
 #include "product.h"
 #include "threads.h"
 
-namespace lcc {
+namespace lcc::cpu {
 namespace LCC_SIMD {
 namespace {
 
-constexpr int64_t BLOCK = 96;    // rows: their buffers fit the second-level cache beside a panel
-constexpr int64_t HIDDEN = 256;  // columns of the feed-forward's hidden layer at a time
-constexpr int64_t PANEL = Matrix::PANEL;
-static_assert(BLOCK % ROWS == 0 && PANEL % (COLS * W) == 0, "blocks are made of whole tiles");
+constexpr int64_t kBlockRows = 96;  // rows: their buffers fit the second-level cache beside a panel
+constexpr int64_t kHidden = 256;    // columns of the feed-forward's hidden layer at a time
+static_assert(kBlockRows % kTileRows == 0 && kPanelColumns % (kTileColumns * W) == 0, "blocks are made of whole tiles");
 
 // y [rows, columns first ... first+n-1] = a [rows, depth] w[inputs from ... from+depth-1] + addend
 void multiply(const Matrix& w, int64_t rows, const float* a, int64_t a_row, int64_t from, int64_t depth, int64_t first,
               int64_t n, Addend addend, float* y, int64_t y_row) {
-    for (int64_t c = 0; c < n; c += PANEL) {
-        const float* panel = w.panels + (first + c) * w.inputs + from * PANEL;
+    for (int64_t c = 0; c < n; c += kPanelColumns) {
+        const float* panel = w.panels + (first + c) * w.inputs + from * kPanelColumns;
         Addend more = {addend.data ? addend.data + c : nullptr, addend.row};
-        product(rows, cdiv(imin(PANEL, n - c), W), depth, {a, a_row, 1}, {panel, PANEL, W}, more, y + c, y_row);
+        product(rows, cdiv(imin(kPanelColumns, n - c), W), depth, {a, a_row, 1}, {panel, kPanelColumns, W}, more, y + c,
+                y_row);
     }
 }
 
 Addend bias_of(const Matrix& w, int64_t first = 0) { return {w.bias + first, 0}; }
 
 // x += y (null: nothing), h = LN(x), or x without a norm; y and h have a pitch of `row`
-void add_and_normalise(const Rows& a, const Affine& norm, int64_t rows, float* x, const float* y, float* h, int64_t row) {
-    for (int64_t i = 0; i < rows; i++, x += a.D, h += row) {
+void add_and_normalise(const RowsForward& a, const Affine& norm, int64_t rows, float* x, const float* y, float* h,
+                       int64_t row) {
+    for (int64_t i = 0; i < rows; i++, x += a.columns, h += row) {
         vec sums = {}, squares = {};
-        for (int64_t d = 0; d < a.D; d += W) {
-            vec s = load_at(x, d, a.D);
+        for (int64_t d = 0; d < a.columns; d += W) {
+            vec s = load_at(x, d, a.columns);
             if (y) {
                 s += load(y + i * row + d);
-                store_at(x, s, d, a.D);
+                store_at(x, s, d, a.columns);
             }
             store(h + d, s);
             sums += s;
         }
-        float mean = sum(sums) / a.D;
-        for (int64_t d = 0; d < a.D; d += W) {
-            vec centred = first_lanes(load(h + d) - mean, a.D - d);
+        float mean = sum(sums) / a.columns;
+        for (int64_t d = 0; d < a.columns; d += W) {
+            vec centred = first_lanes(load(h + d) - mean, a.columns - d);
             squares += centred * centred;
         }
         if (!norm.weight) continue;
-        float rstd = 1.0f / sqrtf(sum(squares) / a.D + a.eps);
-        for (int64_t d = 0; d < a.D; d += W) {
+        float rstd = 1.0f / sqrtf(sum(squares) / a.columns + a.eps);
+        for (int64_t d = 0; d < a.columns; d += W) {
             vec normal = (load(h + d) - mean) * rstd;
-            store(h + d, normal * load_at(norm.weight, d, a.D) + load_at(norm.bias, d, a.D));
+            store(h + d, normal * load_at(norm.weight, d, a.columns) + load_at(norm.bias, d, a.columns));
         }
     }
 }
 
 // y = down(silu(up(h)))
-void feed_forward(const Rows& a, int64_t rows, const float* h, float* hidden, float* y, int64_t row) {
-    for (int64_t f = 0; f < a.up.columns; f += HIDDEN) {
-        int64_t n = imin(HIDDEN, a.up.columns - f);
-        multiply(a.up, rows, h, row, 0, a.D, f, n, bias_of(a.up, f), hidden, HIDDEN);
+void feed_forward(const RowsForward& a, int64_t rows, const float* h, float* hidden, float* y, int64_t row) {
+    for (int64_t f = 0; f < a.up.columns; f += kHidden) {
+        int64_t n = imin(kHidden, a.up.columns - f);
+        multiply(a.up, rows, h, row, 0, a.columns, f, n, bias_of(a.up, f), hidden, kHidden);
         for (int64_t i = 0; i < rows; i++)
-            for (int64_t c = i * HIDDEN; c < i * HIDDEN + n; c += W) {
+            for (int64_t c = i * kHidden; c < i * kHidden + n; c += W) {
                 vec u = load(hidden + c);
                 store(hidden + c, u * sigmoid(u));
             }
         Addend before = f ? Addend{y, row} : bias_of(a.down);
-        multiply(a.down, rows, hidden, HIDDEN, f, n, 0, a.D, before, y, row);
+        multiply(a.down, rows, hidden, kHidden, f, n, 0, a.columns, before, y, row);
     }
 }
 
-void block(const Rows& a, int64_t first, int64_t rows, float* h, float* y, float* hidden, int64_t row) {
-    float* x = a.x + first * a.D;
+void block(const RowsForward& a, int64_t first, int64_t rows, float* h, float* y, float* hidden, int64_t row) {
+    float* x = a.x + first * a.columns;
     const float* pending = nullptr;  // a branch that is still to be added to x
     if (a.merge.panels) {
         const float* branch = a.branch + first * a.merge.inputs;
-        multiply(a.merge, rows, branch, a.merge.inputs, 0, a.merge.inputs, 0, a.D, bias_of(a.merge), y, row);
+        multiply(a.merge, rows, branch, a.merge.inputs, 0, a.merge.inputs, 0, a.columns, bias_of(a.merge), y, row);
         pending = y;
     }
     if (a.up.panels) {
@@ -86,31 +88,31 @@ void block(const Rows& a, int64_t first, int64_t rows, float* h, float* y, float
     }
     add_and_normalise(a, a.norm, rows, x, pending, h, row);
     if (a.next.panels) {
-        float* out = a.out + first * a.out_stride;
-        multiply(a.next, rows, h, row, 0, a.D, 0, a.next.columns, bias_of(a.next), out, a.out_stride);
+        float* out = a.out + first * a.out_row_stride;
+        multiply(a.next, rows, h, row, 0, a.columns, 0, a.next.columns, bias_of(a.next), out, a.out_row_stride);
         return;
     }
-    for (int64_t i = 0; i < rows; i++) memcpy(x + i * a.D, h + i * row, a.D * sizeof(float));
+    for (int64_t i = 0; i < rows; i++) memcpy(x + i * a.columns, h + i * row, a.columns * sizeof(float));
 }
 
 }  // namespace
 
-void rows_forward(const Rows& a) {
-    int64_t row = round_up(a.D, PANEL), tiles = cdiv(a.M, ROWS);
+void rows_forward(const RowsForward& a) {
+    int64_t row = round_up(a.columns, kPanelColumns), tiles = cdiv(a.rows, kTileRows);
     // as many blocks for each thread, all of much the same size
-    int64_t blocks = imin(tiles, round_up(cdiv(a.M, BLOCK), a.threads));
-    int64_t most = cdiv(tiles, imax(1, blocks)) * ROWS;
-    int64_t thread_memory = Scratch::padded(most * (2 * row + HIDDEN));
+    int64_t blocks = imin(tiles, round_up(cdiv(a.rows, kBlockRows), a.threads));
+    int64_t most = cdiv(tiles, imax(1, blocks)) * kTileRows;
+    int64_t thread_memory = Scratch::padded(most * (2 * row + kHidden));
     Scratch scratch(a.threads * thread_memory);
     float* memory = scratch.take(a.threads * thread_memory);
 #pragma omp parallel for num_threads(a.threads) schedule(static)
     for (int64_t b = 0; b < blocks; b++) {
         float* h = memory + thread_number() * thread_memory;
         float *y = h + most * row, *hidden = y + most * row;
-        int64_t first = b * tiles / blocks * ROWS, end = imin((b + 1) * tiles / blocks * ROWS, a.M);
+        int64_t first = b * tiles / blocks * kTileRows, end = imin((b + 1) * tiles / blocks * kTileRows, a.rows);
         block(a, first, end - first, h, y, hidden, row);
     }
 }
 
 }  // namespace LCC_SIMD
-}  // namespace lcc
+}  // namespace lcc::cpu

@@ -4,7 +4,7 @@
 #include <omp.h>
 #endif
 
-namespace lcc {
+namespace lcc::cpu {
 namespace LCC_SIMD {
 
 static inline int thread_number() {
@@ -16,4 +16,4 @@ static inline int thread_number() {
 }
 
 }  // namespace LCC_SIMD
-}  // namespace lcc
+}  // namespace lcc::cpu

@@ -8,23 +8,24 @@
 #include <stdint.h>
 #include <string.h>
 
-namespace lcc {
+#include "../kernels.h"
+
+namespace lcc::cpu {
 namespace LCC_SIMD {
 
 #if defined(__AVX512F__)
-constexpr int W = 16;  // floats in a register
-constexpr int COLS = 4;  // of a product's tile in registers: 6 x 4 sums, 4 columns, 1 broadcast of 32 registers
+constexpr int W = 16;            // floats in a register
+constexpr int kTileColumns = 4;  // of a product's tile in registers: 6 x 4 sums, 4 columns, 1 broadcast of 32 registers
 #elif defined(__AVX2__)
 constexpr int W = 8;
-constexpr int COLS = 2;  // 6 x 2 sums, 2 columns, 1 broadcast of 16 registers
+constexpr int kTileColumns = 2;  // 6 x 2 sums, 2 columns, 1 broadcast of 16 registers
 #elif defined(__aarch64__)
 constexpr int W = 4;
-constexpr int COLS = 4;
+constexpr int kTileColumns = 4;
 #else
 constexpr int W = 4;
-constexpr int COLS = 2;
+constexpr int kTileColumns = 2;
 #endif
-constexpr int ROWS = 6;
 
 typedef float vec __attribute__((vector_size(4 * W)));
 typedef int32_t ivec __attribute__((vector_size(4 * W)));
@@ -61,7 +62,7 @@ static inline void store(bf16* p, vec x) {
 }
 
 // the first n < W elements, zeros after them
-template <typename T>
+template <class T>
 static inline vec load_first(const T* p, int64_t n) {
     T part[W];
     memset(part, 0, sizeof part);
@@ -69,7 +70,7 @@ static inline vec load_first(const T* p, int64_t n) {
     return load(part);
 }
 
-template <typename T>
+template <class T>
 static inline void store_first(T* p, vec x, int64_t n) {
     T part[W];
     store(part, x);
@@ -77,17 +78,15 @@ static inline void store_first(T* p, vec x, int64_t n) {
 }
 
 // of a row of n elements, the W from i on
-template <typename T>
+template <class T>
 static inline vec load_at(const T* p, int64_t i, int64_t n) {
     return i + W <= n ? load(p + i) : load_first(p + i, n - i);
 }
 
-template <typename T>
+template <class T>
 static inline void store_at(T* p, vec x, int64_t i, int64_t n) {
-    if (i + W <= n)
-        store(p + i, x);
-    else
-        store_first(p + i, x, n - i);
+    if (i + W <= n) store(p + i, x);
+    else store_first(p + i, x, n - i);
 }
 
 // x with zeros from lane n on
@@ -132,10 +131,10 @@ static inline vec exp2(vec x) {
     return x < -126.0f ? vec{} : p;
 }
 
-constexpr float LOG2_E = 1.44269504f;
-constexpr float LN_2 = 0.693147181f;
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLn2 = 0.693147181f;
 
-static inline vec sigmoid(vec x) { return 1.0f / (1.0f + exp2(x * -LOG2_E)); }
+static inline vec sigmoid(vec x) { return 1.0f / (1.0f + exp2(x * -kLog2E)); }
 
 }  // namespace LCC_SIMD
-}  // namespace lcc
+}  // namespace lcc::cpu

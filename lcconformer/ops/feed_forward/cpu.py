@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..availability import cpu_reasons
 from ..gemm import matmul_transposed, weight_gradient
-from ..native import dropout, f32, pointer, rows_of, run
+from ..native import common, cpu_kernels, dropout, f32, pointer, rows_of
 from ..residual_layer_norm.cpu import layer_norm, layer_norm_backward
 from .arguments import FeedForward, Traits
 
@@ -32,17 +32,17 @@ def activation(
     m, f = u.shape
     g = u if overwrite else torch.empty_like(u)
     bias = f32(b1)
-    run(
-        "activation_forward",
-        u,
+    cpu = cpu_kernels()
+    launch = cpu.FeedForwardActivationForward(
+        **common(u),
+        rows=m,
+        columns=f,
+        dropout=dropout(seed, dropout_p),
+        out=pointer(g),
         u=pointer(u),
         bias=pointer(bias),
-        out=pointer(g),
-        dropout=dropout(seed, dropout_p),
-        stream=_HIDDEN,
-        M=m,
-        N=f,
     )
+    cpu.feed_forward_activation_forward(launch)
     return g
 
 
@@ -54,20 +54,20 @@ def activation_backward(
     g = torch.empty_like(u)
     db1 = u.new_empty((f,), dtype=torch.float32)
     bias = f32(b1)
-    run(
-        "activation_backward",
-        u,
+    cpu = cpu_kernels()
+    launch = cpu.FeedForwardActivationBackward(
+        **common(u),
+        rows=m,
+        columns=f,
+        dropout=dropout(seed, dropout_p),
+        out=pointer(dg),
         u=pointer(u),
         d=pointer(dg),
         bias=pointer(bias),
-        out=pointer(dg),
         g=pointer(g),
         dbias=pointer(db1),
-        dropout=dropout(seed, dropout_p),
-        stream=_HIDDEN,
-        M=m,
-        N=f,
     )
+    cpu.feed_forward_activation_backward(launch)
     return dg, g, db1
 
 
@@ -88,27 +88,26 @@ def forward(args: FeedForward, save: bool) -> tuple[Tensor, Tensor, Tensor, Tens
     x, seed = args.x, args.seed
     rows = rows_of(x)
     m, d = rows.shape
-    drop = dropout(seed, args.dropout_p)
     h, mean, rstd = layer_norm(rows, args.norm_weight, args.norm_bias, args.eps, x.dtype)
     u = matmul_transposed(h, args.w1)
     g = activation(u, args.b1, seed, args.dropout_p, overwrite=not save)
     z = matmul_transposed(g, args.w2)
     out = x.new_empty(x.shape)
     bias = f32(args.b2)
-    run(
-        "residual_forward",
-        x,
+    cpu = cpu_kernels()
+    launch = cpu.FeedForwardResidualForward(
+        **common(x),
+        rows=m,
+        columns=d,
         u=pointer(z),
         bias=pointer(bias),
         x=pointer(rows),
-        x_stride=rows.stride(0),
+        x_row_stride=rows.stride(0),
         out=pointer(out),
         scale=args.scale,
-        dropout=drop,
-        stream=_OUTPUT,
-        M=m,
-        N=d,
+        dropout=dropout(seed, args.dropout_p),
     )
+    cpu.feed_forward_residual_forward(launch)
     if not save:
         mean, rstd, u = (t.new_empty((0,)) for t in (mean, rstd, u))
     return out, mean, rstd, u
@@ -120,23 +119,21 @@ def backward(
     x, w1, w2, seed, dropout_p = args.x, args.w1, args.w2, args.seed, args.dropout_p
     rows, drows = rows_of(x), rows_of(dout)
     m, d = rows.shape
-    drop = dropout(seed, dropout_p)
-
     dz = x.new_empty((m, d))
     db2 = x.new_empty((d,), dtype=torch.float32)
-    run(
-        "residual_backward",
-        x,
+    cpu = cpu_kernels()
+    launch = cpu.FeedForwardResidualBackward(
+        **common(x),
+        rows=m,
+        columns=d,
         d=pointer(drows),
-        d_stride=drows.stride(0),
+        d_row_stride=drows.stride(0),
         out=pointer(dz),
         dbias=pointer(db2),
         scale=args.scale,
-        dropout=drop,
-        stream=_OUTPUT,
-        M=m,
-        N=d,
+        dropout=dropout(seed, dropout_p),
     )
+    cpu.feed_forward_residual_backward(launch)
     du, g, db1 = up_backward(dz, w2, u, args.b1, seed, dropout_p)
     dw2 = weight_gradient(dz, g)
     del g

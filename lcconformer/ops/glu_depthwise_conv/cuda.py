@@ -36,25 +36,29 @@ def _kernels() -> ModuleType:
     return extension.load().cuda
 
 
-def _operation(kernels: Any, x: Tensor, weight: Tensor, **inputs: Tensor | None) -> Any:
-    """Sizes and inputs of a launch; the caller keeps the tensors alive."""
+def _inputs(
+    kernels: Any, x: Tensor, weight: Tensor, lengths: Tensor | None, scale: Tensor | None, shift: Tensor | None
+) -> dict[str, Any]:
+    """Arguments that forward and backward share; the caller keeps the tensors alive."""
     b, t, _ = x.shape
     c, k = weight.shape
     on_gpu = x.device.type == "cuda"
-    return kernels.GluDepthwiseConv(
-        element=getattr(kernels.Element, _ELEMENTS[x.dtype]),
-        batch=b,
-        frames=t,
-        channels=c,
-        width=k,
-        x=pointer(x),
-        x_batch=x.stride(0),
-        x_frame=x.stride(1),
-        weight=pointer(weight),
-        device=x.device.index if on_gpu else 0,
-        stream=torch.cuda.current_stream(x.device).cuda_stream if on_gpu else 0,
-        **{name: pointer(p) for name, p in inputs.items()},
-    )
+    return {
+        "element": getattr(kernels.Element, _ELEMENTS[x.dtype]),
+        "batch": b,
+        "frames": t,
+        "channels": c,
+        "width": k,
+        "x": pointer(x),
+        "x_batch_stride": x.stride(0),
+        "x_frame_stride": x.stride(1),
+        "weight": pointer(weight),
+        "lengths": pointer(lengths),
+        "scale": pointer(scale),
+        "shift": pointer(shift),
+        "device": x.device.index if on_gpu else 0,
+        "stream": torch.cuda.current_stream(x.device).cuda_stream if on_gpu else 0,
+    }
 
 
 def _fold(norm_weight, norm_bias, mean, var, eps) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -73,8 +77,13 @@ def forward(args: GluDepthwiseConv, save: bool) -> tuple[Tensor, Statistics]:
     bias = None if args.bias is None else args.bias.contiguous()
     _, scale, shift = _fold(args.norm_weight, args.norm_bias, args.running_mean, args.running_var, args.eps)
     out, y = x.new_empty(shape), x.new_empty(shape if save else (0,))
-    op = _operation(kernels, x, weight, bias=bias, lengths=lengths, scale=scale, shift=shift)
-    kernels.glu_depthwise_conv_forward(op, y=pointer(out), conv=pointer(y) if save else 0)
+    launch = kernels.GluDepthwiseConvForward(
+        **_inputs(kernels, x, weight, lengths, scale, shift),
+        bias=pointer(bias),
+        out=pointer(out),
+        y=pointer(y) if save else 0,
+    )
+    kernels.glu_depthwise_conv_forward(launch)
     mean, var, count = (x.new_empty((0,), dtype=torch.float32) for _ in range(3))
     if save and args.running_mean is not None and args.running_var is not None:
         mean, var = (s.to(torch.float32, copy=True) for s in (args.running_mean, args.running_var))
@@ -92,13 +101,12 @@ def backward(dout: Tensor, args: GluDepthwiseConv, saved: Statistics) -> tuple[T
     daffine = x.new_empty((2, c), dtype=torch.float32)  # of shift, of scale
     slots = kernels.glu_depthwise_conv_slots(b, t, c)
     partial = x.new_empty((slots, k + 2, c), dtype=torch.float32)
-    op = _operation(kernels, x, weight, bias=None, lengths=lengths, scale=scale, shift=shift)
-    kernels.glu_depthwise_conv_backward(
-        op,
-        dy=pointer(dout),
-        dy_batch=dout.stride(0),
-        dy_frame=dout.stride(1),
-        conv=pointer(saved.y),
+    launch = kernels.GluDepthwiseConvBackward(
+        **_inputs(kernels, x, weight, lengths, scale, shift),
+        dout=pointer(dout),
+        dout_batch_stride=dout.stride(0),
+        dout_frame_stride=dout.stride(1),
+        y=pointer(saved.y),
         dx=pointer(dx),
         dtaps=pointer(dtaps),
         dbias=pointer(dbias),
@@ -107,6 +115,7 @@ def backward(dout: Tensor, args: GluDepthwiseConv, saved: Statistics) -> tuple[T
         partial=pointer(partial),
         slots=slots,
     )
+    kernels.glu_depthwise_conv_backward(launch)
     if norm_weight is None or inverse is None:
         return dx, dtaps, dbias, x.new_empty((0,))
     daffine[1].sub_(saved.mean * daffine[0]).mul_(inverse)

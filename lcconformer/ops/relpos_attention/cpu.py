@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..availability import cpu_reasons
-from ..native import dropout, f32, i64, pointer, run, unit_stride
+from ..native import common, cpu_kernels, dropout, f32, i64, pointer, unit_stride
 from .arguments import RelposAttention, Traits
 
 __all__ = ["backward", "forward", "unsupported"]
@@ -19,32 +19,35 @@ def unsupported(traits: Traits) -> list[str]:
     return cpu_reasons(traits.device, traits.dtype)
 
 
-def _heads(x: Tensor) -> tuple[int, int, int, int]:
-    batch = x.stride(0) if x.dim() == 4 else 0
-    return x.data_ptr(), batch, x.stride(-3), x.stride(-2)
+def _heads(x: Tensor) -> Any:
+    batch_stride = x.stride(0) if x.dim() == 4 else 0
+    return cpu_kernels().Heads(
+        data=pointer(x), batch_stride=batch_stride, frame_stride=x.stride(-3), head_stride=x.stride(-2)
+    )
 
 
-def _fields(q, k, v, pos, u, v_bias, lengths, cu_seqlens, seed, dropout_p) -> dict[str, Any]:
-    """The caller keeps the tensors alive."""
+def _inputs(q, k, v, pos, u, v_bias, lengths, cu_seqlens, seed, dropout_p) -> dict[str, Any]:
+    """Arguments that forward and backward share."""
     *frames, h, d = q.shape
     b, t = frames if cu_seqlens is None else (cu_seqlens.shape[0] - 1, (pos.shape[0] + 1) // 2)
-    fields = {
+    inputs = {
+        **common(q),
+        "batch": b,
+        "frames": t,
+        "heads": h,
+        "head_dim": d,
+        "total_frames": math.prod(frames),
         "q": _heads(q),
         "k": _heads(k),
         "v": _heads(v),
         "lengths": pointer(lengths),
         "cu_seqlens": pointer(cu_seqlens),
         "dropout": dropout(seed, dropout_p),
-        "B": b,
-        "T": t,
-        "H": h,
-        "D": d,
-        "rows": math.prod(frames),
     }
     if pos is not None:
-        fields |= {"pos": pointer(pos), "pos_stride_t": pos.stride(0), "pos_stride_h": pos.stride(1)}
-        fields |= {"u": pointer(u), "v_bias": pointer(v_bias)}
-    return fields
+        inputs |= {"pos": pointer(pos), "pos_frame_stride": pos.stride(0), "pos_head_stride": pos.stride(1)}
+        inputs |= {"u": pointer(u), "v_bias": pointer(v_bias)}
+    return inputs
 
 
 def forward(args: RelposAttention) -> tuple[Tensor, Tensor]:
@@ -54,8 +57,9 @@ def forward(args: RelposAttention) -> tuple[Tensor, Tensor]:
     u, v_bias, lengths, cu_seqlens = f32(args.u), f32(args.v_bias), i64(args.lengths), i64(args.cu_seqlens)
     out = q.new_empty(q.shape)
     lse = q.new_empty((h, math.prod(frames)), dtype=torch.float32)
-    fields = _fields(q, k, v, pos, u, v_bias, lengths, cu_seqlens, args.seed, args.dropout_p)
-    run("attention_forward", q, **fields, out=pointer(out), lse=pointer(lse))
+    inputs = _inputs(q, k, v, pos, u, v_bias, lengths, cu_seqlens, args.seed, args.dropout_p)
+    cpu = cpu_kernels()
+    cpu.relpos_attention_forward(cpu.RelposAttentionForward(**inputs, out=pointer(out), lse=pointer(lse)))
     return out, lse
 
 
@@ -66,8 +70,16 @@ def backward(dout: Tensor, args: RelposAttention, out: Tensor, lse: Tensor) -> t
     u, v_bias, lengths, cu_seqlens = f32(args.u), f32(args.v_bias), i64(args.lengths), i64(args.cu_seqlens)
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
     shared = [x.new_empty(x.shape, dtype=torch.float32) for x in given]
-    fields = _fields(q, k, v, pos, u, v_bias, lengths, cu_seqlens, args.seed, args.dropout_p)
-    fields |= dict(zip(("dpos", "du", "dv_bias"), map(pointer, shared)))
-    fields |= {"dq": pointer(dq), "dk": pointer(dk), "dv": pointer(dv)}
-    run("attention_backward", q, **fields, out=pointer(out), lse=pointer(lse), dout=_heads(dout))
+    cpu = cpu_kernels()
+    launch = cpu.RelposAttentionBackward(
+        **_inputs(q, k, v, pos, u, v_bias, lengths, cu_seqlens, args.seed, args.dropout_p),
+        out=pointer(out),
+        lse=pointer(lse),
+        dout=_heads(dout),
+        dq=pointer(dq),
+        dk=pointer(dk),
+        dv=pointer(dv),
+        **dict(zip(("dpos", "du", "dv_bias"), map(pointer, shared))),
+    )
+    cpu.relpos_attention_backward(launch)
     return dq, dk, dv, *(x.to(like.dtype) for x, like in zip(shared, given))

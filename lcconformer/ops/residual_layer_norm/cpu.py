@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..availability import cpu_reasons
-from ..native import dropout, f32, pointer, rows_of, run
+from ..native import common, cpu_kernels, dropout, f32, pointer, rows_of
 from .arguments import ResidualLayerNorm, Traits
 
 __all__ = ["backward", "forward", "layer_norm", "layer_norm_backward", "unsupported"]
@@ -22,20 +22,21 @@ def layer_norm(
     n = x.new_empty(x.shape)
     mean, rstd = (x.new_empty(x.shape[:1], dtype=torch.float32) for _ in range(2))
     w, b = f32(weight), f32(bias)
-    run(
-        "layer_norm_forward",
-        x,
+    cpu = cpu_kernels()
+    launch = cpu.ResidualLayerNormForward(
+        **common(x),
+        rows=x.shape[0],
+        columns=x.shape[1],
         x=pointer(x),
-        x_stride=x.stride(0),
+        x_row_stride=x.stride(0),
         weight=pointer(w),
         bias=pointer(b),
         n=pointer(n),
         mean=pointer(mean),
         rstd=pointer(rstd),
         eps=eps,
-        M=x.shape[0],
-        D=x.shape[1],
     )
+    cpu.residual_layer_norm_forward(launch)
     return n.to(dtype), mean, rstd
 
 
@@ -66,28 +67,29 @@ def _backward(dn, ds, s, mean, rstd, weight, bias, n, dy, seed, alpha, dropout_p
     dx = s.new_empty((m, d))
     dparams = s.new_empty((2, d), dtype=torch.float32)
     w, b = f32(weight), f32(bias)
-    run(
-        "layer_norm_backward",
-        s,
-        x=pointer(s),
-        x_stride=s.stride(0),
+    cpu = cpu_kernels()
+    launch = cpu.ResidualLayerNormBackward(
+        **common(s),
+        rows=m,
+        columns=d,
+        s=pointer(s),
+        s_row_stride=s.stride(0),
         dn=pointer(dn),
-        dn_stride=dn.stride(0),
+        dn_row_stride=dn.stride(0),
         ds=pointer(ds),
-        ds_stride=ds.stride(0),
+        ds_row_stride=ds.stride(0),
         weight=pointer(w),
         bias=pointer(b),
-        n=pointer(n),
         mean=pointer(mean),
         rstd=pointer(rstd),
+        n=pointer(n),
         dx=pointer(dx),
         dy=pointer(dy),
         dparams=pointer(dparams),
         alpha=alpha,
         dropout=dropout(seed, dropout_p),
-        M=m,
-        D=d,
     )
+    cpu.residual_layer_norm_backward(launch)
     return dx, dparams.to(weight.dtype)
 
 
@@ -98,13 +100,15 @@ def forward(args: ResidualLayerNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     s, n = x.new_empty(x.shape), x.new_empty(x.shape)
     mean, rstd = (x.new_empty((m,), dtype=torch.float32) for _ in range(2))
     w, b = f32(args.weight), f32(args.bias)
-    run(
-        "layer_norm_forward",
-        x,
+    cpu = cpu_kernels()
+    launch = cpu.ResidualLayerNormForward(
+        **common(x),
+        rows=m,
+        columns=d,
         x=pointer(rows),
-        x_stride=rows.stride(0),
+        x_row_stride=rows.stride(0),
         y=pointer(branch),
-        y_stride=branch.stride(0),
+        y_row_stride=branch.stride(0),
         weight=pointer(w),
         bias=pointer(b),
         s=pointer(s),
@@ -114,9 +118,8 @@ def forward(args: ResidualLayerNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         alpha=args.alpha,
         eps=args.eps,
         dropout=dropout(args.seed, args.dropout_p),
-        M=m,
-        D=d,
     )
+    cpu.residual_layer_norm_forward(launch)
     return s, n, mean, rstd
 
 
