@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 from lcconformer.kernels import glu_depthwise_conv as kernels
 from lcconformer.kernels._common import LaunchConfig
+
 from lcconformer.ops.glu_depthwise_conv.reference import depthwise_conv1d
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
