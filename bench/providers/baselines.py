@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lcconformer.ops.glu_depthwise_conv.reference import depthwise_conv1d
+
 __all__ = ["Conformer", "ConformerLayer", "relative_attention", "sdpa_relative_attention", "shift", "sinusoids"]
 
 
@@ -129,7 +131,8 @@ class Convolution(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.depthwise(F.glu(self.pointwise1(self.norm(x)), -1).transpose(1, 2))  # [B, C, T]
+        y = F.glu(self.pointwise1(self.norm(x)), -1).transpose(1, 2)
+        y = depthwise_conv1d(y, self.depthwise.weight[:, 0], self.depthwise.bias)  # [B, C, T]
         y = self.depthwise_norm(y).transpose(1, 2) if self.batch else self.depthwise_norm(y.transpose(1, 2))
         return x + self.drop(self.pointwise2(F.silu(y)))
 

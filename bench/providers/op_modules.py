@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lcconformer import ops
+from lcconformer.ops.glu_depthwise_conv.reference import depthwise_conv1d
 
 from ..core.case import Case
 from . import baselines
@@ -79,9 +80,8 @@ def _convolution(call: Callable) -> Callable[[Case], _Op]:
 
 
 def _plain_convolution(m: _Op, x: Tensor) -> Tensor:
-    c, k = m.weight.shape
-    y = F.conv1d(F.glu(x, -1).transpose(1, 2), m.weight[:, None], m.bias, padding=k // 2, groups=c)
-    return F.silu(F.layer_norm(y.transpose(1, 2), (c,), m.norm_weight, m.norm_bias))
+    y = depthwise_conv1d(F.glu(x, -1).transpose(1, 2), m.weight, m.bias)
+    return F.silu(F.layer_norm(y.transpose(1, 2), m.norm_weight.shape, m.norm_weight, m.norm_bias))
 
 
 def _library_convolution(m: _Op, x: Tensor) -> Tensor:

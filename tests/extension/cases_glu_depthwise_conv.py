@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from lcconformer.ops.glu_depthwise_conv import cuda as glue
 from lcconformer.ops.glu_depthwise_conv.library import GluDepthwiseConvFn
+from lcconformer.ops.glu_depthwise_conv.reference import depthwise_conv1d
 
 EPS = 1e-5
 UTILITIES = ("test_schema", "test_faketensor")
@@ -58,14 +59,14 @@ def oracle(inputs: dict[str, Tensor | None], lengths: Tensor | None) -> Tensor:
     x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
     assert x is not None
     assert weight is not None
-    c, k = weight.shape
+    c = weight.shape[0]
     if x.numel() == 0:  # PyTorch's convolution wants frames
         return x[..., :c] + 0 * (weight.sum() + (0 if bias is None else bias.sum()))
     rows = []
     for i, row in enumerate(x):
         n = row.shape[0] if lengths is None else int(lengths[i])
         glu = F.pad(row[:n, :c] * torch.sigmoid(row[:n, c:]), (0, 0, 0, row.shape[0] - n))
-        rows.append(F.conv1d(glu.t()[None], weight[:, None], bias, padding=k // 2, groups=c)[0].t())
+        rows.append(depthwise_conv1d(glu.t()[None], weight, bias)[0].t())
     z = torch.stack(rows)
     if inputs["norm_weight"] is not None:
         mean, var, gamma, beta = (inputs[n] for n in ("running_mean", "running_var", "norm_weight", "norm_bias"))

@@ -13,7 +13,32 @@ from ..activations import ACTIVATIONS
 from ..checks import frame_mask
 from .arguments import GluDepthwiseConv, Statistics, Traits
 
-__all__ = ["apply", "backward", "forward", "glu_depthwise_conv_reference", "unsupported", "update_running"]
+__all__ = [
+    "apply",
+    "backward",
+    "depthwise_conv1d",
+    "forward",
+    "glu_depthwise_conv_reference",
+    "unsupported",
+    "update_running",
+]
+
+
+def depthwise_conv1d(y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Convolve each channel of ``y [B, C, T]`` with its row of ``weight [C, K]``; "same" padding, ``[B, C, T]``.
+
+    ``F.conv1d``, except in float16 on a CPU, under autocast included, where the result is that of float32, rounded: oneDNN
+    never returns for some numbers of channels on processors with AVX512-FP16 or AMX (2 and 5 with K = 31, torch 2.13).
+    """
+    c, k = weight.shape
+    taps = weight[:, None]  # [C, 1, K]
+    if y.device.type == "cpu" and y.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else y.dtype
+        if dtype == torch.float16:
+            bias = None if bias is None else bias.float()
+            with torch.autocast("cpu", enabled=False):
+                return F.conv1d(y.float(), taps.float(), bias, padding=k // 2, groups=c).half()
+    return F.conv1d(y, taps, bias, padding=k // 2, groups=c)
 
 
 def _wide(y: Tensor) -> Tensor:
@@ -75,13 +100,12 @@ def _group_norm(y, weight, bias, groups, real, eps):
 
 def _convolution(args: GluDepthwiseConv) -> tuple[Tensor, Tensor | None]:
     """Return the convolution's output ``[B, T, C]`` and the mask of real frames ``[B, T, 1]``, None without lengths."""
-    c, k = args.weight.shape
     y = F.glu(args.x, -1)
     real = None if args.lengths is None else frame_mask(args.lengths, y.shape[1])[..., None]
     if real is not None:
         y = y.masked_fill(~real, 0.0)
     if y.shape[1]:
-        y = F.conv1d(y.transpose(1, 2), args.weight[:, None], args.bias, padding=k // 2, groups=c).transpose(1, 2)
+        y = depthwise_conv1d(y.transpose(1, 2), args.weight, args.bias).transpose(1, 2)
     return y, real
 
 

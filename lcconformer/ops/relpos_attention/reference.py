@@ -18,10 +18,14 @@ __all__ = ["apply", "backward", "forward", "relative_shift", "relpos_attention_r
 
 
 def relative_shift(x: Tensor) -> Tensor:
-    """``[..., T, 2T-1] -> [..., T, T]`` with ``out[i, j] = x[i, T-1-i+j]``, a view of contiguous scores."""
+    """``[..., T, 2T-1] -> [..., T, T]`` with ``out[i, j] = x[i, T-1-i+j]``: a view of contiguous scores, or a copy under export."""
     t = x.shape[-2]
-    x = x.contiguous()
     lead = x.shape[:-2]
+    if torch.compiler.is_exporting():
+        # ONNX knows no memory: its as_strided indexes the elements of the slice, not the storage that they are a view of
+        x = F.pad(x, (1, 0)).reshape(*lead, 2 * t, t)[..., 1:, :]
+        return x.reshape(*lead, t, 2 * t - 1)[..., :t]
+    x = x.contiguous()
     flat = x.reshape(*lead, t * (2 * t - 1))[..., t - 1 :]
     # rows of pitch 2T-2 starting at T-1: no pad, no gather, and the backward is the same view
     return flat.as_strided((*lead, t, t), (*flat.stride()[:-1], 2 * t - 2, 1))

@@ -1,0 +1,77 @@
+"""ONNX export: ONNX Runtime gives what the module gives, for every number of utterances and frames."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from lcconformer import Conformer, ConformerConfig, ConformerEncoder
+
+pytest.importorskip("onnxscript", reason="pip install 'lcconformer[test]'")
+onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'lcconformer[test]'")
+
+SHAPES = [(3, 29), (1, 1), (2, 2), (1, 50), (5, 13)]
+BASE = ConformerConfig(d_model=16, num_heads=2, ffn_dim=24, num_layers=2, conv_kernel_size=5)
+SUBSAMPLED = ConformerConfig(**{**vars(BASE), "input_dim": 10, "subsampling": "conv", "subsampling_factor": 4})
+
+
+class Without(nn.Module):
+    """Output alone, of an encoder without lengths."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(x)[0]
+
+
+MODULES = {
+    "lengths": lambda: ConformerEncoder(BASE),
+    "no lengths": lambda: Without(ConformerEncoder(BASE)),
+    "subsampling": lambda: ConformerEncoder(SUBSAMPLED),
+    "no lengths, subsampling": lambda: Without(ConformerEncoder(SUBSAMPLED)),
+    "torchaudio": lambda: Conformer(16, 2, 24, 2, 5),
+}
+
+
+def inputs(module: nn.Module, batch: int, frames: int) -> tuple[Tensor, ...]:
+    """An utterance of all frames, the others of random lengths down to none."""
+    width = next((m.config.input_dim for m in module.modules() if isinstance(m, ConformerEncoder)), None) or 16
+    lengths = torch.randint(frames + 1, (batch,))
+    lengths[0] = frames
+    return (torch.randn(batch, frames, width), lengths)[: 1 if isinstance(module, Without) else 2]
+
+
+def session(program: torch.onnx.ONNXProgram) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    for pool in ("intra_op", "inter_op"):
+        options.add_session_config_entry(f"session.{pool}.allow_spinning", "0")
+    return onnxruntime.InferenceSession(
+        program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_onnx_runtime_agrees_at_every_shape(name):
+    module = MODULES[name]().eval()
+    example = inputs(module, 3, 29)
+    dynamic = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC}, {0: Dim.DYNAMIC})[: len(example)]
+    program = torch.onnx.export(module, example, dynamo=True, dynamic_shapes=dynamic, verbose=False)
+    runtime = session(program)
+    for batch, frames in SHAPES:
+        given = inputs(module, batch, frames)
+        with torch.no_grad():
+            want = module(*given)
+        feed = {i.name: x.numpy() for i, x in zip(runtime.get_inputs(), given)}
+        got = [torch.from_numpy(x) for x in runtime.run(None, feed)]
+        real = torch.ones(got[0].shape[:2], dtype=torch.bool)
+        if len(given) == 2:
+            want, lengths = want
+            assert torch.equal(got[1], lengths)
+            real = torch.arange(want.shape[1]) < lengths[:, None]
+        assert got[0].shape == want.shape
+        torch.testing.assert_close(got[0][real], want[real], rtol=1e-4, atol=1e-5)
