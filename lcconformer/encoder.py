@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from . import loop
-from .conditioning import DepthConditioning
 from .config import ConformerConfig
 from .depth import ExitRule
-from .layer import ConformerLayer, Positions
+from .layer import Positions
+from .loop import weights
 from .ops.checks import check_lengths, frame_mask
-from .sharing import sharing_map
+from .stack import LayerStack
 from .subsampling import FrontEnd
 
 __all__ = ["ConformerEncoder", "Summary"]
@@ -58,14 +53,14 @@ class Summary:
         return "\n".join(rows)
 
 
-class ConformerEncoder(nn.Module):
+class ConformerEncoder(LayerStack):
     """A Conformer whose depth is a run-time choice and whose layers may share one set of weights (arXiv 2105.00812).
 
     Args:
         config: see :class:`~lcconformer.ConformerConfig`.
 
     Attributes:
-        gradient_checkpointing: keep no more than the input of each loop for the backward, which runs the loop again
+        gradient_checkpointing: keep no more than the input of each loop for the backward, which recomputes the loop
             (arXiv 1604.06174); False to begin with.
 
     Example:
@@ -74,21 +69,8 @@ class ConformerEncoder(nn.Module):
         >>> shallow, _ = encoder(torch.randn(2, 400, 80), depth=5)
     """
 
-    running_mean: Tensor  # [N, d_model], with conv_norm_statistics="per_depth"
-    running_var: Tensor
-
     def __init__(self, config: ConformerConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.layer_map = sharing_map(config.sharing, config.num_layers)
-        self.front_end = FrontEnd(config) if config.input_dim is not None else None
-        self.layers = nn.ModuleList(ConformerLayer(config) for _ in range(max(self.layer_map) + 1))
-        self.conditioning = DepthConditioning(config, self.layers[0]) if config.conditioning else None
-        self.gradient_checkpointing = False
-        self._per_depth_statistics = config.conv_norm_statistics == "per_depth"
-        if self._per_depth_statistics:
-            self.register_buffer("running_mean", torch.zeros(config.num_layers, config.d_model))
-            self.register_buffer("running_var", torch.ones(config.num_layers, config.d_model))
+        super().__init__(config, FrontEnd(config) if config.input_dim is not None else None)
 
     def subsampled_lengths(self, lengths: Tensor) -> Tensor:
         """Frames of the output for ``lengths`` input frames."""
@@ -128,7 +110,7 @@ class ConformerEncoder(nn.Module):
             raise ValueError(
                 f"ConformerEncoder: backprop_depth is {backprop_depth!r}; expected an integer from 1 to depth = {depth}"
             )
-        run = loop.choose(self, x, lengths, through) or partial(_module_by_module, backprop_depth=through)
+        run = loop.choose(self, x, lengths, through)
         outputs = run(self, x, lengths, depth, return_hidden_states)
         if return_hidden_states:
             return outputs[-1], lengths, [x, *outputs]
@@ -154,7 +136,7 @@ class ConformerEncoder(nn.Module):
         exit_depths = torch.full((x.shape[0],), most, dtype=torch.int64, device=x.device)
         active = torch.arange(x.shape[0], device=x.device)  # rows of the original batch still running
         for k in range(1, most + 1):
-            new = self._loop(k - 1, x, lengths, positions)
+            new = self.step(k - 1, x, lengths, positions)
             done = torch.zeros(len(active), dtype=torch.bool, device=x.device)
             if rule.kind != "fixed" and k >= rule.min_depth and k < most:
                 done = rule.distance(new, x, lengths) < rule.threshold
@@ -191,6 +173,28 @@ class ConformerEncoder(nn.Module):
         loops, layers = self.config.num_layers, len(self.layers)
         return f"{loops} loop{'s' * (loops > 1)} of {layers} layer{'s' * (layers > 1)}, sharing={self.config.sharing!r}"
 
+    def explain(self, x: Tensor, lengths: Tensor | None = None, *, depth: int | None = None) -> loop.Explanation:
+        """Say which engine and which backend of each op would serve a call, and why nothing faster would.
+
+        It holds for the present grad mode, training modes, ``with engine(...)`` and ``with backend(...)`` blocks.
+
+        Args:
+            x, lengths, depth: as for :meth:`forward`.
+
+        Returns:
+            the explanation; ``print`` it.
+        """
+        self._check_depth(depth)
+        x, _ = self._enter(x, lengths)
+        return loop.explain(self, x)
+
+    def forget_packed_weights(self) -> None:
+        """Drop the packed copies of the weights that inference keeps; the next call packs them anew.
+
+        Needed only after writing a few elements in ways that PyTorch does not count: through ``p.data`` or ``p.numpy()``.
+        """
+        weights.forget(self)
+
     def _check_depth(self, depth: int | None) -> int:
         n = self.config.num_layers
         if depth is None:
@@ -212,77 +216,3 @@ class ConformerEncoder(nn.Module):
             # whatever the padding holds, NaN included, ends here
             x = x.masked_fill(~frame_mask(lengths, x.shape[1])[..., None], 0.0)
         return x, lengths
-
-    def _loop(self, k: int, x: Tensor, lengths: Tensor | None, positions: dict[int, Positions]) -> Tensor:
-        """Loop ``k`` (from 0); ``positions`` keeps what each unique layer needs of them for all its loops."""
-        layer = self._layer(k, x, positions)
-        if self.conditioning is not None:
-            x = self.conditioning.enter(x, k)
-        overrides = self._overrides(k)
-        if overrides:
-            return functional_call(layer, overrides, (x, lengths, positions[self.layer_map[k]]))
-        return layer(x, lengths, positions[self.layer_map[k]])
-
-    def _layer(self, k: int, x: Tensor, positions: dict[int, Positions]) -> ConformerLayer:
-        """The layer of loop ``k``; its positions are in the dictionary then."""
-        index = self.layer_map[k]
-        layer = cast(ConformerLayer, self.layers[index])
-        if index not in positions:
-            positions[index] = layer.positions(x)
-        return layer
-
-    def _overrides(self, k: int) -> dict[str, Tensor]:
-        """Parameters and buffers of its layer that loop ``k`` sees in their stead, by name."""
-        overrides: dict[str, Tensor] = {}
-        if self.conditioning is not None:
-            overrides = self.conditioning.overrides(self.layers[self.layer_map[k]], k)
-        if self._per_depth_statistics:
-            overrides["conv.depthwise_norm.running_mean"] = self.running_mean[k]
-            overrides["conv.depthwise_norm.running_var"] = self.running_var[k]
-        return overrides
-
-
-def _module_by_module(
-    encoder: ConformerEncoder,
-    x: Tensor,
-    lengths: Tensor | None,
-    depth: int,
-    return_hidden_states: bool,
-    backprop_depth: int,
-) -> list[Tensor]:
-    """The loop as its modules do it; the engines of :mod:`lcconformer.loop` equal it."""
-    positions: dict[int, Positions] = {}
-    outputs = []
-    for k in range(depth):
-        if k < depth - backprop_depth:
-            with torch.no_grad():
-                x = encoder._loop(k, x, lengths, {})
-        elif encoder.gradient_checkpointing and torch.is_grad_enabled():
-            encoder._layer(k, x, positions)  # the positions stay outside of what runs again
-            batch = encoder.config.conv_norm == "batch"
-            options: dict[str, Any] = {"context_fn": partial(_contexts, encoder)} if batch else {}
-            x = checkpoint(encoder._loop, k, x, lengths, positions, use_reentrant=False, **options)
-        else:
-            x = encoder._loop(k, x, lengths, positions)
-        if return_hidden_states or k == depth - 1:
-            outputs.append(x)
-    return outputs
-
-
-def _contexts(encoder: ConformerEncoder) -> tuple[AbstractContextManager[None], _BuffersAsBefore]:
-    return nullcontext(), _BuffersAsBefore(encoder)
-
-
-class _BuffersAsBefore(AbstractContextManager[None]):
-    """A loop run again for its gradient does not move running statistics again."""
-
-    def __init__(self, encoder: ConformerEncoder) -> None:
-        self._encoder = encoder
-
-    def __enter__(self) -> None:
-        self._before = [b.clone() for b in self._encoder.buffers()]
-
-    def __exit__(self, *error: object) -> None:
-        with torch.no_grad():
-            for buffer, value in zip(self._encoder.buffers(), self._before):
-                buffer.copy_(value)

@@ -59,14 +59,12 @@ def _engine(device: torch.device, dtype: torch.dtype, training: bool) -> dict[st
         d_model=d, num_heads=_SIZES.heads, ffn_dim=_SIZES.ffn_dim, conv_kernel_size=_SIZES.kernel_size
     )
     encoder = ConformerEncoder(config).to(device, dtype).train(training)
-    x, lengths = torch.zeros(b, t, d, device=device, dtype=dtype), torch.full((b,), t, device=device)
-    with _silent(), torch.set_grad_enabled(training):
-        against = loop.reasons_against(encoder, x, lengths)
-    engine: str | None = "modules" if against else "loop"
-    if against and loop.forced_engine() == "loop":
-        engine = None
+    x = torch.zeros(b, t, d, device=device, dtype=dtype)
+    with torch.set_grad_enabled(training):
+        explanation = encoder.explain(x)
+    engine = "loop" if explanation.engine in ("training", "inference") else explanation.engine
     row = {"device": str(device), "dtype": str(dtype).removeprefix("torch."), "training": training}
-    return {**row, "engine": engine, "against": against}
+    return {**row, "engine": engine, "against": list(explanation.against)}
 
 
 def _devices() -> list[dict[str, Any]]:

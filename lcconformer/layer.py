@@ -9,18 +9,30 @@ x = LN(x)
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import ops
 from .config import ConformerConfig
+from .ops.activations import ACTIVATIONS
+from .ops.checks import frame_mask
+from .ops.glu_depthwise_conv import normalise
+from .plain import NORMS, obstacle, readable
 from .positions import apply_rotary, relative_sinusoids, rotary_tables
 
 __all__ = ["ConformerLayer", "ConvModule", "FeedForward", "Positions", "RelativeAttention"]
 
 # what a layer needs to know of positions: projected embeddings [2T-1, H, D], or rotary (cos, sin), or nothing
 Positions = Tensor | tuple[Tensor, Tensor] | None
+
+
+def _dtype_of(linear: nn.Module, x: Tensor) -> torch.dtype:
+    """The dtype of a linear map's input: that of its weight, or of ``x`` where it keeps the weight in another form."""
+    weight = linear.weight
+    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else x.dtype
 
 
 class FeedForward(nn.Module):
@@ -35,18 +47,23 @@ class FeedForward(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
+        norm, up, down = self.norm, self.up, self.down
+        dropout_p = self.dropout if self.training else 0.0
+        if not readable(norm, up, down):
+            h = F.dropout(ACTIVATIONS[self.activation](up(norm(x))), dropout_p)  # [B, T, F]
+            return x + 0.5 * F.dropout(down(h), dropout_p).to(x.dtype)
         return ops.feed_forward(
             x,
-            self.norm.weight,
-            self.norm.bias,
-            self.up.weight,
-            self.up.bias,
-            self.down.weight,
-            self.down.bias,
+            norm.weight,
+            norm.bias,
+            up.weight,
+            up.bias,
+            down.weight,
+            down.bias,
             scale=0.5,
             activation=self.activation,
-            dropout_p=self.dropout if self.training else 0.0,
-            eps=self.norm.eps,
+            dropout_p=dropout_p,
+            eps=norm.eps,
         )
 
 
@@ -71,23 +88,30 @@ class RelativeAttention(nn.Module):
         """What :meth:`forward` needs for ``x [B, T, d_model]``; the same for all loops of this layer."""
         frames, d = x.shape[1], x.shape[2]
         if self.position == "relative":
-            table = relative_sinusoids(frames, d, device=x.device, dtype=self.pos.weight.dtype)
+            table = relative_sinusoids(frames, d, device=x.device, dtype=_dtype_of(self.pos, x))
             return self.pos(table).unflatten(-1, (self.heads, d // self.heads))
         if self.position == "rotary":
-            return rotary_tables(frames, d // self.heads, device=x.device, dtype=self.qkv.weight.dtype)
+            return rotary_tables(frames, d // self.heads, device=x.device, dtype=_dtype_of(self.qkv, x))
         return None
 
-    def forward(self, h: Tensor, lengths: Tensor | None, positions: Positions) -> Tensor:
+    def forward(self, h: Tensor, lengths: Tensor | None, positions: Positions = None) -> Tensor:
+        if positions is None:
+            positions = self.positions(h)
         d = h.shape[-1]
         split = (self.heads, d // self.heads)
         rotary = positions if isinstance(positions, tuple) else None
         if rotary is not None and self.rotary_input == "hidden":
             # queries and keys see rotated hidden states, values plain ones
             rotated = apply_rotary(h.unflatten(-1, split), *rotary).flatten(-2)
-            weight, bias = self.qkv.weight, self.qkv.bias
-            qk = F.linear(rotated, weight[: 2 * d], None if bias is None else bias[: 2 * d])
-            v = F.linear(h, weight[2 * d :], None if bias is None else bias[2 * d :])
-            q, k = qk.chunk(2, -1)
+            if readable(self.qkv):
+                weight, bias = self.qkv.weight, self.qkv.bias
+                qk = F.linear(rotated, weight[: 2 * d], None if bias is None else bias[: 2 * d])
+                v = F.linear(h, weight[2 * d :], None if bias is None else bias[2 * d :])
+                q, k = qk.chunk(2, -1)
+            else:
+                # in one call, so that hooks run once; a third of its products is not used
+                of_rotated, of_plain = self.qkv(torch.cat((rotated, h))).chunk(2)  # each [B, T, 3 d_model]
+                (q, k, _), v = of_rotated.chunk(3, -1), of_plain[..., 2 * d :]
         else:
             q, k, v = self.qkv(h).chunk(3, -1)  # each [B, T, d_model]
         q, k, v = (t.unflatten(-1, split) for t in (q, k, v))  # [B, T, H, D]
@@ -111,7 +135,7 @@ class ConvModule(nn.Module):
         d, k = config.d_model, config.conv_kernel_size
         self.norm = nn.LayerNorm(d, eps=config.layer_norm_eps)
         self.pointwise1 = nn.Linear(d, 2 * d, bias=config.conv_bias)
-        # the modules below hold parameters; the op does the work
+        # the op does the work of the modules below, unless they are not what they were (plain.py)
         self.depthwise = nn.Conv1d(d, d, k, padding=k // 2, groups=d, bias=config.conv_bias)
         self.depthwise_norm: nn.Module
         if config.conv_norm == "layer":
@@ -126,27 +150,83 @@ class ConvModule(nn.Module):
         self.config = config
 
     def forward(self, h: Tensor, lengths: Tensor | None) -> Tensor:
-        config, norm = self.config, self.depthwise_norm
+        config, depthwise, norm = self.config, self.depthwise, self.depthwise_norm
+        lengths = lengths if config.padding == "masked" else None
         y = self.pointwise1(h)  # [B, T, 2 d_model]
-        if isinstance(norm, nn.BatchNorm1d) and norm.num_batches_tracked is not None and self.training:
-            norm.num_batches_tracked.add_(1)
-        bias = self.depthwise.bias
+        if not readable(depthwise, norm):
+            return self.pointwise2(self._called(y, lengths))
+        self._count_batch()
+        bias = depthwise.bias
         y = ops.glu_depthwise_conv(
             y,
-            self.depthwise.weight[:, 0].to(y.dtype),
+            depthwise.weight[:, 0].to(y.dtype),
             None if bias is None else bias.to(y.dtype),
-            lengths=lengths if config.padding == "masked" else None,
-            norm=config.conv_norm,
-            norm_weight=getattr(norm, "weight", None),
-            norm_bias=getattr(norm, "bias", None),
-            running_mean=getattr(norm, "running_mean", None),
-            running_var=getattr(norm, "running_var", None),
-            num_groups=config.conv_norm_groups,
-            training=self.training,
-            eps=config.layer_norm_eps,
+            lengths=lengths,
             activation=config.activation,
+            **self._norm_options(),
         )
         return self.pointwise2(y)
+
+    def _norm_options(self) -> dict[str, Any]:
+        """The norm as the op takes it, in the state that it is in."""
+        norm: Any = self.depthwise_norm
+        options: dict[str, Any] = {"norm": NORMS[type(norm)]}
+        if type(norm) is nn.Identity:
+            return options
+        options |= {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
+        if type(norm) is nn.GroupNorm:
+            options["num_groups"] = norm.num_groups
+        elif type(norm) is nn.BatchNorm1d:
+            options |= {"running_mean": norm.running_mean, "running_var": norm.running_var, "training": norm.training}
+            if norm.training:
+                options["momentum"] = norm.momentum
+        return options
+
+    def _count_batch(self) -> None:
+        norm: Any = self.depthwise_norm
+        if type(norm) is nn.BatchNorm1d and norm.training and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+
+    def _called(self, y: Tensor, lengths: Tensor | None) -> Tensor:
+        """The op with its modules called: ``[B, T, 2 d_model] -> [B, T, d_model]``."""
+        real = None if lengths is None else frame_mask(lengths, y.shape[1])[..., None]  # [B, T, 1]
+        y = F.glu(y, -1)
+        if real is not None:
+            y = y.masked_fill(~real, 0.0)
+        if y.dtype == torch.float16 and y.device.type == "cpu":
+            raise NotImplementedError(
+                f"ConvModule: {obstacle(self.depthwise, 'depthwise') or 'a norm or a global hook was changed'}, so that the "
+                "convolution must be called, and PyTorch's float16 convolution may never return on a CPU; use float32 or "
+                "bfloat16"
+            )
+        y = self.depthwise(y.transpose(1, 2)).transpose(1, 2)
+        if readable(self.depthwise_norm):
+            self._count_batch()
+            y = normalise(y, real, **self._norm_options())
+        else:
+            y = self._call_norm(y, real)
+        return ACTIVATIONS[self.config.activation](y)
+
+    def _call_norm(self, y: Tensor, real: Tensor | None) -> Tensor:
+        """``[B, T, d_model]``; in the place of a BatchNorm or GroupNorm the norm is called with ``[B, d_model, T]``.
+
+        A BatchNorm that takes statistics of the batch is called with the real frames alone, ``[M, d_model]``.
+        """
+        norm = self.depthwise_norm
+        if self.config.conv_norm in ("layer", "none"):
+            return norm(y)
+        inner = list(norm.modules())
+        if real is not None and any(isinstance(m, nn.GroupNorm) for m in inner):
+            raise NotImplementedError(
+                f"ConvModule: {obstacle(norm, 'depthwise_norm') or 'there are global module hooks'}, so that the norm must "
+                "be called, and a GroupNorm would take statistics over the padding; leave it as it was, pass no lengths, or "
+                "use padding='peer'"
+            )
+        batches = [m for m in inner if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if real is None or not any(m.training or m.running_mean is None for m in batches):
+            return norm(y.transpose(1, 2)).transpose(1, 2)
+        rows = norm(y[real[..., 0]])
+        return rows.new_zeros(y.shape).index_put((real[..., 0],), rows)
 
 
 class ConformerLayer(nn.Module):
@@ -174,8 +254,6 @@ class ConformerLayer(nn.Module):
         return self.attention.positions(x)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None, positions: Positions = None) -> Tensor:
-        if positions is None:
-            positions = self.positions(x)
         x = self.ffn1(x)
         first, second = self.attention, self.conv
         h = first.norm(x) if not self.convolution_first else second.norm(x)
@@ -184,9 +262,14 @@ class ConformerLayer(nn.Module):
             y, following = second(h, lengths), first.norm
         else:
             y, following = first(h, lengths, positions), second.norm
-        x, h = ops.residual_layer_norm(
-            x, y.to(x.dtype), following.weight, following.bias, dropout_p=dropout_p, eps=following.eps
-        )
+        y = y.to(x.dtype)
+        if readable(following):
+            x, h = ops.residual_layer_norm(
+                x, y, following.weight, following.bias, dropout_p=dropout_p, eps=following.eps
+            )
+        else:
+            x = x + F.dropout(y, dropout_p)
+            h = following(x)
         y = first(h, lengths, positions) if self.convolution_first else second(h, lengths)
         x = x + F.dropout(y, dropout_p, self.training).to(x.dtype)
         return self.norm(self.ffn2(x))

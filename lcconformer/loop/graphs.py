@@ -17,7 +17,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,9 @@ from torch import Tensor, nn
 from lcconformer.layer import ConformerLayer, Positions
 from lcconformer.ops.registry import forced_backend
 from lcconformer.positions import relative_sinusoids
+from lcconformer.stack import LayerStack
 
 from .watch import watch
-
-if TYPE_CHECKING:
-    from lcconformer.encoder import ConformerEncoder
 
 __all__ = ["BUCKET", "SHAPES", "Record", "run"]
 
@@ -63,21 +61,21 @@ class CudaGraphs:
 class _Shape:
     """The static buffers of one shape, and the graphs that work in them."""
 
-    def __init__(self, encoder: ConformerEncoder, x: Tensor, frames: int, masked: bool, record: Record) -> None:
+    def __init__(self, stack: LayerStack, x: Tensor, frames: int, masked: bool, record: Record) -> None:
         b, _, d = x.shape
         self.x = x.new_zeros((b, frames, d))
         self.lengths = torch.full((b,), frames, device=x.device) if masked else None
         self.record = record
         self.positions: dict[int, Positions] = {}
         self.loops: dict[int, Replay] = {}
-        layers = {i: cast(ConformerLayer, encoder.layers[i]) for i in set(encoder.layer_map)}
-        if encoder.config.position != "relative":
+        layers = {i: cast(ConformerLayer, stack.layers[i]) for i in set(stack.layer_map)}
+        if stack.config.position != "relative":
             self.positions = {i: layer.positions(self.x) for i, layer in layers.items()}
             self.start: Replay = lambda: None
             return
         dtype = layers[0].attention.pos.weight.dtype
         table = relative_sinusoids(frames, d, device=x.device, dtype=dtype)
-        heads = (encoder.config.num_heads, d // encoder.config.num_heads)
+        heads = (stack.config.num_heads, d // stack.config.num_heads)
 
         def project() -> None:
             self.positions = {i: layer.attention.pos(table).unflatten(-1, heads) for i, layer in layers.items()}
@@ -85,22 +83,22 @@ class _Shape:
         self.start = record(project)
         self.table = table  # the graph reads it
 
-    def loop(self, encoder: ConformerEncoder, k: int) -> None:
+    def loop(self, stack: LayerStack, k: int) -> None:
         """Loop ``k``, recorded when it first runs."""
-        told_apart = encoder.config.conditioning or encoder.config.conv_norm_statistics == "per_depth"
-        key = k if told_apart else encoder.layer_map[k]
+        told_apart = stack.config.conditioning or stack.config.conv_norm_statistics == "per_depth"
+        key = k if told_apart else stack.layer_map[k]
         if key not in self.loops:
             before = self.x.clone()
-            self.loops[key] = self.record(lambda: self._step(encoder, k))
+            self.loops[key] = self.record(lambda: self._step(stack, k))
             self.x.copy_(before)
         self.loops[key]()
 
-    def _step(self, encoder: ConformerEncoder, k: int) -> None:
-        self.x.copy_(encoder._loop(k, self.x, self.lengths, self.positions))
+    def _step(self, stack: LayerStack, k: int) -> None:
+        self.x.copy_(stack.step(k, self.x, self.lengths, self.positions))
 
 
 class _Graphs:
-    """Of one encoder."""
+    """Of one stack."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -109,20 +107,20 @@ class _Graphs:
         self.memory: list = []
         self.done: torch.cuda.Event | None = None
 
-    def shape(self, encoder: ConformerEncoder, x: Tensor, lengths: Tensor | None, record: Record | None) -> _Shape:
+    def shape(self, stack: LayerStack, x: Tensor, lengths: Tensor | None, record: Record | None) -> _Shape:
         """Of a call, recorded if it is new or if a weight lies elsewhere than it did."""
-        now = watch(encoder)
+        now = watch(stack)
         if now.places() != self.places:
             self._drop(0)
             self.places, self.memory = now.places(), now.memory()
-        masked = encoder.config.padding == "masked"
+        masked = stack.config.padding == "masked"
         frames = -(-x.shape[1] // BUCKET) * BUCKET if masked else x.shape[1]
         settings = forced_backend(), torch.get_float32_matmul_precision()
         key = (x.shape[0], frames, x.dtype, x.device, masked or lengths is not None, *settings)
         if key not in self.shapes:
             self._drop(SHAPES - 1)
             record = record or CudaGraphs(x.device)
-            self.shapes[key] = _Shape(encoder, x, frames, masked or lengths is not None, record)
+            self.shapes[key] = _Shape(stack, x, frames, masked or lengths is not None, record)
         self.shapes.move_to_end(key)
         return self.shapes[key]
 
@@ -138,7 +136,7 @@ _kept: weakref.WeakKeyDictionary[nn.Module, _Graphs] = weakref.WeakKeyDictionary
 
 
 def run(
-    encoder: ConformerEncoder,
+    stack: LayerStack,
     x: Tensor,
     lengths: Tensor | None,
     depth: int,
@@ -150,12 +148,12 @@ def run(
     Args:
         record: what records and replays; None: CUDA graphs.
     """
-    graphs = _kept.setdefault(encoder, _Graphs())
+    graphs = _kept.setdefault(stack, _Graphs())
     # buffers made in inference mode could not be written outside of it
     with graphs.lock, torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(x):
         if graphs.done is not None:
             torch.cuda.current_stream().wait_event(graphs.done)
-        shape = graphs.shape(encoder, x, lengths, record)
+        shape = graphs.shape(stack, x, lengths, record)
         frames = x.shape[1]
         shape.x[:, :frames].copy_(x)
         shape.x[:, frames:].zero_()
@@ -164,7 +162,7 @@ def run(
         shape.start()
         outputs = []
         for k in range(depth):
-            shape.loop(encoder, k)
+            shape.loop(stack, k)
             if return_hidden_states or k == depth - 1:
                 outputs.append(shape.x[:, :frames].clone(memory_format=torch.contiguous_format))
         if x.is_cuda:

@@ -1,14 +1,14 @@
 """The inference engine: on a GPU the loop as CUDA graphs (:mod:`.graphs`), on a CPU on packed weights (:mod:`.weights`).
 
 On the CPU a loop is five kernels in buffers made once per call: rows (feed-forward, norm, projection), attention, rows,
-convolution, rows.  Everything is float32 inside, whatever the dtype of the encoder, and a frame gets the same bits in
+convolution, rows.  Everything is float32 inside, whatever the dtype of the stack, and a frame gets the same bits in
 any batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,38 +16,43 @@ from torch import Tensor
 from lcconformer.ops.availability import cpu_reasons
 from lcconformer.ops.native import common, cpu_kernels, i64, pointer
 from lcconformer.ops.registry import Choice, forced_backend, note
+from lcconformer.stack import LayerStack
 
 from . import graphs, weights
 from .watch import watch
 from .weights import FeedForward, PackedLayer, padded_columns
 
-if TYPE_CHECKING:
-    from lcconformer.encoder import ConformerEncoder
-
-__all__ = ["reasons", "run", "slower"]
+__all__ = ["passing", "reasons", "run", "slower"]
 
 OP = "shared_loop"
 
 Launch = Callable[[Any], None]  # a kernel of csrc/cpu
 
 
-def reasons(encoder: ConformerEncoder, x: Tensor, lengths: Tensor | None) -> list[str]:
-    """Why this engine cannot run the loops of ``x [B, T, d_model]``; empty: it can."""
-    config = encoder.config
-    layers = watch(encoder)
-    found = layers.changed() or layers.unfit(x.dtype)
+def passing(stack: LayerStack, x: Tensor) -> list[str]:
+    """Return states of the call that rule this engine out; empty: there are none."""
+    found = []
+    if watch(stack).trains():
+        found.append("a module is in training mode")
     if torch.is_autocast_enabled(x.device.type):
         found.append("autocast is on")
+    if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        found.append("a CUDA graph is being captured, which the modules become part of")
+    if x.device.type != "cuda" and forced_backend() not in ("auto", "cpu"):
+        found.append(f"backend {forced_backend()!r} is forced, and the engine is made of CPU kernels")
+    return found
+
+
+def reasons(stack: LayerStack, x: Tensor) -> list[str]:
+    """Return why this engine cannot run the loops of ``x [B, T, d_model]``; empty: it can."""
+    layers = watch(stack)
+    found = layers.changed() or layers.unfit(x.dtype)
     if x.device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            found.append("a CUDA graph is being captured, which the modules become part of")
         return found
     found += cpu_reasons(x.device, x.dtype)
-    if forced_backend() not in ("auto", "cpu"):
-        found.append(f"backend {forced_backend()!r} is forced, and the engine is made of CPU kernels")
-    if config.activation != "silu":
-        found.append(f"activation {config.activation!r} is not fused, only 'silu' is")
-    if config.position == "rotary":
+    if stack.config.activation != "silu":
+        found.append(f"activation {stack.config.activation!r} is not fused, only 'silu' is")
+    if stack.config.position == "rotary":
         found.append("rotary positions are left to the modules")
     return found
 
@@ -68,21 +73,19 @@ def slower(x: Tensor) -> list[str]:
 
 
 @torch.no_grad()
-def run(
-    encoder: ConformerEncoder, x: Tensor, lengths: Tensor | None, depth: int, return_hidden_states: bool
-) -> list[Tensor]:
+def run(stack: LayerStack, x: Tensor, lengths: Tensor | None, depth: int, return_hidden_states: bool) -> list[Tensor]:
     """Outputs ``[B, T, d_model]`` of each loop if ``return_hidden_states``, else of the last alone."""
     if not x.numel():
         return [x.clone() for _ in range(depth if return_hidden_states else 1)]
     if x.device.type == "cuda":
-        return graphs.run(encoder, x, lengths, depth, return_hidden_states)
+        return graphs.run(stack, x, lengths, depth, return_hidden_states)
     note(Choice(OP, "cpu"))
-    layers = weights.packed(encoder, depth)
-    loop = _Loop(encoder, x, lengths)
+    layers = weights.packed(stack, depth)
+    loop = _Loop(stack, x, lengths)
     outputs = []
     for k, layer in enumerate(layers):
-        if encoder.conditioning is not None:
-            loop.x.copy_(encoder.conditioning.enter(loop.x, k))
+        if stack.conditioning is not None:
+            loop.x.copy_(stack.conditioning.enter(loop.x, k))
         loop.step(layer)
         if return_hidden_states or k == depth - 1:
             outputs.append(loop.x.to(x.dtype, copy=k < depth - 1))
@@ -92,8 +95,8 @@ def run(
 class _Loop:
     """The residual stream of one call, its buffers, and the kernels of each layer with their arguments."""
 
-    def __init__(self, encoder: ConformerEncoder, x: Tensor, lengths: Tensor | None) -> None:
-        config = self.config = encoder.config
+    def __init__(self, stack: LayerStack, x: Tensor, lengths: Tensor | None) -> None:
+        config = self.config = stack.config
         cpu = self.cpu = cpu_kernels()
         b, t, d = x.shape
 

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from lcconformer.layer import ConformerLayer
 from lcconformer.ops.feed_forward import arguments as feed_forward
 from lcconformer.ops.feed_forward.library import OP as FEED_FORWARD
 from lcconformer.ops.glu_depthwise_conv import arguments as glu_depthwise_conv
 from lcconformer.ops.glu_depthwise_conv.library import OP as GLU_DEPTHWISE_CONV
+from lcconformer.ops.registry import OPS, Choice
 from lcconformer.ops.relpos_attention import arguments as relpos_attention
 from lcconformer.ops.relpos_attention.library import OP as RELPOS_ATTENTION
 from lcconformer.ops.residual_layer_norm import arguments as residual_layer_norm
 from lcconformer.ops.residual_layer_norm.library import OP as RESIDUAL_LAYER_NORM
+from lcconformer.stack import LayerStack
 
-if TYPE_CHECKING:
-    from lcconformer.config import ConformerConfig
-
-__all__ = ["Kernels", "choose_kernels"]
+__all__ = ["Kernels", "choose_kernels", "explain_ops", "products_dtype"]
 
 
 @dataclass(frozen=True)
@@ -41,32 +41,55 @@ class Kernels:
     dtype: torch.dtype
 
 
-def choose_kernels(
-    config: ConformerConfig, x: Tensor, dtype: torch.dtype, norm_dtype: torch.dtype, training: bool
-) -> Kernels:
-    """Choose what serves a layer of inputs ``x [B, T, D]`` and matrix products in ``dtype``, as its ops choose.
+def products_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of the matrix products; the residual stream keeps that of ``x``."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
-    Args:
-        norm_dtype: dtype of the weights of the layer's norms.
-        training: whether BatchNorm uses the statistics of the batch.
+
+def _traits(stack: LayerStack, x: Tensor) -> dict[str, Any]:
+    """Return the traits of each op of a layer for ``x [B, T, d_model]``, as the op would find them."""
+    config, layers = stack.config, [cast(ConformerLayer, layer) for layer in stack.layers]
+    d, device, dtype, activation = x.shape[-1], x.device, products_dtype(x), config.activation
+    norm_dtype = layers[0].norm.weight.dtype
+    training = config.conv_norm == "batch" and any(layer.conv.depthwise_norm.training for layer in layers)
+    conv_norm_dtype = None if config.conv_norm == "none" else norm_dtype
+    return {
+        "relpos_attention": relpos_attention.Traits(device, dtype, d // config.num_heads),
+        "glu_depthwise_conv": glu_depthwise_conv.Traits(
+            device, dtype, d, config.conv_norm, conv_norm_dtype, training, activation
+        ),
+        "feed_forward": feed_forward.Traits(device, x.dtype, d, norm_dtype, dtype, activation),
+        "residual_layer_norm": residual_layer_norm.Traits(device, x.dtype, d, norm_dtype),
+    }
+
+
+def explain_ops(stack: LayerStack, x: Tensor) -> dict[str, Choice]:
+    """Return the choice of each op of a layer, without raising; attention without relative positions is PyTorch's own."""
+    traits = _traits(stack, x)
+    if stack.config.position != "relative":
+        del traits["relpos_attention"]
+    return {name: OPS[name].explain(own) for name, own in traits.items()}
+
+
+def choose_kernels(stack: LayerStack, x: Tensor) -> Kernels:
+    """Choose what serves the layers of ``stack`` for ``x [B, T, d_model]``, as their ops choose.
 
     Raises:
         NotImplementedError: a forced backend cannot serve.
     """
-    d, device, activation = x.shape[-1], x.device, config.activation
-    training = training and config.conv_norm == "batch"
-    conv_norm_dtype = None if config.conv_norm == "none" else norm_dtype
-    attention = RELPOS_ATTENTION.choose(relpos_attention.Traits(device, dtype, d // config.num_heads))
-    convolution = GLU_DEPTHWISE_CONV.choose(
-        glu_depthwise_conv.Traits(device, dtype, d, config.conv_norm, conv_norm_dtype, training, activation)
-    )
-    hidden = FEED_FORWARD.choose(feed_forward.Traits(device, dtype, d, norm_dtype, dtype, activation))
-    norm = RESIDUAL_LAYER_NORM.choose(residual_layer_norm.Traits(device, x.dtype, d, norm_dtype))
+    traits = _traits(stack, x)
+    # the engine has the products of the feed-forward in one dtype, residual stream and all
+    traits["feed_forward"] = traits["feed_forward"]._replace(dtype=products_dtype(x))
+    attention = RELPOS_ATTENTION.choose(traits["relpos_attention"])
+    convolution = GLU_DEPTHWISE_CONV.choose(traits["glu_depthwise_conv"])
+    hidden = FEED_FORWARD.choose(traits["feed_forward"])
+    norm = RESIDUAL_LAYER_NORM.choose(traits["residual_layer_norm"])
     return Kernels(
         RELPOS_ATTENTION.backends[attention],
         GLU_DEPTHWISE_CONV.backends[convolution],
         FEED_FORWARD.backends[hidden],
         RESIDUAL_LAYER_NORM.backends[norm],
         names=(attention, convolution, hidden, norm),
-        dtype=dtype,
+        dtype=products_dtype(x),
     )

@@ -79,9 +79,10 @@ def plan_of(layer: ConformerLayer) -> Plan:
     ffn1, attention, conv, ffn2 = layer.ffn1, layer.attention, layer.conv, layer.ffn2
     norm: Any = conv.depthwise_norm
     batch = isinstance(norm, nn.BatchNorm1d)
+    trained = batch and norm.training
     names = [n for n, _ in layer.named_parameters(remove_duplicate=False) if n != "attention.pos.weight"]
     statistics: tuple[Tensor | None, ...] = (None, None, None)
-    if batch and conv.training:
+    if trained:
         statistics = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
     elif batch:
         names += ["conv.depthwise_norm.running_mean", "conv.depthwise_norm.running_var"]
@@ -97,9 +98,9 @@ def plan_of(layer: ConformerLayer) -> Plan:
         on=(p["ffn1"], residual, residual, p["ffn2"]),
         norm=conv.config.conv_norm,
         groups=conv.config.conv_norm_groups,
-        conv_training=batch and conv.training,
-        conv_eps=conv.config.layer_norm_eps,
-        momentum=norm.momentum if batch else 0.0,
+        conv_training=trained,
+        conv_eps=getattr(norm, "eps", 0.0),
+        momentum=norm.momentum if trained else 0.0,
         masked=conv.config.padding == "masked",
         statistics=statistics,
     )
@@ -250,12 +251,12 @@ class SharedLayer:
             gradients.product(first, dfirst, n, bias=not first.endswith(".up"))
 
     def _feed_forward(self, name: str, h: Tensor, seed: Tensor | None, p: float) -> tuple[Tensor, list[Tensor]]:
-        weight, bias = self._weights[f"{name}.up.weight"], self._weights[f"{name}.up.bias"]
+        weight, bias = self._weights[f"{name}.up.weight"], self._weights.get(f"{name}.up.bias")
         u, g = self.kernels.feed_forward.up(h, weight, bias, seed, p)
         return self._linear(f"{name}.down", g), [u]
 
     def _feed_forward_backward(self, name, dy, inner, seed, p, gradients) -> tuple[Tensor, Tensor]:
-        down, bias = self._weights[f"{name}.down.weight"], self._weights[f"{name}.up.bias"]
+        down, bias = self._weights[f"{name}.down.weight"], self._weights.get(f"{name}.up.bias")
         du, g, dbias = self.kernels.feed_forward.up_backward(dy, down, inner[0], bias, seed, p)
         gradients.product(f"{name}.down", dy, g)
         gradients.add(f"{name}.up.bias", dbias)

@@ -1,4 +1,4 @@
-"""The training engine: one autograd.Function over all loops of an encoder.
+"""The training engine: one autograd.Function over all loops of an stack.
 
 Where loops share their weights (ALBERT, arXiv 1909.11942; Conformers: arXiv 2105.00812) the gradient of a matrix is one sum
 over the frames of all its loops.  It is accumulated here in float32, by products over as many loops as fill the machine,
@@ -11,7 +11,7 @@ does (Chen et al. 2016, arXiv 1604.06174).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,29 +19,19 @@ from torch.autograd.function import once_differentiable
 
 from lcconformer.ops.dropout import dropout_seed
 from lcconformer.ops.native import rows_of
+from lcconformer.stack import LayerStack
 
 from .gradients import Gradients
-from .kernels import Kernels, choose_kernels
+from .kernels import Kernels, choose_kernels, products_dtype
 from .shared_layer import KEPT, LAST, SEEDS, Plan, SharedLayer, plan_of
 from .watch import watch
 
-if TYPE_CHECKING:
-    from lcconformer.encoder import ConformerEncoder
-
-__all__ = ["reasons", "run", "slower"]
+__all__ = ["Kernels", "kernels_or_reasons", "run", "slower"]
 
 
-def _dtype(x: Tensor) -> torch.dtype:
-    """Of the products; the residual stream keeps that of ``x``."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def reasons(encoder: ConformerEncoder, x: Tensor) -> list[str]:
-    """Why this engine cannot run the loops of ``x [B, T, d_model]``; empty: it can."""
-    config, found = encoder.config, watch(encoder).changed()
-    if not x.numel():
-        found.append("there are no frames")
+def kernels_or_reasons(stack: LayerStack, x: Tensor) -> tuple[Kernels | None, list[str]]:
+    """Choose the kernels for the loops of ``x [B, T, d_model]``, or say why this engine cannot run them."""
+    config, found = stack.config, watch(stack).changed()
     if config.conditioning:
         found.append("depth conditioning is left to the modules")
     if config.conv_norm_statistics == "per_depth":
@@ -50,45 +40,42 @@ def reasons(encoder: ConformerEncoder, x: Tensor) -> list[str]:
         found.append(f"position {config.position!r} is left to the modules; the engine knows 'relative'")
     if config.activation != "silu":
         found.append(f"activation {config.activation!r} is not fused, only 'silu' is")
-    dtype = _dtype(x)
-    wrong = {p.dtype for p in encoder.layers.parameters()} - {dtype}
+    dtype = products_dtype(x)
+    wrong = {p.dtype for p in stack.layers.parameters()} - {dtype}
     if dtype == x.dtype and wrong:
         found.append(f"the input is {x.dtype} and weights are {', '.join(sorted(map(str, wrong)))}")
-    if not found:
-        try:
-            _kernels(encoder, x)
-        except NotImplementedError as refused:
-            found.append(str(refused))
-    return found
+    if found:
+        return None, found
+    try:
+        return choose_kernels(stack, x), []
+    except NotImplementedError as refused:
+        return None, [str(refused)]
 
 
-def slower(encoder: ConformerEncoder, x: Tensor) -> list[str]:
-    """Why ``auto`` leaves to the modules what this engine could run.
+def slower(kernels: Kernels) -> list[str]:
+    """Return why ``auto`` leaves to the modules what this engine could run.
 
     On the CPU kernels the modules took 1.29 times as long for a training step of 12 loops at (B, T) = (1, 100), 1.24 at
     (1, 400), 1.24 at (8, 400); of 4 loops 1.25, 1.23, 1.21 (float32, d_model 256, one thread of an AMD EPYC with AVX-512).
     """
-    others = set(_kernels(encoder, x).names) - {"cpu"}
+    others = set(kernels.names) - {"cpu"}
     return [f"not measured on the kernels of {', '.join(sorted(others))}"] if others else []
 
 
-def _kernels(encoder: ConformerEncoder, x: Tensor) -> Kernels:
-    layer: Any = encoder.layers[0]
-    return choose_kernels(encoder.config, x, _dtype(x), layer.norm.weight.dtype, layer.conv.training)
-
-
 def run(
-    encoder: ConformerEncoder,
+    stack: LayerStack,
     x: Tensor,
     lengths: Tensor | None,
     depth: int,
     return_hidden_states: bool,
+    *,
     backprop_depth: int,
+    kernels: Kernels,
 ) -> list[Tensor]:
     """Outputs ``[B, T, d_model]`` of each loop if ``return_hidden_states``, else of the last alone."""
-    layer_map, first = encoder.layer_map[:depth], depth - backprop_depth
-    kernels, used = _kernels(encoder, x), sorted(set(layer_map))
-    layers: list[Any] = [encoder.layers[i] for i in used]
+    layer_map, first = stack.layer_map[:depth], depth - backprop_depth
+    used = sorted(set(layer_map))
+    layers: list[Any] = [stack.layers[i] for i in used]
     plans = tuple(plan_of(layer) for layer in layers)
     tensors: list[Tensor] = []
     for layer, plan in zip(layers, plans):
@@ -100,7 +87,7 @@ def run(
         layer_map=tuple(used.index(i) for i in layer_map),
         first=first,
         every=return_hidden_states,
-        checkpointing=encoder.gradient_checkpointing,
+        checkpointing=stack.gradient_checkpointing,
     )
     seeds = dropout_seed(x, max(max(plan.inside + plan.on) for plan in plans), (depth, SEEDS))
     return list(LoopFn.apply(call, x.detach() if first else x, lengths, seeds, *tensors))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from itertools import chain
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,52 +14,47 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from lcconformer.layer import ConformerLayer, ConvModule, FeedForward, RelativeAttention
-
-if TYPE_CHECKING:
-    from lcconformer.encoder import ConformerEncoder
+from lcconformer.plain import NORMS, PLAIN, obstacle
+from lcconformer.stack import LayerStack
 
 __all__ = ["Watch", "watch"]
 
 # what the engines know; a subclass or a wrapped module may compute something else
-_READ_THEIR_MODE = {ConformerLayer, FeedForward, RelativeAttention, ConvModule}
-_KNOWN = {
-    *_READ_THEIR_MODE,
-    *(nn.ModuleList, nn.Linear, nn.LayerNorm, nn.Conv1d, nn.BatchNorm1d, nn.GroupNorm, nn.Identity),
-}
-_PLAIN = {Tensor, nn.Parameter}
-_version, _address, _training = attrgetter("_version"), attrgetter("_cdata"), attrgetter("training")
-_hooks = attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_DROP = {ConformerLayer, FeedForward, RelativeAttention}
+_KNOWN = PLAIN | _DROP | {ConvModule, nn.ModuleList}
+_version, _address = attrgetter("_version"), attrgetter("_cdata")
 
 
 class Watch:
     """The modules of an encoder's loop, their parameters and buffers, as they were found.
 
-    Holds the modules below the encoder, not the encoder, and no tensor of theirs.
+    Holds the modules below the stack, not the stack, and no tensor of theirs.
     """
 
-    def __init__(self, encoder: ConformerEncoder) -> None:
-        self._config = encoder.config
-        self._layers = list(encoder.layers.modules())
-        others = [] if encoder.conditioning is None else list(encoder.conditioning.modules())
-        modules: list[nn.Module] = [encoder, *self._layers, *others]
+    def __init__(self, stack: LayerStack) -> None:
+        self._config = stack.config
+        self._layers = list(stack.layers.modules())
+        others = [] if stack.conditioning is None else list(stack.conditioning.modules())
+        modules: list[nn.Module] = [stack, *self._layers, *others]
         # name -> tensor, name -> module
         self._owners: list[dict[str, Any]] = [d for m in modules for d in (m._parameters, m._buffers)]
         self._parts: list[dict[str, Any]] = [*self._owners, *(m._modules for m in modules[1:])]
         self._found = self._ids()
-        self._own = (encoder._modules.get("layers"), encoder._modules.get("conditioning"))
+        self._own = (stack._modules.get("layers"), stack._modules.get("conditioning"))
         self._matrices: list[dict[str, Any]] = [m._parameters for m in self._layers if type(m) is nn.Linear]
-        self._modes = [m for m in self._layers if type(m) in _READ_THEIR_MODE]
+        self._drop: list[Any] = [m for m in self._layers if type(m) in _DROP]
+        self._batch_norms = [m for m in self._layers if type(m) is nn.BatchNorm1d]
         self._written = 0
         self._ids_of_tensors = {id(t) for t in self.tensors()}
-        self._names = [f"layers.{name}" if name else "layers" for name, _ in encoder.layers.named_modules()]
+        self._names = [f"layers.{name}" if name else "layers" for name, _ in stack.layers.named_modules()]
 
     def _ids(self) -> list[int]:
         return list(map(id, chain.from_iterable(map(dict.values, self._parts))))
 
-    def holds(self, encoder: ConformerEncoder) -> bool:
-        """Whether these are still the modules, parameters and buffers of the encoder."""
+    def holds(self, stack: LayerStack) -> bool:
+        """Whether these are still the modules, parameters and buffers of the stack."""
         layers, conditioning = self._own
-        modules = encoder._modules
+        modules = stack._modules
         return (
             modules.get("layers") is layers
             and modules.get("conditioning") is conditioning
@@ -98,24 +93,32 @@ class Watch:
         if _has_any_global_hook():
             return ["global module hooks would not run"]
         for name, module in zip(self._names, self._layers):
-            if type(module) not in _KNOWN:
-                return [f"{name} is a {type(module).__name__}"]
-            if "forward" in module.__dict__ or module._compiled_call_impl is not None:
-                return [f"{name} has a forward of its own"]
-            if any(_hooks(module)):
-                return [f"{name} has hooks, which would not run"]
-            for leaf, tensor in chain(module._parameters.items(), module._buffers.items()):
-                if tensor is not None and type(tensor) not in _PLAIN:
-                    return [f"{name}.{leaf} is a {type(tensor).__name__}, not a plain tensor"]
+            why = obstacle(module, name, _KNOWN)
+            if why:
+                return [why]
+            if type(module) is ConvModule:
+                why = self._another_norm(module.depthwise_norm, f"{name}.depthwise_norm")
+                if why:
+                    return [why]
         return []
+
+    def _another_norm(self, norm: Any, name: str) -> str:
+        config = self._config
+        if NORMS.get(type(norm), config.conv_norm) != config.conv_norm:
+            return f"{name} is a {type(norm).__name__}, but the config says conv_norm={config.conv_norm!r}"
+        if type(norm) is nn.GroupNorm and norm.num_groups != config.conv_norm_groups:
+            return f"{name} has {norm.num_groups} groups, but the config says {config.conv_norm_groups}"
+        return ""
+
+    def trains(self) -> bool:
+        """Whether a module would drop elements or take the statistics of a batch."""
+        return any(m.training and m.dropout > 0.0 for m in self._drop) or any(m.training for m in self._batch_norms)
 
     def unfit(self, dtype: torch.dtype) -> list[str]:
         """Why the layers cannot evaluate inputs of ``dtype`` from their weights alone; empty: they can."""
         config = self._config
         if any(getattr(p.get("weight"), "dtype", None) != dtype for p in self._matrices):
             return [f"the input is {dtype} and a weight is not"]
-        if any(map(_training, self._modes)) and (config.dropout > 0.0 or config.conv_norm == "batch"):
-            return ["a module is in training mode"]
         for name, module in zip(self._names, self._layers):
             if module.__dict__.get("eps", config.layer_norm_eps) != config.layer_norm_eps:
                 return [f"{name} has an epsilon other than the config's {config.layer_norm_eps}"]
@@ -125,11 +128,11 @@ class Watch:
 _watched: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
 
 
-def watch(encoder: ConformerEncoder) -> Watch:
+def watch(stack: LayerStack) -> Watch:
     """The watch over an encoder; a new one whenever a module, parameter or buffer is another than before."""
-    found = _watched.get(encoder)
-    if found is None or not found.holds(encoder):
-        found = _watched[encoder] = Watch(encoder)
+    found = _watched.get(stack)
+    if found is None or not found.holds(stack):
+        found = _watched[stack] = Watch(stack)
     return found
 
 

@@ -17,21 +17,19 @@ from __future__ import annotations
 import functools
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lcconformer.config import ConformerConfig
 from lcconformer.layer import RelativeAttention
 from lcconformer.ops.native import common, cpu_kernels, pointer
 from lcconformer.positions import relative_sinusoids
+from lcconformer.stack import LayerStack
 
 from .watch import Watch, watch
-
-if TYPE_CHECKING:
-    from lcconformer.config import ConformerConfig
-    from lcconformer.encoder import ConformerEncoder
 
 __all__ = ["FeedForward", "Matrix", "Norm", "PackedLayer", "forget", "packed", "padded_columns"]
 
@@ -247,7 +245,7 @@ def _cacheable(tensor: Tensor) -> bool:
 
 
 class _Packed:
-    """The layers of one encoder, and the state of its tensors that they are of."""
+    """The layers of one stack, and the state of its tensors that they are of."""
 
     def __init__(self, watch: Watch) -> None:
         self.layers: dict[tuple[int, int], PackedLayer] = {}
@@ -274,12 +272,12 @@ class _Packed:
         same = watch is self._watch and watch.state() == self._state
         return same and self._take_fingerprint() == self._fingerprint
 
-    def layer(self, encoder: ConformerEncoder, k: int) -> PackedLayer:
+    def layer(self, stack: LayerStack, k: int) -> PackedLayer:
         """Of loop ``k``: one for all loops of a unique layer, unless the encoder tells its depths apart."""
-        index = encoder.layer_map[k]
-        key = (index, k if tells_depths_apart(encoder.config) else -1)
+        index = stack.layer_map[k]
+        key = (index, k if tells_depths_apart(stack.config) else -1)
         if key not in self.layers:
-            self.layers[key] = pack(encoder.layers[index], encoder._overrides(k))
+            self.layers[key] = pack(stack.layers[index], stack.overrides(k))
         return self.layers[key]
 
 
@@ -287,17 +285,17 @@ _kept: weakref.WeakKeyDictionary[nn.Module, _Packed] = weakref.WeakKeyDictionary
 
 
 @torch.no_grad()
-def packed(encoder: ConformerEncoder, depth: int) -> list[PackedLayer]:
+def packed(stack: LayerStack, depth: int) -> list[PackedLayer]:
     """Packed weights of loops 0 ... ``depth - 1``, as the encoder's tensors are now."""
-    now, kept = watch(encoder), _kept.get(encoder)
+    now, kept = watch(stack), _kept.get(stack)
     if kept is None or not kept.holds(now):
         kept = _Packed(now)
-        forget(encoder)
+        forget(stack)
         if kept.cacheable:
-            _kept[encoder] = kept
-    return [kept.layer(encoder, k) for k in range(depth)]
+            _kept[stack] = kept
+    return [kept.layer(stack, k) for k in range(depth)]
 
 
-def forget(encoder: ConformerEncoder) -> None:
+def forget(stack: LayerStack) -> None:
     """Drop what is packed of an encoder; the next call packs it anew."""
-    _kept.pop(encoder, None)
+    _kept.pop(stack, None)

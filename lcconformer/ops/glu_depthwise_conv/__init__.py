@@ -13,7 +13,7 @@ from ..checks import check_device, check_lengths, check_same, check_shape, float
 from . import reference
 from .arguments import NORMS, GluDepthwiseConv, Statistics, Traits
 from .library import OP, GluDepthwiseConvFn
-from .reference import glu_depthwise_conv_reference, update_running
+from .reference import glu_depthwise_conv_reference, normalise, update_running
 
 __all__ = [
     "OP",
@@ -22,6 +22,7 @@ __all__ = [
     "Traits",
     "glu_depthwise_conv",
     "glu_depthwise_conv_reference",
+    "normalise",
     "update_running",
 ]
 

@@ -19,6 +19,7 @@ __all__ = [
     "depthwise_conv1d",
     "forward",
     "glu_depthwise_conv_reference",
+    "normalise",
     "unsupported",
     "update_running",
 ]
@@ -109,31 +110,71 @@ def _convolution(args: GluDepthwiseConv) -> tuple[Tensor, Tensor | None]:
     return y, real
 
 
-def _norm_and_activation(args: GluDepthwiseConv, y: Tensor, real: Tensor | None, batch: Batch | None) -> Tensor:
-    """Finish ``y [B, T, C]``; ``batch`` holds the statistics of a training BatchNorm."""
-    weight, bias = args.norm_weight, args.norm_bias
-    if args.norm == "layer":
-        y = F.layer_norm(y, y.shape[-1:], weight, bias, args.eps)
-    elif args.norm == "batch":
-        mean, var = (args.running_mean, args.running_var) if batch is None else (batch.mean, batch.var)
-        if weight is None or bias is None or mean is None or var is None:
-            raise ValueError("glu_depthwise_conv: norm='batch' needs norm_weight, norm_bias and statistics; got None")
-        scale = weight * torch.rsqrt(var + args.eps).to(weight.dtype)
-        y = y * scale.to(y.dtype) + (bias - mean.to(bias.dtype) * scale).to(y.dtype)
-    elif args.norm == "group":
-        y = _group_norm(y, weight, bias, args.num_groups, real, args.eps)
+def normalise(
+    y: Tensor,
+    real: Tensor | None,
+    *,
+    norm: str,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    num_groups: int = 1,
+    training: bool = False,
+    momentum: float | None = None,
+    eps: float = 1e-5,
+    batch: Batch | None = None,
+) -> Tensor:
+    """Apply the op's norm to ``y [B, T, C]``.
+
+    Args:
+        real: ``[B, T, 1]`` marks the frames that count in statistics; None: all.
+        momentum: moves the running statistics of a training BatchNorm; None leaves them.
+        batch: statistics of a training BatchNorm, where they are known already.
+    """
+    if norm == "layer":
+        return F.layer_norm(y, y.shape[-1:], norm_weight, norm_bias, eps)
+    if norm == "group":
+        return _group_norm(y, norm_weight, norm_bias, num_groups, real, eps)
+    if norm == "none":
+        return y
+    mean, var = running_mean, running_var
+    if training:
+        batch = _batch_statistics(y, real) if batch is None else batch
+        if momentum is not None and running_mean is not None and running_var is not None:
+            update_running(running_mean, running_var, batch.mean, batch.var, batch.frames, momentum)
+        mean, var = batch.mean, batch.var
+    if norm_weight is None or norm_bias is None or mean is None or var is None:
+        raise ValueError("glu_depthwise_conv: norm='batch' needs norm_weight, norm_bias and statistics; got None")
+    scale = norm_weight * torch.rsqrt(var + eps).to(norm_weight.dtype)
+    return y * scale.to(y.dtype) + (norm_bias - mean.to(norm_bias.dtype) * scale).to(y.dtype)
+
+
+def _finish(
+    args: GluDepthwiseConv, y: Tensor, real: Tensor | None, momentum: float | None, batch: Batch | None
+) -> Tensor:
+    """Norm and activation of the convolution's output."""
+    y = normalise(
+        y,
+        real,
+        norm=args.norm,
+        norm_weight=args.norm_weight,
+        norm_bias=args.norm_bias,
+        running_mean=args.running_mean,
+        running_var=args.running_var,
+        num_groups=args.num_groups,
+        training=args.training,
+        momentum=momentum,
+        eps=args.eps,
+        batch=batch,
+    )
     return ACTIVATIONS[args.activation](y)
 
 
 def apply(args: GluDepthwiseConv, momentum: float | None = None) -> Tensor:
     """Run the differentiable op; a training BatchNorm moves its running statistics if ``momentum`` is given."""
     y, real = _convolution(args)
-    if not y.shape[1]:
-        return y
-    batch = _batch_statistics(y, real) if args.training else None
-    if momentum is not None and batch is not None and args.running_mean is not None and args.running_var is not None:
-        update_running(args.running_mean, args.running_var, batch.mean, batch.var, batch.frames, momentum)
-    return _norm_and_activation(args, y, real, batch)
+    return _finish(args, y, real, momentum, None) if y.shape[1] else y
 
 
 def glu_depthwise_conv_reference(
@@ -168,7 +209,7 @@ def forward(args: GluDepthwiseConv, save: bool) -> tuple[Tensor, Statistics]:
     """Save the statistics of BatchNorm alone: the backward recomputes the forward under autograd."""
     y, real = _convolution(args)
     batch = _batch_statistics(y, real) if args.training else None
-    out = _norm_and_activation(args, y, real, batch).contiguous()
+    out = _finish(args, y, real, None, batch).contiguous()
     nothing = y.new_empty((0,))
     if batch is not None:
         return out, Statistics(nothing, batch.mean, batch.var, batch.frames[None])

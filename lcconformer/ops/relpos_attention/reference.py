@@ -18,7 +18,7 @@ __all__ = ["apply", "backward", "forward", "relative_shift", "relpos_attention_r
 
 
 def relative_shift(x: Tensor) -> Tensor:
-    """``[..., T, 2T-1] -> [..., T, T]`` with ``out[i, j] = x[i, T-1-i+j]``: a view of contiguous scores, or a copy under export."""
+    """``[..., T, 2T-1] -> [..., T, T]`` with ``out[i, j] = x[i, T-1-i+j]``: a view of contiguous scores, a copy in exports."""
     t = x.shape[-2]
     lead = x.shape[:-2]
     if torch.compiler.is_exporting():

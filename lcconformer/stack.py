@@ -1,0 +1,89 @@
+"""The layers of an encoder and how its loops use them: what the engines of :mod:`lcconformer.loop` see of an encoder."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .conditioning import DepthConditioning
+from .config import ConformerConfig
+from .layer import ConformerLayer, Positions, RelativeAttention
+from .plain import altered
+from .sharing import sharing_map
+from .subsampling import FrontEnd
+
+__all__ = ["LayerStack"]
+
+
+class LayerStack(nn.Module):
+    """N loops over one shared layer or a few, with what distinguishes the loops from one another.
+
+    Args:
+        config: widths, sharing map, conditioning and statistics.
+        front_end: registered ahead of the layers, so that parameters and state dict keep their order; loops do not use it.
+
+    Attributes:
+        layer_map: index into ``layers`` for each of the N loops.
+        gradient_checkpointing: keep no more than the input of each loop for the backward, which recomputes the loop
+            (arXiv 1604.06174); False to begin with.
+    """
+
+    running_mean: Tensor  # [N, d_model], with conv_norm_statistics="per_depth"
+    running_var: Tensor
+
+    def __init__(self, config: ConformerConfig, front_end: FrontEnd | None) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_map = sharing_map(config.sharing, config.num_layers)
+        self.front_end = front_end
+        self.layers = nn.ModuleList(ConformerLayer(config) for _ in range(max(self.layer_map) + 1))
+        self.conditioning = DepthConditioning(config, self.layers[0]) if config.conditioning else None
+        self.gradient_checkpointing = False
+        self._per_depth_statistics = config.conv_norm_statistics == "per_depth"
+        if self._per_depth_statistics:
+            self.register_buffer("running_mean", torch.zeros(config.num_layers, config.d_model))
+            self.register_buffer("running_var", torch.ones(config.num_layers, config.d_model))
+
+    def layer_of(self, k: int) -> ConformerLayer:
+        """Return the layer of loop ``k`` (from 0)."""
+        return cast(ConformerLayer, self.layers[self.layer_map[k]])
+
+    def project_positions(self, k: int, x: Tensor, positions: dict[int, Positions]) -> None:
+        """Fill in what the layer of loop ``k`` needs of positions for ``x [B, T, d_model]``, once for all its loops.
+
+        A hooked or wrapped layer gets None and computes them in every loop: its parameters may be ready only inside its
+        forward (FSDP).
+        """
+        index = self.layer_map[k]
+        if index not in positions:
+            layer = self.layer_of(k)
+            inside = altered(layer, "", (ConformerLayer,)) or altered(layer.attention, "", (RelativeAttention,))
+            positions[index] = None if inside else layer.positions(x)
+
+    def step(self, k: int, x: Tensor, lengths: Tensor | None, positions: dict[int, Positions]) -> Tensor:
+        """Run loop ``k``: ``[B, T, d_model] -> [B, T, d_model]``.
+
+        Args:
+            positions: what :meth:`project_positions` found, by unique layer; filled in as needed.
+        """
+        self.project_positions(k, x, positions)
+        layer, own = self.layer_of(k), positions[self.layer_map[k]]
+        if self.conditioning is not None:
+            x = self.conditioning.enter(x, k)
+        overrides = self.overrides(k)
+        if overrides:
+            return functional_call(layer, overrides, (x, lengths, own))
+        return layer(x, lengths, own)
+
+    def overrides(self, k: int) -> dict[str, Tensor]:
+        """Return the parameters and buffers of its layer that loop ``k`` replaces by its own, by name."""
+        overrides: dict[str, Tensor] = {}
+        if self.conditioning is not None:
+            overrides = self.conditioning.overrides(self.layer_of(k), k)
+        if self._per_depth_statistics:
+            overrides["conv.depthwise_norm.running_mean"] = self.running_mean[k]
+            overrides["conv.depthwise_norm.running_var"] = self.running_var[k]
+        return overrides
