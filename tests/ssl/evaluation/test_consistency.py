@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lcconformer.ssl.consistency import MEASURES, consistency
+from lcconformer.ssl.evaluation.consistency import MEASURES, consistency
 
 
 def states(frames=500, dim=12, count=3, seed=0):

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lcconformer.__main__ import main
+from lcconformer.cli.probe import format_table, parse_depths, parse_names, split_speech
 from lcconformer.data import IGNORE, frame_count, frame_labels, load_corpus
-from lcconformer.ssl.hidden import choose_frames
-from lcconformer.ssl.probe import format_table, parse_depths, parse_names, split_speech
-from lcconformer.ssl.probing import ProbeSettings, accuracies, probe_model, smallest_depth
+from lcconformer.ssl.evaluation.hidden_states import choose_frames
+from lcconformer.ssl.evaluation.probes import ProbeSettings, accuracies, probe_model, smallest_depth
 
 FEW = ["--epochs", "3", "--hidden", "16", "--max-frames", "2000"]
 
@@ -44,8 +44,8 @@ def test_rows_cover_every_depth_and_probe_over_all_labelled_test_frames(tiny_mod
 
 
 def test_an_accuracy_is_what_counting_by_hand_gives(tiny_model, speech):
-    from lcconformer.ssl.hidden import collect_states
-    from lcconformer.ssl.probe_training import train_probes
+    from lcconformer.ssl.evaluation.classifiers import train_probes
+    from lcconformer.ssl.evaluation.hidden_states import collect_states
 
     corpus = load_corpus(speech)
     train, test = corpus.select(splits=["train"]), corpus.select(splits=["test"])

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from ..data import PHONES, Corpus
-from .hidden import choose_frames, collect_states, stream_states
-from .model import PretrainingModel
-from .probe_training import PROBES, train_probes
+from ...data import PHONES, Corpus
+from ..model import PretrainingModel
+from .classifiers import PROBES, train_probes
+from .hidden_states import choose_frames, collect_states, stream_states
 
 __all__ = ["LOG_MEL", "TOLERANCE", "ProbeSettings", "accuracies", "probe_model", "smallest_depth"]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..data import IGNORE, BadAudioError, Corpus, Utterance, frame_count, frame_labels, plan_batches
-from ..data.features import SAMPLE_RATE
-from .model import PretrainingModel
+from ...data import IGNORE, BadAudioError, Corpus, Utterance, frame_count, frame_labels, plan_batches
+from ...data.features import SAMPLE_RATE
+from ..model import PretrainingModel
 
 __all__ = ["Choice", "States", "choose_frames", "collect_states", "random_init_like", "stream_states"]
 

@@ -13,12 +13,12 @@ import pytest
 from lcconformer import ConformerConfig, ConformerEncoder
 from lcconformer.__main__ import main
 from lcconformer.data import load_corpus
-from lcconformer.ssl import demo
-from lcconformer.ssl.demo import FIXED, RANDOM, SAMPLED, DemoPlan, fitting_steps, load_demo_speech, run_demo
+from lcconformer.ssl.demo import run as demo
+from lcconformer.ssl.demo.report import format_results
+from lcconformer.ssl.demo.run import FIXED, RANDOM, SAMPLED, DemoPlan, fitting_steps, load_demo_speech, run_demo
+from lcconformer.ssl.evaluation.probes import ProbeSettings, accuracies, smallest_depth
 from lcconformer.ssl.model import FeatureSettings, load_model
-from lcconformer.ssl.probing import ProbeSettings, accuracies, smallest_depth
-from lcconformer.ssl.report import format_results
-from lcconformer.ssl.settings import PretrainSettings
+from lcconformer.ssl.pretraining.settings import PretrainSettings
 
 FIGURES = ("training_loss", "held_out_loss", "consistency", "inference_time", "probe_accuracy")
 
@@ -139,7 +139,7 @@ def test_the_page_stands_alone_and_shows_the_numbers(demo_run):
 def test_the_checkpoints_are_the_models_that_were_measured(demo_run, speech):
     import numpy as np
 
-    from lcconformer.ssl.consistency import model_consistency
+    from lcconformer.ssl.evaluation.consistency import model_consistency
 
     out, results = demo_run
     for name, depth in ((SAMPLED, "uniform"), (FIXED, "fixed")):

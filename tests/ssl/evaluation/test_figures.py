@@ -5,14 +5,14 @@ import sys
 import numpy as np
 import pytest
 
-from lcconformer.ssl import plots
-from lcconformer.ssl.consistency import MEASURES
+from lcconformer.ssl.evaluation import figures
+from lcconformer.ssl.evaluation.consistency import MEASURES
 
 
 def test_heat_maps_of_all_models_share_a_scale_per_measure():
     rng = np.random.default_rng(0)
     models = {name: {m: rng.uniform(-0.3, 1, (4, 4)) for m in MEASURES} for name in ("a", "b")}
-    figure = plots.consistency_figure(models)
+    figure = figures.consistency_figure(models)
     images = [ax.get_images()[0] for ax in figure.axes if ax.get_images()]
     drawn = [image for image in images if image.get_array().shape == (4, 4)]
     assert len(drawn) == 6
@@ -29,7 +29,7 @@ def test_heat_maps_of_all_models_share_a_scale_per_measure():
 
 def test_accuracies_are_percent_and_the_chosen_depth_is_marked():
     accuracy = {p: {"m": {0: 0.2, 1: 0.5, 2: 0.4}} for p in ("linear", "hidden")}
-    figure = plots.accuracy_figure(accuracy, {"linear": 0.1, "hidden": 0.3}, {"linear": 1, "hidden": 2})
+    figure = figures.accuracy_figure(accuracy, {"linear": 0.1, "hidden": 0.3}, {"linear": 1, "hidden": 2})
     for ax, chosen, floor in zip(figure.axes, ((1, 50), (2, 40)), (10, 30)):
         line, mark, dashed = ax.get_lines()
         np.testing.assert_allclose(line.get_xydata(), [(0, 20), (1, 50), (2, 40)])
@@ -40,20 +40,20 @@ def test_accuracies_are_percent_and_the_chosen_depth_is_marked():
 
 def test_the_thick_line_is_the_mean_of_the_last_steps():
     history = [(10.0 * i, float(i)) for i in range(1, 7)]
-    figure = plots.loss_figure({"run": history}, "loss", window=3)
+    figure = figures.loss_figure({"run": history}, "loss", window=3)
     _, smooth = figure.axes[0].get_lines()
     np.testing.assert_allclose(smooth.get_xydata(), [(30, 2), (40, 3), (50, 4), (60, 5)])
 
 
 def test_formats():
-    figure = plots.time_figure({"m": {1: 1.0, 2: 2.0}})
-    assert plots.render(figure).startswith(b"\x89PNG")
-    assert b"<svg" in plots.render(figure, "svg")
+    figure = figures.time_figure({"m": {1: 1.0, 2: 2.0}})
+    assert figures.render(figure).startswith(b"\x89PNG")
+    assert b"<svg" in figures.render(figure, "svg")
     with pytest.raises(ValueError, match="cannot draw a 'doc' file; expected one of"):
-        plots.render(figure, "doc")
+        figures.render(figure, "doc")
 
 
 def test_no_matplotlib_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'pip install "lcconformer\[demo\]"'):
-        plots.time_figure({"m": {1: 1.0}})
+        figures.time_figure({"m": {1: 1.0}})

@@ -10,7 +10,7 @@ from lcconformer import ConformerEncoder
 from lcconformer.__main__ import main
 from lcconformer.data import load_corpus
 from lcconformer.ssl.checkpoint import save_checkpoint
-from lcconformer.ssl.consistency import MEASURES, format_summary, model_consistency, summarise
+from lcconformer.ssl.evaluation.consistency import MEASURES, format_summary, model_consistency, summarise
 from lcconformer.ssl.model import PretrainingModel
 
 

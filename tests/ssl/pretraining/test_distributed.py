@@ -20,8 +20,8 @@ import torch
 from lcconformer import ConformerConfig
 from lcconformer.data import load_corpus
 from lcconformer.ssl import FeatureSettings, ObjectiveSettings, PretrainingModel
-from lcconformer.ssl.settings import PretrainSettings
-from lcconformer.ssl.training import pretrain
+from lcconformer.ssl.pretraining.settings import PretrainSettings
+from lcconformer.ssl.pretraining.run import pretrain
 
 def double(self):  # float64, so that equal means equal
     model = PretrainingModel(self.config, self.features, self.objective)

@@ -12,13 +12,13 @@ from typing import Any
 import torch.distributed as dist
 
 from ..config import ConformerConfig
-from .checkpoint import find_checkpoints
-from .distributed import join_ranks
-from .model import FeatureSettings
-from .objectives import OBJECTIVES, ObjectiveSettings
-from .settings import PRECISIONS, PretrainSettings
-from .sources import load_speech
-from .training import pretrain
+from ..ssl.checkpoint import find_checkpoints
+from ..ssl.model import FeatureSettings
+from ..ssl.objectives import OBJECTIVES, ObjectiveSettings
+from ..ssl.pretraining.distributed import join_ranks
+from ..ssl.pretraining.run import pretrain
+from ..ssl.pretraining.settings import PRECISIONS, PretrainSettings
+from ..ssl.pretraining.speech import load_speech
 
 __all__ = ["add_arguments", "run"]
 

@@ -15,12 +15,12 @@ from typing import Any
 
 from ..data import PHONES, Corpus, load_corpus
 from ..runtime import ProgressBar
-from .hidden import random_init_like
-from .model import load_model
-from .output import add_device_argument, describe_machine, write_json
-from .probe_training import PROBES
-from .probing import LOG_MEL, TOLERANCE, ProbeSettings, accuracies, probe_model, smallest_depth
-from .timing import time_depths
+from ..ssl.evaluation.classifiers import PROBES
+from ..ssl.evaluation.depth_timing import time_depths
+from ..ssl.evaluation.hidden_states import random_init_like
+from ..ssl.evaluation.output import add_device_argument, describe_machine, write_json
+from ..ssl.evaluation.probes import LOG_MEL, TOLERANCE, ProbeSettings, accuracies, probe_model, smallest_depth
+from ..ssl.model import load_model
 
 __all__ = ["add_arguments", "format_table", "parse_depths", "run", "split_speech"]
 

@@ -18,15 +18,15 @@ import torch
 
 from lcconformer import ConformerConfig
 from lcconformer.__main__ import main
+from lcconformer.cli.pretrain import add_arguments, settings_from
 from lcconformer.data import BatchLoader, Corpus, frame_count, load_corpus
 from lcconformer.ssl import FeatureSettings, ObjectiveSettings, PretrainingModel, load_checkpoint, load_model
 from lcconformer.ssl.checkpoint import find_checkpoints
 from lcconformer.ssl.masking import draw_masks
-from lcconformer.ssl.optim import learning_rate_scale, make_optimizer
-from lcconformer.ssl.pretrain import add_arguments, settings_from
-from lcconformer.ssl.settings import PretrainResult, PretrainSettings, StepRecord
-from lcconformer.ssl.sources import JoinedCorpus, hold_out_speakers, load_speech
-from lcconformer.ssl.training import pretrain
+from lcconformer.ssl.pretraining.optim import learning_rate_scale, make_optimizer
+from lcconformer.ssl.pretraining.run import pretrain
+from lcconformer.ssl.pretraining.settings import PretrainResult, PretrainSettings, StepRecord
+from lcconformer.ssl.pretraining.speech import JoinedCorpus, hold_out_speakers, load_speech
 
 CONFIG = ConformerConfig(
     d_model=16,
@@ -128,7 +128,9 @@ def test_dropout_and_masks_differ_from_step_to_step(
     dropout: float, masks: bool, distinct: int, corpora: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not masks:
-        monkeypatch.setattr("lcconformer.ssl.training.draw_masks", lambda *a, **k: draw_masks(*a, **{**k, "step": 0}))
+        monkeypatch.setattr(
+            "lcconformer.ssl.pretraining.run.draw_masks", lambda *a, **k: draw_masks(*a, **{**k, "step": 0})
+        )
     # every step has all of the same speech and changes next to nothing
     told = settings(
         steps=4, batch_seconds=60.0, crop_seconds=None, learning_rate=1e-12, weight_decay=0.0, depth="fixed"
@@ -283,7 +285,9 @@ def test_a_time_limit_ends_the_run_with_the_learning_rate(
 ) -> None:
     # a clock that moves by 10 ms whenever it is read
     ticks = itertools.count()
-    monkeypatch.setattr("lcconformer.ssl.training.time", SimpleNamespace(perf_counter=lambda: 0.01 * next(ticks)))
+    monkeypatch.setattr(
+        "lcconformer.ssl.pretraining.run.time", SimpleNamespace(perf_counter=lambda: 0.01 * next(ticks))
+    )
     told = settings(steps=100_000, max_minutes=0.03, validate_every=10**6, checkpoint_every=10**6)
     result = pretrain(told, corpora[0], out=tmp_path, progress=False)
     assert result.stopped == "minutes"

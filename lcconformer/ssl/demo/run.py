@@ -25,22 +25,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import ConformerConfig
-from ..data import Corpus, demo_corpus, load_corpus
-from ..encoder import ConformerEncoder
-from ..runtime import ProgressBar
-from .consistency import model_consistency, summarise
-from .hidden import random_init_like
-from .model import PretrainingModel
-from .objectives import ObjectiveSettings
-from .output import describe_machine, write_json
-from .probe_training import PROBES
-from .probing import LOG_MEL, TOLERANCE, ProbeSettings, accuracies, probe_model, smallest_depth
+from ...config import ConformerConfig
+from ...data import Corpus, demo_corpus, load_corpus
+from ...encoder import ConformerEncoder
+from ...runtime import ProgressBar
+from ..evaluation.classifiers import PROBES
+from ..evaluation.consistency import model_consistency, summarise
+from ..evaluation.depth_timing import time_depths
+from ..evaluation.hidden_states import random_init_like
+from ..evaluation.output import describe_machine, write_json
+from ..evaluation.probes import LOG_MEL, TOLERANCE, ProbeSettings, accuracies, probe_model, smallest_depth
+from ..model import PretrainingModel
+from ..objectives import ObjectiveSettings
+from ..pretraining.run import pretrain
+from ..pretraining.settings import PretrainResult, PretrainSettings, StepRecord
+from ..pretraining.speech import hold_out_speakers
 from .report import format_results, write_report
-from .settings import PretrainResult, PretrainSettings, StepRecord
-from .sources import hold_out_speakers
-from .timing import time_depths
-from .training import pretrain
 
 __all__ = ["DemoPlan", "add_arguments", "run", "run_demo"]
 
@@ -415,7 +415,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if not 0.5 <= args.minutes <= 600:
         raise ValueError(f"--minutes is {args.minutes:g}; expected 0.5 to 600")
-    from . import plots  # noqa: F401  (matplotlib missing should show now, not after minutes)
+    from ..evaluation import figures  # noqa: F401  (matplotlib missing should show now, not after minutes)
 
     torch.set_num_threads(min(2, os.cpu_count() or 1))
     try:

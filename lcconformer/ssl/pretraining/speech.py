@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import torch
 
-from ..data import Corpus, Utterance, load_corpus
+from ...data import Corpus, Utterance, load_corpus
 
 __all__ = ["JoinedCorpus", "hold_out_speakers", "load_speech"]
 

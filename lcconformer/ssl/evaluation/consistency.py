@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import Corpus, load_corpus
-from ..runtime import ProgressBar, write_atomically
-from .hidden import choose_frames, collect_states, random_init_like
-from .model import PretrainingModel, load_model
+from ...data import Corpus, load_corpus
+from ...runtime import ProgressBar, write_atomically
+from ..model import PretrainingModel, load_model
+from .hidden_states import choose_frames, collect_states, random_init_like
 from .output import add_device_argument, describe_machine, write_json
 
 __all__ = ["MEASURES", "add_arguments", "consistency", "model_consistency", "run", "summarise"]
@@ -160,7 +160,7 @@ def run(args: argparse.Namespace) -> None:
         }
         print(f"wrote {write_json(args.json, result)}", file=sys.stderr)
     if args.plot:
-        from .plots import consistency_figure, render
+        from .figures import consistency_figure, render
 
         image = render(consistency_figure(matrices), args.plot.rpartition(".")[2])
         print(f"wrote {write_atomically(args.plot, image)}", file=sys.stderr)

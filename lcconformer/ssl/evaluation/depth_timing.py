@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..data import BadAudioError, Corpus
-from ..data.features import SAMPLE_RATE
-from .model import PretrainingModel
+from ...data import BadAudioError, Corpus
+from ...data.features import SAMPLE_RATE
+from ..model import PretrainingModel
 
 __all__ = ["DepthTimes", "time_depths"]
 

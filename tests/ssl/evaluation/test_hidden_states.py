@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lcconformer.data import IGNORE, frame_count, frame_labels, load_corpus
-from lcconformer.ssl.hidden import choose_frames, collect_states, random_init_like, stream_states
+from lcconformer.ssl.evaluation.hidden_states import choose_frames, collect_states, random_init_like, stream_states
 
 
 def test_states_are_those_of_each_utterance_alone_repeated_to_10_ms(tiny_model, speech):

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from .. import __version__
-from ..runtime import write_atomically
+from ... import __version__
+from ...runtime import write_atomically
 
 __all__ = ["add_device_argument", "describe_machine", "write_json"]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lcconformer.ssl.probe_training import train_probes
+from lcconformer.ssl.evaluation.classifiers import train_probes
 
 
 def clusters(frames=2000, classes=4, dim=6, spread=0.3, seed=0):

@@ -27,13 +27,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..data import Batch, BatchLoader, Corpus, frame_count
-from ..data.features import SAMPLE_RATE
-from .checkpoint import Checkpoint, checkpoint_path, find_checkpoints, load_checkpoint, save_checkpoint
+from ...data import Batch, BatchLoader, Corpus, frame_count
+from ...data.features import SAMPLE_RATE
+from ..checkpoint import Checkpoint, checkpoint_path, find_checkpoints, load_checkpoint, save_checkpoint
+from ..masking import Masks, draw_masks
+from ..model import PretrainingModel
 from .distributed import Ranks, join_ranks
 from .logs import RunLog, StepBar
-from .masking import Masks, draw_masks
-from .model import PretrainingModel
 from .optim import learning_rate_scale, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from .settings import PretrainResult, PretrainSettings, StepRecord
 

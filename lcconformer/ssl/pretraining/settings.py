@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import ConformerConfig
-from ..depth import DepthSampler
-from .model import FeatureSettings, PretrainingModel
-from .objectives import ObjectiveSettings
+from ...config import ConformerConfig
+from ...depth import DepthSampler
+from ..model import FeatureSettings, PretrainingModel
+from ..objectives import ObjectiveSettings
 
 __all__ = ["PretrainResult", "PretrainSettings", "StepRecord"]
 
@@ -136,7 +136,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """What :func:`~lcconformer.ssl.training.pretrain` returns.
+    """What :func:`~lcconformer.ssl.pretraining.pretrain` returns.
 
     model: in evaluation mode. checkpoint: the newest one. history: steps of this part of the run. validation: (step, loss at
     depth 1 ... N) of this part. stopped: ``"steps"``, ``"minutes"``, ``"SIGINT"`` or ``"SIGTERM"``.

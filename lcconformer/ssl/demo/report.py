@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from ..data import PHONES
-from ..runtime import write_atomically
-from . import plots
-from .probe_training import PROBES
-from .probing import LOG_MEL
+from ...data import PHONES
+from ...runtime import write_atomically
+from ..evaluation import figures
+from ..evaluation.classifiers import PROBES
+from ..evaluation.probes import LOG_MEL
 
 __all__ = ["format_results", "write_report"]
 
@@ -48,7 +48,7 @@ $sections
 
 def write_report(out: Path, results: Mapping[str, Any]) -> Path:
     """Write ``report.html`` and its plots as PNG files to ``out``; returns the page's path."""
-    images = {name: plots.render(figure) for name, figure in _figures(results).items()}
+    images = {name: figures.render(figure) for name, figure in _figures(results).items()}
     for name, image in images.items():
         write_atomically(out / f"{name}.png", image)
     return write_atomically(out / "report.html", _page(results, images))
@@ -166,18 +166,18 @@ def _figures(results: Mapping[str, Any]) -> dict[str, Any]:
     training = results["training"]
     loss = "L1 on masked frames (standard deviations)" if _reconstructs(results) else "cross-entropy (nats)"
     steps = max(len(t["loss"]) for t in training.values())
-    figures = {
-        "training_loss": plots.loss_figure(
+    drawn = {
+        "training_loss": figures.loss_figure(
             {name: list(zip(t["elapsed"], t["loss"])) for name, t in training.items()}, loss, max(1, steps // 15)
         ),
-        "held_out_loss": plots.depth_loss_figure({name: t["held_out_loss"] for name, t in training.items()}, loss),
-        "consistency": plots.consistency_figure(
+        "held_out_loss": figures.depth_loss_figure({name: t["held_out_loss"] for name, t in training.items()}, loss),
+        "consistency": figures.consistency_figure(
             {
                 name: {key: np.array(m) for key, m in matrices.items() if key != "summary"}
                 for name, matrices in results["consistency"].items()
             }
         ),
-        "inference_time": plots.time_figure(
+        "inference_time": figures.time_figure(
             {
                 name: {int(k): v for k, v in by_depth.items()}
                 for name, by_depth in results["inference"]["ms_per_second"].items()
@@ -192,8 +192,8 @@ def _figures(results: Mapping[str, Any]) -> dict[str, Any]:
                 accuracy.setdefault(row["probe"], {}).setdefault(row["features"], {})[row["depth"]] = row["accuracy"]
         floor = {row["probe"]: row["accuracy"] for row in rows if row["features"] == LOG_MEL}
         chosen = {probe: results["smallest_depth"][probe]["depth"] for probe in PROBES}
-        figures["probe_accuracy"] = plots.accuracy_figure(accuracy, floor, chosen)
-    return figures
+        drawn["probe_accuracy"] = figures.accuracy_figure(accuracy, floor, chosen)
+    return drawn
 
 
 def _reconstructs(results: Mapping[str, Any]) -> bool:

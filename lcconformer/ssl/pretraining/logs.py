@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runtime import ProgressBar, replacing
+from ...runtime import ProgressBar, replacing
 from .settings import StepRecord
 
 __all__ = ["CsvLog", "RunLog", "StepBar"]

@@ -1,0 +1,1 @@
+"""The commands of ``python -m lcconformer``: one module each, with its arguments and what it prints."""
