@@ -1,85 +1,48 @@
-"""``python -m lcconformer probe``: what the features of every depth know of phones.
+"""``lcconformer probe``: how well phones can be read from the hidden states of every depth.
 
-A linear and a one-hidden-layer classifier are trained on frozen features of each depth and scored by frame accuracy over
-labelled 10 ms frames, with the log-mel features themselves (one frame, no context) as the floor.
+A linear and a one-hidden-layer classifier are trained on the frozen hidden states of each depth.  They are scored by frame
+accuracy over labelled 10 ms frames.  The log-mel features (one frame, no context) give the baseline.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..data import PHONES, Corpus, load_corpus
+from ..data import PHONES, Corpus
 from ..runtime import ProgressBar
 from ..ssl.evaluation.classifiers import PROBES
 from ..ssl.evaluation.depth_timing import time_depths
 from ..ssl.evaluation.hidden_states import random_init_like
-from ..ssl.evaluation.output import add_device_argument, describe_machine, write_json
-from ..ssl.evaluation.probes import LOG_MEL, TOLERANCE, ProbeSettings, accuracies, probe_model, smallest_depth
+from ..ssl.evaluation.output import describe_machine, write_json
+from ..ssl.evaluation.probes import (
+    LOG_MEL,
+    TOLERANCE,
+    ProbeSettings,
+    accuracies,
+    probe_model,
+    smallest_depth,
+    split_speech,
+)
 from ..ssl.model import load_model
+from .options import add_checkpoint_argument, add_device_argument, names
 
-__all__ = ["add_arguments", "format_table", "parse_depths", "run", "split_speech"]
-
-
-def split_speech(
-    train_path: str,
-    test_path: str,
-    train_speakers: Collection[str] | None = None,
-    test_speakers: Collection[str] | None = None,
-) -> tuple[Corpus, Corpus]:
-    """Training and test corpus that share no utterance.
-
-    Different corpora are taken whole unless speakers are named.  One corpus is separated by speaker (naming one side leaves
-    the other speakers to the other side), or else by its own splits ``train`` and ``test``.
-
-    Raises:
-        FileNotFoundError, ValueError, ImportError: as :func:`~lcconformer.data.load_corpus`; or one corpus with nothing to
-            separate it by, or a speaker or utterance on both sides.
-    """
-    train = load_corpus(train_path)
-    if os.path.realpath(train_path) != os.path.realpath(test_path):
-        test = load_corpus(test_path)
-        train = train.select(speakers=train_speakers) if train_speakers else train
-        test = test.select(speakers=test_speakers) if test_speakers else test
-    elif train_speakers or test_speakers:
-        both = sorted(set(train_speakers or ()) & set(test_speakers or ()))
-        if both:
-            raise ValueError(f"speaker {', '.join(both)} is in both --train-speakers and --test-speakers")
-        corpus = train
-        train = corpus.select(speakers=train_speakers or None, exclude_speakers=test_speakers or ())
-        test = corpus.select(speakers=test_speakers or None, exclude_speakers=train_speakers or ())
-    elif {"train", "test"} <= set(train.splits):
-        train, test = train.select(splits=["train"]), train.select(splits=["test"])
-    else:
-        raise ValueError(
-            f"training and test data are the same corpus, {train.name}, which has no splits 'train' and 'test': name "
-            f"--test-speakers (it has {', '.join(train.speakers)}), or give another --test-data"
-        )
-    seen = {(u.id, u.num_samples, u.text) for u in train}
-    twice = [u.id for u in test if (u.id, u.num_samples, u.text) in seen]
-    if twice:
-        raise ValueError(
-            f"{len(twice)} utterances are in both training and test data ({', '.join(twice[:3])}, ...): "
-            "separate them with --train-speakers and --test-speakers"
-        )
-    return train, test
+__all__ = ["add_arguments", "format_table", "parse_depths", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--checkpoint", required=True, help="a checkpoint of 'pretrain', or the folder of a run (its newest one)"
-    )
-    parser.add_argument("--train-data", required=True, metavar="D1", help="aligned speech the probes are trained on")
-    parser.add_argument("--test-data", required=True, metavar="D2", help="aligned speech they are scored on; may be D1")
-    parser.add_argument("--train-speakers", metavar="A,B", help="only these speakers of D1")
+    add_checkpoint_argument(parser)
+    parser.add_argument("--train-data", required=True, metavar="D1", help="aligned speech to train the probes on")
+    parser.add_argument("--test-data", required=True, metavar="D2", help="aligned speech to score them on; may be D1")
+    parser.add_argument("--train-speakers", type=names, metavar="A,B", help="take only these speakers of D1")
     parser.add_argument(
         "--test-speakers",
+        type=names,
         metavar="A,B",
-        help="only these speakers of D2; leave them out of pretraining too (pretrain --exclude-speakers)",
+        help="take only these speakers of D2; leave them out of pretraining too (pretrain --exclude-speakers)",
     )
     parser.add_argument("--depths", default="all", help="'all' (default), or a list such as 1,2,4; 0 is the front end")
     parser.add_argument("--random-init", action="store_true", help="also probe the same encoder with untrained weights")
@@ -87,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("max_frames", "training frames, drawn at random and kept in memory as float16"),
         ("hidden", "width of the hidden layer of the second probe"),
         ("epochs", "passes over the training frames"),
-        ("seed", "of frames drawn, their order, and initial weights"),
+        ("seed", "seed of the drawn frames, their order and the initial weights"),
     ):
         default = getattr(ProbeSettings, field)
         parser.add_argument(
@@ -101,9 +64,7 @@ def run(args: argparse.Namespace) -> None:
     settings = ProbeSettings(args.max_frames, args.hidden, args.epochs, args.seed)
     model = load_model(args.checkpoint, args.device)
     depths = parse_depths(args.depths, model.config.num_layers)
-    train, test = split_speech(
-        args.train_data, args.test_data, parse_names(args.train_speakers), parse_names(args.test_speakers)
-    )
+    train, test = split_speech(args.train_data, args.test_data, args.train_speakers, args.test_speakers)
     print(f"train: {train}\ntest:  {test}", file=sys.stderr)
     models = {"checkpoint": model}
     if args.random_init:
@@ -150,11 +111,6 @@ def parse_depths(text: str, num_layers: int) -> list[int]:
     return sorted({int(part) for part in parts})
 
 
-def parse_names(text: str | None) -> list[str]:
-    """``"a,b"`` -> ``["a", "b"]``; None -> nothing."""
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
-
-
 def _describe(corpus: Corpus) -> dict[str, Any]:
     return {
         "corpus": corpus.name,
@@ -166,7 +122,7 @@ def _describe(corpus: Corpus) -> dict[str, Any]:
 
 
 def format_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str], audio_seconds: float) -> str:
-    """Frame accuracies in percent, a line per depth, a pair of columns per model, and milliseconds per second of speech."""
+    """Frame accuracies in percent, a line per depth, two columns per model, and milliseconds per second of speech."""
     value = {(r["features"], r["depth"], r["probe"]): 100 * r["accuracy"] for r in rows}
     seconds = {r["depth"]: r.get("seconds") for r in rows if r["features"] == names[0]}
     frames = rows[0]["frames"]

@@ -1,11 +1,10 @@
-"""The demo's report: a summary for the terminal, plots, and one HTML page with the plots inside."""
+"""The demo's report: plots, and one HTML page with the plots inside."""
 
 from __future__ import annotations
 
 import base64
 import datetime
 import html
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
@@ -13,20 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from ...data import PHONES
 from ...runtime import write_atomically
 from ..evaluation import figures
 from ..evaluation.classifiers import PROBES
 from ..evaluation.probes import LOG_MEL
+from .summary import PAPER_NOTE, depth_table, layers, percent, remarks, summary
 
-__all__ = ["format_results", "write_report"]
+__all__ = ["write_report"]
 
-# the paper's abstract; what it ran on and how it counted is not known to us
-PAPER = {"ratio": "7.8x", "training": "41.9%", "inference": "37.7%"}
-PAPER_NOTE = (
-    "The paper's numbers are those of the abstract of arXiv 2105.00812 (LibriSpeech); its sizes, depths, hardware and "
-    "definition of speed-up are not in it. Time saved is 1 - new/old here."
-)
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
@@ -52,114 +45,6 @@ def write_report(out: Path, results: Mapping[str, Any]) -> Path:
     for name, image in images.items():
         write_atomically(out / f"{name}.png", image)
     return write_atomically(out / "report.html", _page(results, images))
-
-
-def format_results(results: Mapping[str, Any]) -> str:
-    """The summary and the table of depths, for a terminal."""
-    lines = ["", f"{'':<54}{'this run':>11}{'the paper':>11}"]
-    lines += [f"{name:<54}{value:>11}{paper:>11}" for name, value, paper in _summary(results)]
-    header, rows = _depth_table(results)
-    widths = [max(len(row[i]) for row in [*header[1:], *rows]) + 2 for i in range(len(rows[0]))]
-    # a group's name stands above its first column and runs over the next ones
-    groups = ""
-    for at, name in enumerate(header[0]):
-        if name:
-            groups = f"{groups:<{sum(widths[:at]) + 2}}{name}"
-    lines += ["", groups]
-    for row in [*header[1:], *rows]:
-        lines.append("".join(f"{cell:>{width}}" for cell, width in zip(row, widths)))
-    for text in [*_remarks(results), PAPER_NOTE]:
-        lines += ["", *textwrap.wrap(text, 100)]
-    return "\n".join(lines)
-
-
-def _percent(part: float) -> str:
-    return f"{100 * part:.1f}%"
-
-
-def _summary(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(what, this run, the paper)."""
-    parameters, saving, training = results["parameters"], results["saving"], results["training"]
-    sampled, fixed = training.values()
-    rows = [
-        ("parameters, shared", f"{parameters['shared']:,}", ""),
-        ("parameters, a layer of its own per depth", f"{parameters['unshared']:,}", ""),
-        ("  fewer by", f"{parameters['ratio']:.2f}x", PAPER["ratio"]),
-        (f"training time, sampled depth, {sampled['steps']} steps", f"{sampled['seconds']:.1f} s", ""),
-        (f"training time, fixed depth, {fixed['steps']} steps", f"{fixed['seconds']:.1f} s", ""),
-        ("  time saved", _percent(saving["time_saved"]), PAPER["training"]),
-        ("  throughput ratio", f"{saving['throughput_ratio']:.2f}x", ""),
-        ("  loops saved", _percent(saving["loops_saved"]), ""),
-    ]
-    if results["smallest_depth"]:
-        for probe in PROBES:
-            chosen = results["smallest_depth"][probe]
-            rows += [
-                (
-                    f"smallest depth within 1% of best, {_probe_name(probe)}",
-                    f"{chosen['depth']} of {_layers(results)}",
-                    "",
-                ),
-                ("  inference time saved", _percent(chosen["time_saved"]), PAPER["inference"]),
-                ("  throughput ratio", f"{chosen['throughput_ratio']:.2f}x", ""),
-            ]
-    return rows
-
-
-def _probe_name(probe: str) -> str:
-    return {"linear": "linear probe", "hidden": "hidden-layer probe"}[probe]
-
-
-def _layers(results: Mapping[str, Any]) -> int:
-    return results["setup"]["config"]["num_layers"]
-
-
-def _depth_table(results: Mapping[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
-    """Header rows and a row per depth: held-out loss of the trained models, accuracies of all, time of the first."""
-    training, inference = results["training"], results["inference"]["ms_per_second"]
-    models = list(inference)
-    groups, names = (
-        ["", "held-out loss", *[""] * (len(training) - 1)],
-        ["depth", *(name.split()[0] for name in training)],
-    )
-    value: dict[tuple[str, int | None, str], float] = {}
-    if results["probe"]:
-        value = {(r["features"], r["depth"], r["probe"]): r["accuracy"] for r in results["probe"]["rows"]}
-        for probe in PROBES:
-            groups += [_probe_name(probe), *[""] * (len(models) - 1)]
-            names += [name.split()[0] for name in models]
-    header = [[*groups, "time"], [*names, "ms/s"]]
-    rows = []
-    if value:
-        rows.append(
-            [LOG_MEL, *("" for _ in training)]
-            + [_percent(value[LOG_MEL, None, p]) if i == 0 else "" for p in PROBES for i in range(len(models))]
-            + [""]
-        )
-    for depth in range(0 if value else 1, _layers(results) + 1):
-        row = [str(depth), *(f"{t['held_out_loss'][depth - 1]:.4f}" if depth else "" for t in training.values())]
-        if value:
-            row += [_percent(value[name, depth, p]) for p in PROBES for name in models]
-        row.append(f"{inference[models[0]][str(depth)]:.2f}" if depth else "")
-        rows.append(row)
-    return header, rows
-
-
-def _remarks(results: Mapping[str, Any]) -> list[str]:
-    batch = results["inference"]["batch"]
-    remarks = [
-        "loss: masked reconstruction on held-out speech; ms/s: median milliseconds of the sampled model's encoder per second "
-        f"of speech, {batch['utterances']} utterances at once, {batch['threads']} threads",
-    ]
-    if results["probe"]:
-        frames = results["probe"]["rows"][0]["frames"]
-        remarks.append(
-            f"percentages: phone frame accuracy of a linear and a one-hidden-layer probe, {len(PHONES)} classes, {frames:,} "
-            "test frames; depth 0 is the front end; 'within 1%' is relative to the best accuracy at depth 1 or more"
-        )
-    else:
-        remarks.append("no phone probes: this speech has no phone alignments")
-    return remarks
 
 
 def _figures(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,15 +95,15 @@ def _page(results: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         return f'<p><img alt="{html.escape(text)}" src="data:image/png;base64,{data}"></p>'
 
     saving, batch = results["saving"], results["inference"]["batch"]
-    parts = ["<h2>In short</h2>", _table([["", "this run", "the paper"]], _summary(results)), _note(PAPER_NOTE)]
+    parts = ["<h2>In short</h2>", _table([["", "this run", "the paper"]], summary(results)), _note(PAPER_NOTE)]
     parts += [
         "<h2>Training: depth sampled for every step against all loops</h2>",
         _table(*_training_table(results)),
         _note(
-            f"The sampled run went through {_percent(saving['loops_saved'])} fewer loops (expected from a uniform law: "
-            f"{_percent(saving['loops_saved_expected'])}); what is not in the loops (features, front end, loss, update) is "
-            f"the rest. Time saved: {_percent(saving['time_saved'])} of wall-clock time, "
-            f"{_percent(saving['cpu_time_saved'])} of processor time. The runs followed each other, so other load on the "
+            f"The sampled run went through {percent(saving['loops_saved'])} fewer loops (expected from a uniform law: "
+            f"{percent(saving['loops_saved_expected'])}); what is not in the loops (features, front end, loss, update) is "
+            f"the rest. Time saved: {percent(saving['time_saved'])} of wall-clock time, "
+            f"{percent(saving['cpu_time_saved'])} of processor time. The runs followed each other, so other load on the "
             "machine may fall on one of them; processor time shows it."
         ),
         image("training_loss", "training loss over time"),
@@ -231,14 +116,14 @@ def _page(results: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
             "stream gives for nothing. Three measures of our own choice; the paper's is not known to us."
         ),
     ]
-    header, rows = _depth_table(results)
+    header, rows = depth_table(results)
     parts.append("<h2>What each depth knows, and what it costs</h2>")
     if results["probe"]:
         parts.append(image("probe_accuracy", "phone frame accuracy of the probes by depth"))
     parts += [
         image("inference_time", "inference time by depth"),
         _table(header, rows),
-        *(_note(text) for text in _remarks(results)),
+        *(_note(text) for text in remarks(results)),
         "<h2>How this was measured</h2>",
         _list(
             f"Encoder: {_config(setup['config'])}.",
@@ -263,7 +148,7 @@ def _page(results: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         f"{date} · {machine['processor']}, {machine['threads']} threads · PyTorch {machine['torch']} · "
         "every number measured in this run"
     )
-    return _PAGE.substitute(style=_STYLE, layers=_layers(results), where=html.escape(where), sections="\n".join(parts))
+    return _PAGE.substitute(style=_STYLE, layers=layers(results), where=html.escape(where), sections="\n".join(parts))
 
 
 def _training_table(results: Mapping[str, Any]) -> tuple[list[list[str]], list[list[str]]]:

@@ -13,21 +13,17 @@ not say how it measured that.  Three measures for every pair of depths, none of 
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...data import Corpus, load_corpus
-from ...runtime import ProgressBar, write_atomically
-from ..model import PretrainingModel, load_model
-from .hidden_states import choose_frames, collect_states, random_init_like
-from .output import add_device_argument, describe_machine, write_json
+from ...data import Corpus
+from ..model import PretrainingModel
+from .hidden_states import choose_frames, collect_states
 
-__all__ = ["MEASURES", "add_arguments", "consistency", "model_consistency", "run", "summarise"]
+__all__ = ["MEASURES", "consistency", "model_consistency", "summarise"]
 
 MEASURES = ("cosine", "cka", "frechet")
 
@@ -110,74 +106,3 @@ def summarise(matrices: Mapping[str, np.ndarray]) -> dict[str, float]:
     n = len(matrices["cosine"]) - 1
     pairs = np.triu_indices(n, 1)
     return {name: float(m[1:, 1:][pairs].mean()) if n > 1 else float("nan") for name, m in matrices.items()}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--checkpoint", required=True, help="a checkpoint of 'pretrain', or the folder of a run (its newest one)"
-    )
-    parser.add_argument(
-        "--data",
-        required=True,
-        metavar="D",
-        help="speech: a LibriSpeech folder tree, or a zip or folder with meta.jsonl",
-    )
-    parser.add_argument("--compare", metavar="C", help="a second checkpoint, such as one without sharing")
-    parser.add_argument(
-        "--frames", type=int, default=8192, help="real frames, drawn at random from the corpus (default 8192)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of that draw and of the random weights (default 0)")
-    add_device_argument(parser)
-    parser.add_argument("--json", metavar="F", help="write the matrices to this file")
-    parser.add_argument("--plot", metavar="P", help="write heat maps to this file (.png, .pdf, .svg)")
-
-
-def run(args: argparse.Namespace) -> None:
-    if args.frames < 2:
-        raise ValueError(f"--frames is {args.frames}; expected 2 or more, well above the encoder's width")
-    model = load_model(args.checkpoint, args.device)
-    models = {"checkpoint": model}
-    if args.compare:
-        models["compared"] = load_model(args.compare, args.device)
-    models["random-init"] = random_init_like(model, args.seed)
-    corpus = load_corpus(args.data)
-    print(corpus, file=sys.stderr)
-    matrices = {}
-    with ProgressBar("consistency") as bar:
-        for number, (name, which) in enumerate(models.items(), 1):
-            matrices[name] = model_consistency(which, corpus, max_frames=args.frames, seed=args.seed)
-            bar.update(number / len(models))
-    print(format_summary(matrices))
-    if args.json:
-        result = {
-            "checkpoint": str(args.checkpoint),
-            "compared": args.compare,
-            "corpus": corpus.name,
-            "frames": args.frames,
-            "seed": args.seed,
-            "matrices": {name: {k: m.tolist() for k, m in pairs.items()} for name, pairs in matrices.items()},
-            "machine": describe_machine(args.device),
-        }
-        print(f"wrote {write_json(args.json, result)}", file=sys.stderr)
-    if args.plot:
-        from .figures import consistency_figure, render
-
-        image = render(consistency_figure(matrices), args.plot.rpartition(".")[2])
-        print(f"wrote {write_atomically(args.plot, image)}", file=sys.stderr)
-
-
-def format_summary(matrices: Mapping[str, Mapping[str, np.ndarray]]) -> str:
-    """A line a model: the measures averaged over all pairs of depths, and between the first and the last."""
-    lines = ["", "pairs of depths 1 ... N:          mean of all pairs              depth 1 to depth N"]
-    header = "".join(f"{m:>10}" for m in MEASURES)
-    lines.append(f"{'':>14}{header}{'':>4}{header}")
-    for name, pairs in matrices.items():
-        mean = summarise(pairs)
-        lines.append(
-            f"{name:>14}"
-            + "".join(f"{mean[m]:>10.3f}" for m in MEASURES)
-            + f"{'':>4}"
-            + "".join(f"{pairs[m][1, -1]:>10.3f}" for m in MEASURES)
-        )
-    lines.append("cosine and CKA: 1 means alike; Fréchet distance: 0 means the same distribution, 1 nothing in common")
-    return "\n".join(lines)

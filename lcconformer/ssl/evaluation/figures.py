@@ -12,7 +12,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["accuracy_figure", "consistency_figure", "depth_loss_figure", "loss_figure", "render", "time_figure"]
+__all__ = [
+    "accuracy_figure",
+    "consistency_figure",
+    "depth_loss_figure",
+    "loss_figure",
+    "render",
+    "require_matplotlib",
+    "time_figure",
+]
 
 # (colour, marker, dash) of each series, in the order the series come
 _STYLES = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#737373", "^", ":"), ("#009E73", "D", "-."))
@@ -30,13 +38,24 @@ _TEXT: Any = {
 }
 
 
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
-    """A figure without pyplot, so that nothing of the user's is touched and no display is needed; inches."""
+def require_matplotlib() -> None:
+    """Check that figures can be drawn.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     try:
-        import matplotlib
-        from matplotlib.figure import Figure
+        import matplotlib  # noqa: F401
     except ImportError as error:
         raise ImportError('plots need matplotlib: pip install "lcconformer[demo]"') from error
+
+
+def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
+    """A figure (sizes in inches) and its axes ``[rows, columns]``, without pyplot, whose state belongs to the user."""
+    require_matplotlib()
+    import matplotlib
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(rc=_TEXT):
         figure = Figure(figsize=(width, height), layout="constrained")
         return figure, figure.subplots(rows, columns, squeeze=False)

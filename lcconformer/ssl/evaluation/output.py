@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import os
@@ -15,32 +14,12 @@ import torch
 from ... import __version__
 from ...runtime import write_atomically
 
-__all__ = ["add_device_argument", "describe_machine", "write_json"]
+__all__ = ["describe_machine", "write_json"]
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Write ``value`` as indented JSON; NaN and infinity are an error, JSON has neither."""
     return write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def add_device_argument(parser: argparse.ArgumentParser) -> None:
-    """``--device``, checked when the arguments are parsed."""
-
-    def device(text: str) -> torch.device:
-        try:
-            chosen = torch.device(text)
-        except RuntimeError:
-            chosen = None
-        if chosen is None or chosen.type not in ("cpu", "cuda"):
-            raise argparse.ArgumentTypeError(f"{text!r} is no device; expected cpu, cuda or cuda:N")
-        if chosen.type == "cuda" and not (chosen.index or 0) < torch.cuda.device_count():
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not there: {torch.cuda.device_count()} CUDA devices; try cpu"
-            )
-        return chosen
-
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=device, default=default, help=f"cpu, cuda or cuda:N (default {default})")
 
 
 def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ...data import PHONES, Corpus
+from ...data import PHONES, Corpus, load_corpus
 from ..model import PretrainingModel
 from .classifiers import PROBES, train_probes
 from .hidden_states import choose_frames, collect_states, stream_states
 
-__all__ = ["LOG_MEL", "TOLERANCE", "ProbeSettings", "accuracies", "probe_model", "smallest_depth"]
+__all__ = ["LOG_MEL", "TOLERANCE", "ProbeSettings", "accuracies", "probe_model", "smallest_depth", "split_speech"]
 
 LOG_MEL = "log-mel"
 TOLERANCE = 0.01
@@ -116,6 +117,50 @@ def probe_model(
     rows = [row(LOG_MEL, None, p, n[0]) for p, n in zip(PROBES, floor_correct) if floor is not None]
     rows += [row(name, k, p, correct[i, j]) for j, k in enumerate(depths) for i, p in enumerate(PROBES)]
     return rows
+
+
+def split_speech(
+    train_path: str,
+    test_path: str,
+    train_speakers: Collection[str] | None = None,
+    test_speakers: Collection[str] | None = None,
+) -> tuple[Corpus, Corpus]:
+    """Load a training and a test corpus that share no utterance.
+
+    Two different corpora are taken whole unless speakers are named.  One and the same corpus is separated by speaker (if only
+    one side names speakers, the other side gets all the others), or, without names, by its splits ``train`` and ``test``.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: see :func:`~lcconformer.data.load_corpus`.
+        ValueError: a single corpus that nothing separates, or a speaker or an utterance on both sides.
+    """
+    train = load_corpus(train_path)
+    if os.path.realpath(train_path) != os.path.realpath(test_path):
+        test = load_corpus(test_path)
+        train = train.select(speakers=train_speakers) if train_speakers else train
+        test = test.select(speakers=test_speakers) if test_speakers else test
+    elif train_speakers or test_speakers:
+        both = sorted(set(train_speakers or ()) & set(test_speakers or ()))
+        if both:
+            raise ValueError(f"speaker {', '.join(both)} is in both --train-speakers and --test-speakers")
+        corpus = train
+        train = corpus.select(speakers=train_speakers or None, exclude_speakers=test_speakers or ())
+        test = corpus.select(speakers=test_speakers or None, exclude_speakers=train_speakers or ())
+    elif {"train", "test"} <= set(train.splits):
+        train, test = train.select(splits=["train"]), train.select(splits=["test"])
+    else:
+        raise ValueError(
+            f"training and test data are the same corpus, {train.name}, which has no splits 'train' and 'test': name "
+            f"--test-speakers (it has {', '.join(train.speakers)}), or give another --test-data"
+        )
+    seen = {(u.id, u.num_samples, u.text) for u in train}
+    twice = [u.id for u in test if (u.id, u.num_samples, u.text) in seen]
+    if twice:
+        raise ValueError(
+            f"{len(twice)} utterances are in both training and test data ({', '.join(twice[:3])}, ...): "
+            "separate them with --train-speakers and --test-speakers"
+        )
+    return train, test
 
 
 def smallest_depth(accuracy: Mapping[int, float], tolerance: float = TOLERANCE) -> int:

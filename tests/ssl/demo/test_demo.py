@@ -1,21 +1,17 @@
 """The demo end to end on a tiny scale: every number it reports follows from what it measured."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
 from lcconformer import ConformerConfig, ConformerEncoder
-from lcconformer.__main__ import main
 from lcconformer.data import load_corpus
-from lcconformer.ssl.demo import run as demo
-from lcconformer.ssl.demo.report import format_results
-from lcconformer.ssl.demo.run import FIXED, RANDOM, SAMPLED, DemoPlan, fitting_steps, load_demo_speech, run_demo
+from lcconformer.ssl.demo import DemoPlan, load_demo_speech, run_demo
+from lcconformer.ssl.demo.plan import fitting_steps
+from lcconformer.ssl.demo.speech import at_most
+from lcconformer.ssl.demo.summary import format_results
+from lcconformer.ssl.demo.training import FIXED, RANDOM, SAMPLED
 from lcconformer.ssl.evaluation.probes import ProbeSettings, accuracies, smallest_depth
 from lcconformer.ssl.model import FeatureSettings, load_model
 from lcconformer.ssl.pretraining.settings import PretrainSettings
@@ -178,10 +174,10 @@ def test_nothing_to_hold_out_is_an_error(make_speech):
 
 def test_long_speech_is_cut_to_what_there_is_time_for(make_speech, monkeypatch):
     corpus = load_corpus(make_speech("long", 30))
-    cut = demo._at_most(corpus, 0.1, seed=0)
+    cut = at_most(corpus, 0.1, seed=0)
     assert 0.03 < 60 * cut.hours <= 0.1
     assert cut[0] in list(corpus)
-    assert len(demo._at_most(corpus, 1e-6, seed=0)) == 1
+    assert len(at_most(corpus, 1e-6, seed=0)) == 1
 
 
 def test_steps_fit_the_time_and_have_a_ceiling():
@@ -189,68 +185,3 @@ def test_steps_fit_the_time_and_have_a_ceiling():
     assert fitting_steps(1.0, 5.0, 0.5) == 120
     assert fitting_steps(1e-3, 5.0, 0.5) == fitting_steps(1e-4, 5.0, 0.5) < 10_000
     assert fitting_steps(1e3, 5.0, 0.5) == 20
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--minutes", "0"], "--minutes is 0; expected 0.5 to 600"),
-        (["--data", "missing"], "no corpus at missing"),
-    ],
-)
-def test_command_says_what_is_wrong(arguments, message, capsys):
-    assert main(["demo", *arguments]) == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_the_command_from_start_to_end(tmp_path):
-    out = tmp_path / "out"
-    began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "lcconformer", "demo", "--out", str(out), "--minutes", "1"],
-        capture_output=True,
-        text=True,
-        timeout=1500,
-    )
-    assert done.returncode == 0, done.stderr
-    results = json.loads((out / "results.json").read_text())
-    assert results["setup"]["wall_seconds"] < time.perf_counter() - began
-    saving = results["saving"]
-    assert saving["time_saved"] == pytest.approx(
-        1 - results["training"][SAMPLED]["seconds"] / results["training"][FIXED]["seconds"]
-    )
-    # time measures the machine's load too; loops do not
-    assert 0.2 < saving["loops_saved"] < 0.7
-    assert 7.0 < results["parameters"]["ratio"] < 8.0
-    for figure in FIGURES:
-        assert (out / f"{figure}.png").stat().st_size > 10_000
-    assert f"{100 * saving['time_saved']:.1f}%" in done.stdout
-    assert str(out / "report.html") in done.stdout
-    for probe in ("linear", "hidden"):
-        # the majority class is 8%
-        assert min(accuracies(results["probe"]["rows"], SAMPLED, probe).values()) > 0.15
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_interrupt_says_what_is_lost(tmp_path):
-    out = tmp_path / "out"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lcconformer", "demo", "--out", str(out)],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 300
-    while not (out.is_dir() and list(out.glob(".running-*/*/steps.csv"))):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 130
-    assert "nothing was written to" in errors
-    assert "Traceback" not in errors
-    assert list(out.iterdir()) == []
