@@ -67,12 +67,12 @@ def save_checkpoint(path: str | os.PathLike[str], tensors: dict[str, Tensor], me
     return path
 
 
-def load_checkpoint(path: str | os.PathLike[str], *, prefix: str = "") -> Checkpoint:
+def load_checkpoint(path: str | os.PathLike[str], *, prefix: str | None = "") -> Checkpoint:
     """Read a checkpoint, or the newest one of a run's folder.
 
     Args:
         path: the file or folder.
-        prefix: read only the tensors whose name starts so (``"model."`` leaves out the optimizer).
+        prefix: read only the tensors whose name starts with this (``"model."`` leaves out the optimizer); None: no tensors.
 
     Raises:
         FileNotFoundError: no such file, or no checkpoint in the folder.
@@ -91,7 +91,7 @@ def load_checkpoint(path: str | os.PathLike[str], *, prefix: str = "") -> Checkp
     try:
         with safe_open(str(path), framework="pt") as file:
             header = (file.metadata() or {}).get(_KEY)
-            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (no mapping)
+            names = [] if prefix is None else [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
             tensors = {name: file.get_tensor(name) for name in names} if header is not None else {}
     except (SafetensorError, OSError) as error:
         raise ValueError(

@@ -3,5 +3,6 @@
 from .run import pretrain
 from .settings import PretrainResult, PretrainSettings, StepRecord
 from .speech import load_speech
+from .validation import validation_losses
 
-__all__ = ["PretrainResult", "PretrainSettings", "StepRecord", "load_speech", "pretrain"]
+__all__ = ["PretrainResult", "PretrainSettings", "StepRecord", "load_speech", "pretrain", "validation_losses"]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import csv
 import dataclasses
 import importlib.util
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...runtime import ProgressBar, replacing
 from .settings import StepRecord
 
-__all__ = ["CsvLog", "RunLog", "StepBar"]
+__all__ = ["CsvLog", "Reports", "RunLog", "StepBar"]
 
 
 class CsvLog:
@@ -99,3 +100,57 @@ class StepBar(ProgressBar):
             done,
             f"step {record.step}/{self._steps}  loss {record.loss:.4f}  depth {depth}  {self._rate:.1f} utterances/s",
         )
+
+
+class Reports:
+    """All that the first rank reports of a run: log files, progress, warnings, and the caller's callback.
+
+    Args:
+        folder: folder of the run.
+        last_step: steps done before.
+        steps: steps of the whole run, to show progress on the standard error; None: show nothing.
+        on_step: called after each step.
+    """
+
+    def __init__(
+        self, folder: Path, last_step: int, steps: int | None, on_step: Callable[[StepRecord], None] | None
+    ) -> None:
+        self._log, self._on_step = RunLog(folder, last_step), on_step
+        try:
+            self._bar = None if steps is None else StepBar(steps)
+        except ImportError:
+            self._log.close()
+            raise
+
+    def start(self, done: float) -> None:
+        """Begin; ``done`` (0 to 1) of the run is over."""
+        if self._bar is not None:
+            self._bar.start(done)
+
+    def step(self, record: StepRecord, done: float) -> None:
+        """Report a step; ``done`` (0 to 1) of the run is over."""
+        self._log.step(record)
+        if self._bar is not None:
+            self._bar.step(record, done)
+        if self._on_step is not None:
+            self._on_step(record)
+
+    def skipped(self, record: StepRecord, in_a_row: int, most: int) -> None:
+        """Warn of a step that was left out, the last of ``in_a_row`` such steps; the run ends at ``most``."""
+        warnings.warn(
+            f"step {record.step} left out: its gradient is not finite ({record.skipped} such steps so far, {in_a_row} in "
+            f"a row; the run ends at {most})",
+            UserWarning,
+            stacklevel=2,
+        )
+
+    def validation(self, step: int, losses: Sequence[float]) -> None:
+        """Report the losses at depth 1 ... N."""
+        self._log.validation(step, losses)
+        if self._bar is not None:
+            self._bar.say(f"step {step}: validation loss {losses[-1]:.4f} at depth {len(losses)}")
+
+    def close(self) -> None:
+        self._log.close()
+        if self._bar is not None:
+            self._bar.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from ..objectives import ObjectiveSettings
 
 __all__ = ["PretrainResult", "PretrainSettings", "StepRecord"]
 
-# may differ between the parts of a resumed run: none of them changes what a step computes
-_FREE = ("device", "workers", "checkpoint_every", "keep", "validate_every")
+FREE_SETTINGS = ("device", "workers", "checkpoint_every", "keep", "validate_every")
+"""Settings that may differ between the parts of a resumed run: none of them changes what a step computes."""
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
@@ -105,9 +106,31 @@ class PretrainSettings:
         return PretrainingModel(self.config, self.features, self.objective)
 
     def describe(self) -> dict[str, Any]:
-        """All that decides what a step computes, ready for JSON; a resumed run must agree in it."""
+        """Everything besides the model that decides what a step computes, ready for JSON; a resumed run must agree in it."""
         values = dataclasses.asdict(self)
-        return {key: values[key] for key in values if key not in (*_FREE, "config", "features", "objective")}
+        return {key: values[key] for key in values if key not in (*FREE_SETTINGS, "config", "features", "objective")}
+
+    def describe_free(self) -> dict[str, Any]:
+        """The settings that a resumed run may change, ready for JSON."""
+        return {name: getattr(self, name) for name in FREE_SETTINGS}
+
+    @classmethod
+    def from_checkpoint(cls, meta: Mapping[str, Any]) -> PretrainSettings:
+        """The settings of the run that wrote a checkpoint, from its ``meta``.
+
+        Raises:
+            ValueError: a key is missing or unknown, or a value out of range.
+        """
+        try:
+            return cls(
+                config=ConformerConfig(**meta["config"]),
+                features=FeatureSettings(**meta["features"]),
+                objective=ObjectiveSettings(**meta["objective"]),
+                **meta["settings"],
+                **meta.get("free_settings", {}),  # checkpoints of version 0.1.0 have none
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"PretrainSettings: the checkpoint does not fit this version ({error})") from error
 
 
 @dataclass(frozen=True)
