@@ -81,7 +81,7 @@ def run_names(checkpoint: str, compared: str | None) -> dict[str, str]:
 
     def name(path: str) -> str:
         resolved = Path(path).resolve()
-        return resolved.parent.name if resolved.stem.startswith("step_") else resolved.stem
+        return resolved.parent.name if resolved.name.startswith("step_") else resolved.name.removesuffix(".safetensors")
 
     paths = {"checkpoint": str(checkpoint), **({"compared": str(compared)} if compared else {})}
     names = {key: name(path) for key, path in paths.items()}

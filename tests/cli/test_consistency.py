@@ -7,7 +7,7 @@ import pytest
 
 from lcconformer import ConformerEncoder
 from lcconformer.__main__ import main
-from lcconformer.cli.consistency import format_summary
+from lcconformer.cli.consistency import format_summary, run_names
 from lcconformer.data import load_corpus
 from lcconformer.ssl.checkpoint import save_checkpoint
 from lcconformer.ssl.evaluation.consistency import MEASURES, model_consistency, summarise
@@ -37,6 +37,18 @@ def test_command_compares_models_and_draws_them(tiny_model, tiny_checkpoint, spe
     assert progress.count("100% ") == 1
     assert f"{summarise(expected)['cka']:.3f}" in shown
     assert f"{expected['frechet'][1, -1]:.3f}" in shown
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "compared", "names"),
+    [
+        ("runs/shared/step_00000500.safetensors", None, {"checkpoint": "shared"}),
+        ("demo/uniform.safetensors", "demo/fixed.safetensors", {"checkpoint": "uniform", "compared": "fixed"}),
+        ("a/run", "b/run", {"checkpoint": "a/run", "compared": "b/run"}),
+    ],
+)
+def test_plots_name_the_runs(checkpoint, compared, names):
+    assert run_names(checkpoint, compared) == names
 
 
 def test_one_loop_has_no_pairs():

@@ -11,6 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 __all__ = [
     "accuracy_figure",
@@ -29,6 +30,7 @@ _MEASURES = {
     "cka": "linear CKA\n(1: same up to rotation)",
     "frechet": "Fréchet distance, normalised\n(0: same distribution)",
 }
+_MOST_NUMBERS = 17  # rows of a heat map that has its numbers written in
 _TEXT: Any = {
     "font.size": 11,
     "axes.titlesize": 12,
@@ -50,7 +52,7 @@ def require_matplotlib() -> None:
         raise ImportError('plots need matplotlib: pip install "lcconformer[demo]"') from error
 
 
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
+def _figure(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, np.ndarray]:
     """A figure (sizes in inches) and its axes ``[rows, columns]``, without pyplot, whose state belongs to the user."""
     require_matplotlib()
     import matplotlib
@@ -58,7 +60,7 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figur
 
     with matplotlib.rc_context(rc=_TEXT):
         figure = Figure(figsize=(width, height), layout="constrained")
-        return figure, figure.subplots(rows, columns, squeeze=False)
+        return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def render(figure: Figure, form: str = "png") -> bytes:
@@ -76,26 +78,59 @@ def render(figure: Figure, form: str = "png") -> bytes:
 
 
 def consistency_figure(matrices: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
-    """Heat maps, a row per model and a column per measure; one colour scale per measure for all models."""
-    figure, axes = _figure(len(matrices), len(_MEASURES), 11.0, 0.9 + 3.1 * len(matrices))
+    """Heat maps with their numbers, a row per model and a column per measure.
+
+    One colour scale per measure serves all models.  It spans the values between different depths from 1 on, where trained and
+    untrained models differ; the front end (depth 0), which is less like any other depth, may lie beyond it.
+    """
+    figure, axes = _figure(len(matrices), len(_MEASURES), 13.0, 0.9 + 3.8 * len(matrices))
     for column, (measure, title) in enumerate(_MEASURES.items()):
-        low = min(0.0, *(float(m[measure].min()) for m in matrices.values()))
+        low, high = _colour_range(measure, [model[measure] for model in matrices.values()])
+        # the bright end of the map is "alike" for all three
+        colours = "cividis_r" if measure == "frechet" else "cividis"
         for row, (name, model) in enumerate(matrices.items()):
             ax = axes[row, column]
-            matrix = model[measure]
-            # one end of the map is "alike" for all three
-            colours = "cividis" if measure != "frechet" else "cividis_r"
-            image = ax.imshow(matrix, vmin=low, vmax=1.0, cmap=colours, origin="lower")
+            image = ax.imshow(model[measure], vmin=low, vmax=high, cmap=colours, origin="lower")
+            _write_numbers(ax, model[measure], image)
             ax.grid(False)
-            ticks = range(0, len(matrix), max(1, len(matrix) // 9))
+            ticks = range(0, len(model[measure]), max(1, len(model[measure]) // 9))
             ax.set_xticks(ticks)
             ax.set_yticks(ticks)
             ax.set_xlabel("depth")
             ax.set_ylabel(f"{name}\n\ndepth" if column == 0 else "depth")
             if row == 0:
                 ax.set_title(title)
-        figure.colorbar(image, ax=list(axes[:, column]), location="bottom", shrink=0.85, aspect=30, pad=0.02)
+        beyond = "max" if measure == "frechet" else "min"
+        below = {"location": "bottom", "shrink": 0.85, "aspect": 30, "pad": 0.02}
+        figure.colorbar(image, ax=list(axes[:, column]), extend=beyond, **below)
     return figure
+
+
+def _colour_range(measure: str, matrices: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Ends of the colour scale: from "alike" to the pair of depths from 1 on that is least alike in any model."""
+    values = np.concatenate([m[1:, 1:].ravel() for m in matrices])
+    if measure == "frechet":
+        return 0.0, max(0.05, float(values.max(initial=0.0)))
+    return min(0.95, float(values.min(initial=1.0))), 1.0
+
+
+def _write_numbers(ax: Axes, matrix: np.ndarray, image: AxesImage) -> None:
+    """The value of each cell, to two places, as far as there is room."""
+    if len(matrix) > _MOST_NUMBERS:
+        return
+    for (row, column), value in np.ndenumerate(matrix):
+        red, green, blue, _ = image.to_rgba(value)
+        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+        text = f"{value:.2f}".removeprefix("0") if value >= 0 else f"{value:.1f}"
+        ax.text(
+            column,
+            row,
+            text,
+            ha="center",
+            va="center",
+            color="white" if dark else "black",
+            fontsize=min(9.0, 80.0 / len(matrix)),
+        )
 
 
 def loss_figure(histories: Mapping[str, Sequence[tuple[float, float]]], ylabel: str, window: int) -> Figure:
@@ -133,26 +168,24 @@ def accuracy_figure(
     floor: Mapping[str, float],
     chosen: Mapping[str, int],
 ) -> Figure:
-    """Probe accuracy by depth, a panel per probe.
+    """Probe accuracy by depth, a panel per probe, with one range of accuracies.
 
     Args:
         accuracy: by probe, model and depth.
         floor: accuracy of the log-mel features by probe.
         chosen: depth marked on the first model, by probe.
     """
-    figure, axes = _figure(1, len(accuracy), 11.0, 4.6)
+    figure, axes = _figure(1, len(accuracy), 11.0, 4.6, sharey=True)
     for ax, (probe, models) in zip(axes[0], accuracy.items()):
         for (name, by_depth), style in zip(models.items(), _STYLES):
             _line(ax, list(by_depth), [100 * a for a in by_depth.values()], name, style)
-        first = next(iter(models.values()))
-        at = chosen[probe]
-        ax.plot(
-            at, 100 * first[at], "o", markersize=15, fillstyle="none", color="black", label="smallest within 1% of best"
-        )
+        name, first = next(iter(models.items()))
+        at, label = chosen[probe], f"{name}: smallest within 1% of best"
+        ax.plot(at, 100 * first[at], "o", markersize=15, fillstyle="none", color="black", label=label)
         ax.axhline(100 * floor[probe], color="black", linewidth=1, linestyle=(0, (6, 3)), label="log-mel, one frame")
         ax.set_xlabel("depth (0: front end)")
-        ax.set_ylabel("phone frame accuracy (%)")
         ax.set_title({"linear": "Linear probe", "hidden": "One hidden layer"}[probe])
+    axes[0, 0].set_ylabel("phone frame accuracy (%)")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 
@@ -185,3 +186,11 @@ def test_steps_fit_the_time_and_have_a_ceiling():
     assert fitting_steps(1.0, 5.0, 0.5) == 120
     assert fitting_steps(1e-3, 5.0, 0.5) == fitting_steps(1e-4, 5.0, 0.5) < 10_000
     assert fitting_steps(1e3, 5.0, 0.5) == 20
+
+
+def test_a_missing_matplotlib_is_said_before_the_training(make_speech, tmp_path, monkeypatch):
+    train, test = load_demo_speech(str(make_speech("plots", 6)))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("lcconformer.ssl.demo.run.train_model", lambda *a: pytest.fail("trained"))
+    with pytest.raises(ImportError, match="plots need matplotlib"):
+        run_demo(train, test, tiny_plan(), tmp_path, progress=False)
