@@ -1,9 +1,9 @@
 """Which launch configurations of the Triton kernels are fastest on this GPU.
 
-The heuristics of the kernels choose well by what the compiler says (registers, spills, shared memory); this measures a few
-neighbours of every choice that a training step of one layer makes, and files the fastest for later processes to load.
-Whether the feed-forward's products are cuBLAS or have its other steps inside is chosen here alone, shape by shape.
-Nothing else ever tunes. Each neighbour is compiled: it takes minutes.
+The kernels' heuristics choose by what the compiler reports (registers, spills, shared memory). Tuning measures a few
+neighbours of every choice in a training step of one layer, and writes the fastest to a file that later processes load.
+It also decides, per shape, whether the feed-forward's GEMMs are cuBLAS or have the other steps fused in; nothing else does.
+Nothing is ever tuned unasked. Every neighbour is compiled, which takes minutes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["LayerShape", "calls", "tune", "tune_gpu"]
 
 OPS = ("feed_forward", "relpos_attention", "glu_depthwise_conv", "residual_layer_norm")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# how much of the heuristic's time a candidate may take at most to replace it: less of a difference is noise
+# a candidate replaces the heuristic's choice if it takes at most this part of its time; smaller gains are noise
 GAIN = 0.97
 
 Timer = Callable[[Callable[[], object]], float]
@@ -41,13 +41,13 @@ class LayerShape:
 
 
 def tune_gpu(layer: LayerShape, ops: Sequence[str] = OPS, folder: Path | None = None) -> tuple[Path, int]:
-    """Tune the launches of ``ops`` on the current GPU and file the fastest.
+    """Tune the launches of ``ops`` on the current GPU and write the fastest configurations to a file.
 
     Returns:
-        The file, in ``folder`` or the default one, and the number of configurations it holds.
+        The file, in ``folder`` or the default folder, and the number of configurations in it.
 
     Raises:
-        NotImplementedError: no GPU that Triton serves.
+        NotImplementedError: there is no GPU that Triton serves.
     """
     from lcconformer.ops._triton import triton_reasons
 
@@ -73,7 +73,7 @@ def tune_gpu(layer: LayerShape, ops: Sequence[str] = OPS, folder: Path | None = 
 
 
 def median(call: Callable[[], object]) -> float:
-    """Median time of a call on the GPU in ms, the L2 cache emptied before each."""
+    """Median time of a call on the GPU in milliseconds, with a cold L2 cache."""
     from triton.testing import do_bench
 
     return float(do_bench(call, warmup=10, rep=50, return_mode="median"))

@@ -16,17 +16,21 @@ _LINE = "{:<20} {:<6} {:<7} {:<8} {:<9} {:<12} {:>8} {:>9} {:>8}  {}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="only there (default: wherever this machine can)")
-    parser.add_argument("--op", choices=CALLS, action="append", help="only this one (repeatable; default: all)")
-    parser.add_argument("--frames", type=int, default=203, help="of the longest utterance (default: %(default)s)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="check this device only (default: all of this machine)"
+    )
+    parser.add_argument("--op", choices=CALLS, action="append", help="check this op only (repeatable; default: all)")
+    parser.add_argument(
+        "--frames", type=int, default=203, help="frames of the longest utterance (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command: 1 if a backend is wrong.
+    """Print the errors as they are found; returns 1 if a backend is wrong.
 
     Raises:
         NotImplementedError: ``--device cuda`` without a GPU that torch can use.
-        ValueError: no frames.
+        ValueError: ``--frames`` is not positive.
     """
     if args.device == "cuda" and not torch.cuda.is_available():
         raise NotImplementedError("this machine has no GPU that torch can use; leave --device out to check its CPU")
@@ -47,19 +51,19 @@ def run(args: argparse.Namespace) -> int:
                 findings.append(found)
                 numbers = (f"{x:.1e}" for x in (found.error, found.pytorch, found.allowed))
                 where = (found.op, found.device, found.backend, found.dtype, found.of, found.worst)
-                # as it comes: a GPU compiles for minutes
+                # printed at once, because compiling for a GPU takes minutes
                 print(_LINE.format(*where, *numbers, "ok" if found.passed else "WRONG"), flush=True)
     print("\n".join(["", "Not checked:", *_summary(refusals)] if refusals else []))
     wrong = [f for f in findings if not f.passed]
     for f in wrong:
         print(f"{f.op} by {f.backend} on {f.device} in {f.dtype} is wrong: {f.of}, {f.worst}", file=sys.stderr)
     if not findings:
-        print("no backend but plain PyTorch serves this machine: python -m lcconformer info says why", file=sys.stderr)
+        print("no backend but plain PyTorch serves this machine: 'lcconformer info' says why", file=sys.stderr)
     return int(bool(wrong))
 
 
 def _summary(refusals: list[Refusal]) -> list[str]:
-    """A line per backend and reason."""
+    """One line per backend and reason."""
     groups: dict[tuple[str, str, str], list[Refusal]] = {}
     for r in refusals:
         groups.setdefault((r.backend, r.device, r.reason), []).append(r)

@@ -15,7 +15,9 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument(
-        "--evidence", action="store_true", help="how far each kernel has been proven (CONTRIBUTING.md: six steps)"
+        "--evidence",
+        action="store_true",
+        help="show how far each kernel has been proven, in the six steps of CONTRIBUTING.md",
     )
 
 

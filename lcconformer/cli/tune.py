@@ -12,23 +12,19 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--op", choices=OPS, action="append", help="only this one (repeatable; default: all)")
-    parser.add_argument("--batch", type=int, default=LayerShape.batch, help="utterances (default: %(default)s)")
-    parser.add_argument("--frames", type=int, default=LayerShape.frames, help="frames of each (default: %(default)s)")
-    parser.add_argument("--d-model", type=int, default=LayerShape.d_model, help="width (default: %(default)s)")
-    parser.add_argument("--ffn-dim", type=int, help="hidden width of the feed-forward (default: 4 times the width)")
-    parser.add_argument("--heads", type=int, default=LayerShape.heads, help="attention heads (default: %(default)s)")
-    parser.add_argument(
-        "--kernel-size", type=int, default=LayerShape.kernel_size, help="of the convolution (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--norm", choices=("layer", "batch", "group", "none"), default=LayerShape.norm, help="of the convolution"
-    )
-    parser.add_argument("--dropout", type=float, default=LayerShape.dropout, help="rate (default: %(default)s)")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default=LayerShape.dtype, help="of the activations (default: %(default)s)"
-    )
-    parser.add_argument("--folder", type=Path, help="write there; for it to be read, set LCCONFORMER_TUNED to it")
+    add, shown = parser.add_argument, "(default: %(default)s)"
+    add("--op", choices=OPS, action="append", help="tune this op only (repeatable; default: all)")
+    add("--batch", type=int, default=LayerShape.batch, help=f"number of utterances {shown}")
+    add("--frames", type=int, default=LayerShape.frames, help=f"frames of each utterance {shown}")
+    add("--d-model", type=int, default=LayerShape.d_model, help=f"width {shown}")
+    add("--ffn-dim", type=int, help="hidden width of the feed-forward (default: 4 times the width)")
+    add("--heads", type=int, default=LayerShape.heads, help=f"attention heads {shown}")
+    add("--kernel-size", type=int, default=LayerShape.kernel_size, help=f"taps of the convolution {shown}")
+    norms = ("layer", "batch", "group", "none")
+    add("--norm", choices=norms, default=LayerShape.norm, help=f"norm of the convolution {shown}")
+    add("--dropout", type=float, default=LayerShape.dropout, help=f"dropout rate {shown}")
+    add("--dtype", choices=DTYPES, default=LayerShape.dtype, help=f"dtype of the activations {shown}")
+    add("--folder", type=Path, help="write to this folder; set LCCONFORMER_TUNED to it to have it read")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The demo's report: plots, and one HTML page with the plots inside."""
+"""Report of the demo: plots, and one HTML page that contains them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ $sections
 
 
 def write_report(out: Path, results: Mapping[str, Any]) -> Path:
-    """Write ``report.html`` and its plots as PNG files to ``out``; returns the page's path."""
+    """Write ``report.html``, and its plots as PNG files, to ``out``; returns the path of the page."""
     images = {name: figures.render(figure) for name, figure in _figures(results).items()}
     for name, image in images.items():
         write_atomically(out / f"{name}.png", image)
@@ -100,11 +100,11 @@ def _page(results: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         "<h2>Training: depth sampled for every step against all loops</h2>",
         _table(*_training_table(results)),
         _note(
-            f"The sampled run went through {percent(saving['loops_saved'])} fewer loops (expected from a uniform law: "
-            f"{percent(saving['loops_saved_expected'])}); what is not in the loops (features, front end, loss, update) is "
-            f"the rest. Time saved: {percent(saving['time_saved'])} of wall-clock time, "
-            f"{percent(saving['cpu_time_saved'])} of processor time. The runs followed each other, so other load on the "
-            "machine may fall on one of them; processor time shows it."
+            f"The run with sampled depth went through {percent(saving['loops_saved'])} fewer loops (expected for uniform "
+            f"sampling: {percent(saving['loops_saved_expected'])}). It saved {percent(saving['time_saved'])} of the "
+            f"wall-clock time and {percent(saving['cpu_time_saved'])} of the processor time; features, front end, loss and "
+            "update take the same time in both runs. The runs followed each other, so other load on the machine may have "
+            "slowed down one of them; if so, the two percentages differ."
         ),
         image("training_loss", "training loss over time"),
         image("held_out_loss", "held-out loss at every depth"),
@@ -112,8 +112,8 @@ def _page(results: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         image("consistency", "heat maps of cosine similarity, CKA and Fréchet distance between depths"),
         _table(*_consistency_table(results)),
         _note(
-            "Mean over pairs of different depths from 1 on. Untrained weights are the control: what they reach, a residual "
-            "stream gives for nothing. Three measures of our own choice; the paper's is not known to us."
+            "Means over all pairs of different depths from 1 on. The control has untrained weights: what it reaches comes "
+            "from the residual connections alone. The three measures are our choice; the paper does not name its own."
         ),
     ]
     header, rows = depth_table(results)
@@ -131,7 +131,7 @@ def _page(results: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
             f"{setup['training']['learning_rate']:g}, batches of {setup['training']['batch_seconds']:g} s; seed "
             f"{setup['training']['seed']}. Both runs start from the same weights and see the same batches and masks.",
             f"Training speech: {_speech(setup['train'])}. Test speech: {_speech(setup['test'])}.",
-            "Training and test speech share their speaker: accuracies are not comparable with published ones."
+            "Training and test speech have the same speaker: accuracies cannot be compared with published ones."
             if setup["train"]["speakers"] == setup["test"]["speakers"] == 1
             else "Training and test speech share no utterance.",
             f"Inference time: {batch['utterances']} utterances ({batch['audio_seconds']:.1f} s of speech) in one batch, "
@@ -190,13 +190,13 @@ def _speech(corpus: Mapping[str, Any]) -> str:
 
 def _table(header: Sequence[Sequence[str]], rows: Sequence[Sequence[str]]) -> str:
     def cell(tag: str, text: str, span: int = 1) -> str:
-        # leading spaces mark what belongs to the line above
+        # leading spaces mark a row that belongs to the one above
         indent = "&nbsp;" * 3 * (text != text.lstrip())
         return f"<{tag}{f' colspan={span}' * (span > 1)}>{indent}{html.escape(text.strip())}</{tag}>"
 
     head = ""
     for row in header:
-        # a name over several columns is followed by empty cells
+        # empty cells after a name: it spans these columns too
         starts = [i for i, text in enumerate(row) if text or i == 0]
         spans = [end - start for start, end in zip(starts, [*starts[1:], len(row)])]
         head += "<tr>" + "".join(cell("th", row[i], span) for i, span in zip(starts, spans)) + "</tr>"

@@ -1,4 +1,4 @@
-"""The demo's results as text: the summary beside the paper's numbers, the table of depths, and remarks on both."""
+"""Results of the demo as text: a summary beside the paper's numbers, a table of all depths, and remarks."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from ..evaluation.probes import LOG_MEL
 
 __all__ = ["PAPER_NOTE", "depth_table", "format_results", "layers", "percent", "remarks", "summary"]
 
-# the paper's abstract; what it ran on and how it counted is not known to us
+# from the abstract, which says nothing about hardware or about the definition of its percentages
 PAPER = {"ratio": "7.8x", "training": "41.9%", "inference": "37.7%"}
 PAPER_NOTE = (
-    "The paper's numbers are those of the abstract of arXiv 2105.00812 (LibriSpeech); its sizes, depths, hardware and "
-    "definition of speed-up are not in it. Time saved is 1 - new/old here."
+    "The paper's numbers are from the abstract of arXiv 2105.00812 (LibriSpeech), which does not give sizes, depths, hardware "
+    "or the definition of its speed-ups. Here, time saved is 1 - new/old."
 )
 
 
 def format_results(results: Mapping[str, Any]) -> str:
-    """The summary and the table of depths, for a terminal."""
+    """Format the summary, the table of depths and the remarks for a terminal."""
     lines = ["", f"{'':<54}{'this run':>11}{'the paper':>11}"]
     lines += [f"{name:<54}{value:>11}{paper:>11}" for name, value, paper in summary(results)]
     header, rows = depth_table(results)
     widths = [max(len(row[i]) for row in [*header[1:], *rows]) + 2 for i in range(len(rows[0]))]
-    # a group's name stands above its first column and runs over the next ones
+    # the name of a group starts above its first column and extends over the following ones
     groups = ""
     for at, name in enumerate(header[0]):
         if name:
@@ -44,7 +44,7 @@ def percent(part: float) -> str:
 
 
 def summary(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(what, this run, the paper)."""
+    """Rows (quantity, value in this run, value in the paper)."""
     parameters, saving, training = results["parameters"], results["saving"], results["training"]
     sampled, fixed = training.values()
     rows = [
@@ -81,7 +81,7 @@ def layers(results: Mapping[str, Any]) -> int:
 
 
 def depth_table(results: Mapping[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
-    """Header rows and a row per depth: held-out loss of the trained models, accuracies of all, time of the first."""
+    """Header rows, and a row per depth: held-out loss of the trained models, accuracies of all, time of the first."""
     training, inference = results["training"], results["inference"]["ms_per_second"]
     models = list(inference)
     groups, names = (
@@ -114,14 +114,15 @@ def depth_table(results: Mapping[str, Any]) -> tuple[list[list[str]], list[list[
 def remarks(results: Mapping[str, Any]) -> list[str]:
     batch = results["inference"]["batch"]
     remarks = [
-        "loss: masked reconstruction on held-out speech; ms/s: median milliseconds of the sampled model's encoder per second "
-        f"of speech, {batch['utterances']} utterances at once, {batch['threads']} threads",
+        "loss: masked reconstruction on held-out speech; ms/s: median time of the encoder trained with sampled depth, in "
+        f"milliseconds per second of speech, for a batch of {batch['utterances']} utterances on {batch['threads']} threads",
     ]
     if results["probe"]:
         frames = results["probe"]["rows"][0]["frames"]
         remarks.append(
-            f"percentages: phone frame accuracy of a linear and a one-hidden-layer probe, {len(PHONES)} classes, {frames:,} "
-            "test frames; depth 0 is the front end; 'within 1%' is relative to the best accuracy at depth 1 or more"
+            f"percentages: phone frame accuracy of a linear and of a one-hidden-layer probe, {len(PHONES)} classes, "
+            f"{frames:,} test frames; depth 0 is the front end; 'within 1%' is relative to the best accuracy at any "
+            "depth from 1 on"
         )
     else:
         remarks.append("no phone probes: this speech has no phone alignments")

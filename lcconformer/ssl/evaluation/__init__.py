@@ -1,4 +1,4 @@
-"""What the hidden states of every depth hold: phone probes, consistency between depths, inference time, figures."""
+"""Evaluation of every depth: phone probes, consistency between depths, inference time, and figures of them."""
 
 from .consistency import model_consistency
 from .depth_timing import DepthTimes, time_depths

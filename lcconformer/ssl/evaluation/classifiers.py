@@ -1,10 +1,10 @@
-"""Phone classifiers on frozen features, one pair for every depth, all trained at once.
+"""Phone classifiers on frozen features: a pair of them for every depth, all trained together.
 
-The two probes are those of S3PRL's and CPC's phone task: one linear layer, and one hidden layer with ReLU.  Features are
-first whitened with the mean and covariance of the training frames.  That leaves the linear probe linear, and a few hundred
-steps bring it where hundreds of thousands bring one on raw features, whose channels are strongly correlated.  Every depth
-starts from the same weights and sees the same frames in the same order, and nothing couples them (AdamW is elementwise,
-gradients are not clipped), so training them together gives what training each alone would.
+The two probes are those of the phone tasks of S3PRL and CPC: a linear layer, and one hidden layer with ReLU.  Features are
+whitened first, with the mean and covariance of the training frames.  A linear probe stays linear that way, but needs only a
+few hundred steps where the strongly correlated channels of raw features need hundreds of thousands.  The probes of all
+depths start from the same weights and see the same frames in the same order, and nothing couples them (AdamW is elementwise,
+gradients are not clipped).  So training them together gives the same result as training each of them alone.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch.nn import functional as F
 __all__ = ["PROBES", "Probes", "train_probes"]
 
 PROBES = ("linear", "hidden")
-_STATISTICS = 32_768  # frames that mean and covariance are taken from
-_NOISE = 1e-5  # of a channel's variance: what float16 leaves of directions weaker than that is rounding
+_STATISTICS = 32_768  # number of frames for mean and covariance
+_NOISE = 1e-5  # part of a channel's variance: weaker directions are rounding errors of float16
 
 
 class Probes:
     """A linear and a one-hidden-layer classifier for each of G sets of features.
 
     Args:
-        mean, whitener: ``[G, 1, D]`` and ``[G, D, D]``, so that ``(x - mean) @ whitener`` is white.
+        mean, whitener: ``[G, 1, D]`` and ``[G, D, D]``, such that ``(x - mean) @ whitener`` is white.
         classes: number of classes C.
         hidden: width of the hidden layer.
-        seed: of the initial weights, which are the same for all G.
+        seed: seed of the initial weights, which are the same for all G sets.
     """
 
     def __init__(self, mean: Tensor, whitener: Tensor, *, classes: int, hidden: int, seed: int) -> None:
@@ -47,14 +47,14 @@ class Probes:
         self.biases = [mean.new_zeros(groups, 1, n, requires_grad=True) for n in (classes, hidden, classes)]
 
     def logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the linear and the hidden probe, each ``[G, F, C]``, for features ``[G, F, D]`` of any floating dtype."""
+        """Logits ``[G, F, C]`` of both probes (linear, hidden) for features ``[G, F, D]`` of any floating dtype."""
         x = (x.float() - self.mean) @ self.whitener
         linear, first, second = (lambda y, w=w, b=b: torch.baddbmm(b, y, w) for w, b in zip(self.weights, self.biases))
         return linear(x), second(F.relu(first(x)))
 
     @torch.no_grad()
     def correct(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Number of frames classified as in ``labels [F]``, ``[2, G]`` int64 (linear, hidden), for features ``[G, F, D]``."""
+        """Count the frames of ``x [G, F, D]`` classified as in ``labels [F]``: ``[2, G]`` int64 (linear, hidden)."""
         return torch.stack([(logits.argmax(-1) == labels).sum(-1) for logits in self.logits(x)])
 
 
@@ -72,17 +72,17 @@ def train_probes(
 ) -> Probes:
     """Train both probes on G sets of features of the same frames.
 
-    AdamW (weight decay 0.01) with a learning rate that falls linearly to zero.
+    The optimizer is AdamW (weight decay 0.01) with a learning rate that falls linearly to zero.
 
     Args:
-        features: ``[G, F, D]``, any floating dtype; stays as it is, batches are converted to float32.
+        features: ``[G, F, D]``, any floating dtype; only batches of it are converted to float32.
         labels: ``[F]`` int64, 0 ... ``classes`` - 1.
-        classes: C.
+        classes: number of classes C.
         hidden: width of the hidden layer.
         epochs: passes over the frames.
-        batch_frames: frames in a step.
-        learning_rate: at the first step.
-        seed: of the initial weights and of the order of frames.
+        batch_frames: number of frames per step.
+        learning_rate: learning rate of the first step.
+        seed: seed of the initial weights and of the order of the frames.
         progress: called after every epoch.
 
     Raises:
@@ -107,7 +107,7 @@ def train_probes(
         for index in torch.randperm(len(labels), generator=generator).to(labels.device).split(batch_frames):
             target = labels[index].expand(len(features), -1).flatten()
             linear, deep = (F.cross_entropy(y.flatten(0, 1), target) for y in probes.logits(features[:, index]))
-            # times G: each depth gets the gradient of the mean over its own frames, as it would alone
+            # times G, so that each set gets the gradient of the mean over its own frames, as it would alone
             loss = (linear + deep) * len(features)
             optimizer.zero_grad()
             loss.backward()
@@ -121,11 +121,11 @@ def train_probes(
 def _whitener(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean ``[G, 1, D]`` and whitening matrix ``[G, D, D]``, float32.
 
-    Channels are scaled to unit variance, then their correlations removed by the symmetric root (ZCA), so that the unit of a
-    channel does not matter.  A channel that does not vary gets 0.
+    Channels are first scaled to unit variance, so that their units do not matter, then decorrelated by the symmetric root
+    (ZCA).  A channel that does not vary becomes 0.
     """
     means, matrices = [], []
-    for one in features:  # one at a time: float64 copies are large
+    for one in features:  # one at a time, because float64 copies are large
         sample = one[:: max(1, len(one) // _STATISTICS)].double()
         if not bool(sample.isfinite().all()):
             raise ValueError("train_probes: features hold NaN or infinity")

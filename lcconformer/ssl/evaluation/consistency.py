@@ -1,14 +1,14 @@
-"""How alike the hidden states of different depths are: the layer consistency of arXiv 2105.00812, measured.
+"""Layer consistency (arXiv 2105.00812): how alike the hidden states of different depths are.
 
-The paper observes that with shared weights the *distributions* of the embeddings of different layers are similar; it does
-not say how it measured that.  Three measures for every pair of depths, none of them the paper's:
+The paper observes that with shared weights the *distributions* of the embeddings of different layers are similar, but does
+not say how it measured that.  Here are three measures of our own for every pair of depths:
 
-- ``cosine``: mean over frames of the cosine of the two vectors of a frame; 1 where the depths agree vector by vector;
-- ``cka``: linear centred kernel alignment (Kornblith et al. 2019, arXiv 1905.00414, equation 3), 0 ... 1; blind to rotation,
-  shift and scale, so 1 means the same information in possibly other coordinates;
-- ``frechet``: the squared Fréchet distance of the Gaussians fitted to the two sets of frames,
-  |m1 - m2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2) (Dowson & Landau 1982), divided by |m1 - m2|^2 + tr(S1 + S2), which
-  makes it 0 for equal distributions, 1 for ones with nothing in common, and the same in any unit.
+- ``cosine``: cosine similarity of a frame's two vectors, mean over frames; 1 where the depths agree vector by vector;
+- ``cka``: linear centred kernel alignment (Kornblith et al. 2019, arXiv 1905.00414, equation 3), from 0 to 1.  It ignores
+  rotation, shift and scale, so 1 means the same information, possibly in other coordinates;
+- ``frechet``: squared Fréchet distance of the Gaussians fitted to the two sets of frames,
+  |m1 - m2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2) (Dowson & Landau 1982), divided by |m1 - m2|^2 + tr(S1 + S2).  The
+  division makes it independent of the unit: 0 for equal distributions, 1 for distributions with nothing in common.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ MEASURES = ("cosine", "cka", "frechet")
 
 @torch.no_grad()
 def consistency(hidden_states: Sequence[Tensor]) -> dict[str, np.ndarray]:
-    """The three measures between every pair of depths.
+    """Compute the three measures for every pair of depths.
 
     Args:
-        hidden_states: N+1 tensors ``[F, D]`` of the same F frames (real ones only), any floating dtype; computed in float64.
-            CKA of few frames is biased upwards: take F well above D.
+        hidden_states: N+1 tensors ``[F, D]`` of the same F frames, without padding, of any floating dtype; the computation
+            is in float64.  CKA of few frames is biased upwards: take F well above D.
 
     Returns:
         ``{"cosine", "cka", "frechet"}``, each float64 ``[N+1, N+1]``, symmetric.
 
     Raises:
-        ValueError: no hidden states, different shapes, fewer than 2 frames, or values that are not finite.
+        ValueError: there are no hidden states, their shapes differ, they have fewer than 2 frames, or values are not finite.
     """
     if not hidden_states:
         raise ValueError("consistency: no hidden states; expected N+1 tensors [F, D]")
@@ -79,20 +79,20 @@ def consistency(hidden_states: Sequence[Tensor]) -> dict[str, np.ndarray]:
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """The symmetric square root of a positive semi-definite ``[D, D]``."""
+    """Symmetric square root of a positive semi-definite matrix ``[D, D]``."""
     values, vectors = torch.linalg.eigh(covariance)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 def _ratio(numerator: Tensor, denominator: Tensor, empty: float) -> float:
-    """``numerator / denominator``; ``empty`` where frames do not vary at all and both are zero."""
+    """Divide; ``empty`` if the denominator is zero because frames do not vary at all."""
     return float(numerator / denominator) if denominator > 0 else empty
 
 
 def model_consistency(
     model: PretrainingModel, corpus: Corpus, *, max_frames: int = 8192, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """:func:`consistency` of a model on randomly drawn real frames of a corpus, depths 0 ... N.
+    """Compute :func:`consistency` of a model's depths 0 ... N on randomly drawn frames of a corpus.
 
     Raises:
         ValueError: no usable audio.
@@ -102,7 +102,7 @@ def model_consistency(
 
 
 def summarise(matrices: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Mean of each measure over the pairs of different depths from 1 to N (depth 0 is the front end)."""
+    """Mean of each measure over all pairs of different depths from 1 to N, without depth 0, the front end."""
     n = len(matrices["cosine"]) - 1
     pairs = np.triu_indices(n, 1)
     return {name: float(m[1:, 1:][pairs].mean()) if n > 1 else float("nan") for name, m in matrices.items()}

@@ -1,4 +1,4 @@
-"""Inference time at every depth, measured so that drift of the machine falls on all depths and models alike."""
+"""Inference time at every depth, measured such that drift of the machine affects all depths and models alike."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ _UTTERANCES, _CROP_SECONDS = 8, 15.0
 
 @dataclass(frozen=True)
 class DepthTimes:
-    """seconds: median wall time of the encoder by depth. utterances, audio_seconds: of the batch, padding not counted.
-    rounds: measurements a depth. threads: of torch."""
+    """Inference time by depth.
+
+    seconds: median wall-clock time of the encoder, by depth. utterances, audio_seconds: size of the batch, without padding.
+    rounds: measurements per depth. threads: number of torch's threads.
+    """
 
     seconds: dict[int, float]
     utterances: int
@@ -36,15 +39,15 @@ class DepthTimes:
 def time_depths(
     models: Mapping[str, PretrainingModel], corpus: Corpus, depths: Sequence[int], *, rounds: int = 9
 ) -> dict[str, DepthTimes]:
-    """Time encoders, from log-mel features to hidden state, on one batch of a corpus's utterances of median length.
+    """Time encoders, from log-mel features to hidden states, on one batch of utterances of median length.
 
-    Every round runs all depths of all models, in alternating order, after one round that is not counted.
+    Every round runs all depths of all models, forwards and backwards in turn.  A first round is not counted.
 
     Args:
-        models: by name, in evaluation mode; their devices are used.
-        corpus: of the utterances; up to 8, cropped to 15 s.
-        depths: 1 ... N.
-        rounds: measurements a depth.
+        models: models by name, in evaluation mode; their devices are used.
+        corpus: where the utterances come from: up to 8, cropped to 15 s.
+        depths: depths from 1 to N.
+        rounds: measurements per depth.
 
     Raises:
         ValueError: none of those utterances is usable.
@@ -83,7 +86,7 @@ def time_depths(
 
 
 def _run(model: PretrainingModel, audio: Tensor, lengths: Tensor, depth: int) -> Callable[[], None]:
-    """A call that runs the encoder to ``depth`` on features computed here, and waits for it."""
+    """Compute features; return a call that runs ``depth`` loops of the encoder on them and waits for the result."""
     device = model.features.window.device
     mel, frames = model.features(audio.to(device), lengths.to(device))
     mel = mel.to(next(model.encoder.parameters()).dtype)

@@ -1,4 +1,4 @@
-"""Figures of the reports.  Colours are those of Okabe and Ito, with a marker and a dash for each series besides."""
+"""Figures of the reports.  Each series has a colour (Okabe and Ito's palette), a marker and a dash pattern of its own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
     "time_figure",
 ]
 
-# (colour, marker, dash) of each series, in the order the series come
+# colour, marker and dash pattern of the first, second, ... series
 _STYLES = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#737373", "^", ":"), ("#009E73", "D", "-."))
 _MEASURES = {
     "cosine": "cosine similarity\n(1: same vectors)",
@@ -64,7 +64,7 @@ def _figure(rows: int, columns: int, width: float, height: float, **options: Any
 
 
 def render(figure: Figure, form: str = "png") -> bytes:
-    """The figure as a file's content.
+    """Draw a figure as the content of a file.
 
     Raises:
         ValueError: a format that matplotlib does not write.
@@ -101,8 +101,8 @@ def consistency_figure(matrices: Mapping[str, Mapping[str, np.ndarray]]) -> Figu
             if row == 0:
                 ax.set_title(title)
         beyond = "max" if measure == "frechet" else "min"
-        below = {"location": "bottom", "shrink": 0.85, "aspect": 30, "pad": 0.02}
-        figure.colorbar(image, ax=list(axes[:, column]), extend=beyond, **below)
+        ax_column = list(axes[:, column])
+        figure.colorbar(image, ax=ax_column, extend=beyond, location="bottom", shrink=0.85, aspect=30, pad=0.02)
     return figure
 
 
@@ -134,7 +134,7 @@ def _write_numbers(ax: Axes, matrix: np.ndarray, image: AxesImage) -> None:
 
 
 def loss_figure(histories: Mapping[str, Sequence[tuple[float, float]]], ylabel: str, window: int) -> Figure:
-    """Training loss over training time: ``histories`` holds (seconds, loss) of every step of each run."""
+    """Training loss over training time; ``histories`` holds the pairs (seconds, loss) of all steps, by name of the run."""
     figure, axes = _figure(1, 1, 9.0, 4.2)
     ax = axes[0, 0]
     for (name, history), (colour, _, dash) in zip(histories.items(), _STYLES):
@@ -151,7 +151,7 @@ def loss_figure(histories: Mapping[str, Sequence[tuple[float, float]]], ylabel: 
 
 
 def depth_loss_figure(losses: Mapping[str, Sequence[float]], ylabel: str) -> Figure:
-    """Held-out loss at depth 1 ... N of each run."""
+    """Held-out loss at depth 1 ... N, by name of the run."""
     figure, axes = _figure(1, 1, 9.0, 4.2)
     ax = axes[0, 0]
     for (name, values), style in zip(losses.items(), _STYLES):
@@ -168,12 +168,12 @@ def accuracy_figure(
     floor: Mapping[str, float],
     chosen: Mapping[str, int],
 ) -> Figure:
-    """Probe accuracy by depth, a panel per probe, with one range of accuracies.
+    """Probe accuracy by depth: one panel per probe, all with the same range of accuracies.
 
     Args:
         accuracy: by probe, model and depth.
-        floor: accuracy of the log-mel features by probe.
-        chosen: depth marked on the first model, by probe.
+        floor: accuracy on the log-mel features, by probe.
+        chosen: the depth to mark on the first model's curve, by probe.
     """
     figure, axes = _figure(1, len(accuracy), 11.0, 4.6, sharey=True)
     for ax, (probe, models) in zip(axes[0], accuracy.items()):
@@ -192,7 +192,7 @@ def accuracy_figure(
 
 
 def time_figure(milliseconds: Mapping[str, Mapping[int, float]]) -> Figure:
-    """Inference time by depth of each model, in milliseconds per second of speech."""
+    """Inference time in milliseconds per second of speech, by model and depth."""
     figure, axes = _figure(1, 1, 9.0, 4.2)
     ax = axes[0, 0]
     for (name, by_depth), style in zip(milliseconds.items(), _STYLES):

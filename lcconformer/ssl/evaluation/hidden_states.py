@@ -1,4 +1,4 @@
-"""Hidden states of real frames at every depth, from one forward pass an utterance."""
+"""Hidden states of frames of speech at every depth, from one forward pass per utterance."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from ..model import PretrainingModel
 
 __all__ = ["Choice", "States", "choose_frames", "collect_states", "random_init_like", "stream_states"]
 
-_BATCH_SECONDS = 64.0  # of padded audio in a forward pass; one utterance may be longer
-_SPREAD = 4  # frames of the utterances drawn, over frames wanted
+_BATCH_SECONDS = 64.0  # most audio of a forward pass, padding included; a longer utterance goes alone
+_SPREAD = 4  # the drawn utterances have this many times the frames that are wanted
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Frames of an utterance. positions: ``[F]`` int64, ascending 10 ms frames; labels: ``[F]`` int64 phone classes."""
+    """Frames drawn from an utterance.
+
+    positions: ``[F]`` int64, numbers of the 10 ms frames, ascending. labels: ``[F]`` int64, their phone classes.
+    """
 
     utterance: Utterance
     positions: Tensor
@@ -30,10 +33,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class States:
-    """F frames, all from real (not padded) speech.
+    """Hidden states, features and labels of F frames, none of them padding.
 
-    hidden: ``[K, F, D]`` float16, at the K depths asked for. mel: ``[F, C]`` float16, the log-mel features of the same 10 ms
-    frames. labels: ``[F]`` int64, -100 where the phone is unknown.
+    hidden: ``[K, F, D]`` float16, hidden states at K depths. mel: ``[F, C]`` float16, log-mel features of the same 10 ms
+    frames. labels: ``[F]`` int64 phone classes, -100 where the phone is unknown.
     """
 
     hidden: Tensor
@@ -46,14 +49,14 @@ def choose_frames(
 ) -> list[Choice]:
     """Draw frames at random, without reading audio.
 
-    Utterances are drawn until they have four times ``max_frames`` (or all are in), then frames from all of those: a small
-    number of frames costs few forward passes and still comes from many utterances.
+    First, utterances are drawn until they have four times ``max_frames`` frames in total; then, frames are drawn from those
+    utterances.  So a small number of frames needs few forward passes and still comes from several utterances.
 
     Args:
-        corpus: of the utterances.
-        max_frames: at most so many; None: all.
-        seed: of the draws.
-        step: take only every ``step``-th 10 ms frame (the frames an encoder merges into one are one frame).
+        corpus: where utterances are drawn from.
+        max_frames: largest number of frames; None: all frames of the corpus.
+        seed: seed of both draws.
+        step: take only every ``step``-th 10 ms frame, for an encoder that merges ``step`` frames into one.
         labelled: take only frames whose phone is known.
 
     Raises:
@@ -93,16 +96,16 @@ def choose_frames(
 def stream_states(
     model: PretrainingModel, corpus: Corpus, choices: Sequence[Choice], depths: Sequence[int]
 ) -> Iterator[States]:
-    """The chosen frames, a batch of utterances at a time; each utterance goes through the encoder once.
+    """Yield the states of the chosen frames, one batch of utterances at a time; each utterance is encoded once.
 
-    The state of a 10 ms frame is that of the encoder output that covers it (an output that covers several is repeated).
-    Utterances whose audio is unusable are left out with a counted warning.
+    The hidden state of a 10 ms frame is the encoder output that covers it; an output that covers several frames is repeated.
+    Utterances whose audio is unusable are left out with a warning and counted in ``corpus.skipped``.
 
     Args:
-        model: in evaluation mode; its device is used.
-        corpus: that the utterances are from.
-        choices: of :func:`choose_frames`.
-        depths: 0 (input of the first loop) ... N.
+        model: the model, in evaluation mode; its device is used.
+        corpus: the corpus of the utterances.
+        choices: result of :func:`choose_frames`.
+        depths: K depths from 0 (the input of the first loop) to N.
     """
     device = model.features.window.device
     factor = model.config.subsampling_factor
@@ -133,7 +136,7 @@ def stream_states(
 
 
 def collect_states(model: PretrainingModel, corpus: Corpus, choices: Sequence[Choice], depths: Sequence[int]) -> States:
-    """All that :func:`stream_states` yields, in memory: ``2 (K D + C)`` bytes a frame.
+    """Collect in memory what :func:`stream_states` yields: ``2 (K D + C)`` bytes per frame.
 
     Raises:
         ValueError: none of the audio is usable.
@@ -158,7 +161,7 @@ def collect_states(model: PretrainingModel, corpus: Corpus, choices: Sequence[Ch
 
 
 def random_init_like(model: PretrainingModel, seed: int = 0) -> PretrainingModel:
-    """The control: the same architecture and features with untrained weights, in evaluation mode on the same device."""
+    """Build the control: the same model with untrained weights, in evaluation mode on the same device."""
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         fresh = PretrainingModel.from_description(model.describe())

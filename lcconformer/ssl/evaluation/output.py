@@ -1,4 +1,4 @@
-"""What commands leave behind: JSON files, and a description of the machine they ran on."""
+"""Result files: JSON, and the description of the machine that goes into them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["describe_machine", "write_json"]
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
-    """Write ``value`` as indented JSON; NaN and infinity are an error, JSON has neither."""
+    """Write ``value`` as indented JSON; NaN and infinity, which JSON lacks, are an error."""
     return write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Where a number was measured: device, processor, threads, versions, date (UTC)."""
+    """Describe where numbers were measured: device, processor, threads, versions, date (UTC)."""
     device = torch.device(device)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",

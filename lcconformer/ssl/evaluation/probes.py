@@ -1,4 +1,4 @@
-"""Phone probes at every depth: frozen features in, rows of frame accuracies out."""
+"""Phone probes: classifiers on the frozen hidden states of every depth, scored by frame accuracy."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class ProbeSettings:
     """Settings of the probes.
 
     Attributes:
-        max_frames: training frames, drawn at random from all of them; they are kept in memory as float16,
+        max_frames: largest number of training frames, drawn at random.  They are kept in memory as float16,
             ``2 (K D + C)`` bytes each for K depths of width D and C mel bins.  Test frames are never stored.
-        hidden: width of the hidden layer.
+        hidden: width of the hidden layer of the second probe.
         epochs: passes over the training frames.
-        seed: of the drawn frames, their order and the initial weights.
+        seed: seed of the drawn frames, their order and the initial weights.
 
     Raises:
         ValueError: a value out of range.
@@ -61,20 +61,20 @@ def probe_model(
     """Train and score both probes at every depth.
 
     Args:
-        model: in evaluation mode; its device is used.
-        train, test: with phone alignments; utterances without are left out.
-        depths: 0 (the output of the front end) ... N.
-        settings: of the probes.
-        name: of these features in the rows.
+        model: the model, in evaluation mode; its device is used.
+        train, test: speech with phone alignments; utterances without one are left out.
+        depths: depths from 0 (the output of the front end) to N.
+        settings: settings of the probes.
+        name: name of the hidden states in the rows.
         log_mel: also probe the log-mel features.
-        progress: called with the part done, 0 to 1.
+        progress: called with the part that is done, 0 to 1.
 
     Returns:
         Rows ``{"features", "depth", "probe", "accuracy", "frames"}``: ``features`` is ``name``, or ``"log-mel"`` with depth
-        None; ``probe`` is ``"linear"`` or ``"hidden"``; ``frames`` are those the accuracy is over.
+        None; ``probe`` is ``"linear"`` or ``"hidden"``; ``frames`` is the number of test frames.
 
     Raises:
-        ValueError: no alignment, or no usable audio.
+        ValueError: there is no alignment, or no usable audio.
     """
     report = progress or (lambda part: None)
     chosen = choose_frames(train, max_frames=settings.max_frames, seed=settings.seed, labelled=True)
@@ -164,10 +164,14 @@ def split_speech(
 
 
 def smallest_depth(accuracy: Mapping[int, float], tolerance: float = TOLERANCE) -> int:
-    """The smallest depth, 1 or more, whose accuracy is at least ``(1 - tolerance)`` times the best.
+    """Smallest depth whose accuracy is at least ``(1 - tolerance)`` times the best; depth 0, the front end, does not count.
 
-    The tolerance is relative: below 100% accuracy that is stricter than so many percentage points.  Depth 0 is the front
-    end, which is no encoder, and does not count.
+    Args:
+        accuracy: accuracy by depth, 0 to 1.
+        tolerance: relative to the best accuracy: 0.01 allows 0.5 percentage points where the best is 50%.
+
+    Raises:
+        ValueError: there is no depth from 1 on.
     """
     loops = {depth: value for depth, value in accuracy.items() if depth >= 1}
     if not loops:
@@ -177,5 +181,5 @@ def smallest_depth(accuracy: Mapping[int, float], tolerance: float = TOLERANCE) 
 
 
 def accuracies(rows: Sequence[Mapping[str, Any]], features: str, probe: str) -> dict[int, float]:
-    """Accuracy by depth from the rows of one model and probe."""
+    """Accuracy by depth, from the rows that have these features and this probe."""
     return {r["depth"]: r["accuracy"] for r in rows if r["features"] == features and r["probe"] == probe}

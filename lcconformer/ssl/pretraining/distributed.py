@@ -1,4 +1,4 @@
-"""The processes of a run: one, or as many as torchrun started."""
+"""The processes of a run: a single one, or those that torchrun started."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Ranks", "join_ranks"]
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others, and its device."""
+    """This process, the number of processes, and the device of this one."""
 
     rank: int
     world_size: int
@@ -26,7 +26,7 @@ class Ranks:
         return self.rank == 0
 
     def total(self, values: Sequence[float]) -> list[float]:
-        """Sums over all ranks, in float64; every rank must call it."""
+        """Sum each value over all ranks, in float64; every rank must call it."""
         if self.world_size == 1:
             return list(values)
         x = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -46,7 +46,7 @@ def _device(name: str | None) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device is {name!r} but torch {torch.__version__} sees no CUDA device; use 'cpu'")
-        # each process of a node needs its own
+        # each process of a node needs a device of its own
         index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise ValueError(f"device is cuda:{index} but there are {torch.cuda.device_count()} CUDA devices")
@@ -55,12 +55,12 @@ def _device(name: str | None) -> torch.device:
 
 
 def join_ranks(device: str | None = None) -> Ranks:
-    """Join the processes started by torchrun (NCCL on CUDA, Gloo on CPU), or be alone.
+    """Join the processes that torchrun started (NCCL on CUDA, Gloo on CPU); without torchrun, stay alone.
 
-    The first call makes the process group; it lasts until the process ends, as its rendezvous can be used only once.
+    The first call makes the process group.  It lasts until the process ends, because its rendezvous works only once.
 
     Args:
-        device: ``"cpu"``, ``"cuda"``, ``"cuda:N"``; None: the CUDA device of this process if there is one.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:N"``; None: the CUDA device of this process if there is one, else the CPU.
 
     Raises:
         ValueError: no such device.

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: a progress bar, CSV files and, where it is installed, TensorBoard."""
+"""What a run reports: progress on the terminal, CSV files and, where it is installed, TensorBoard logs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["CsvLog", "Reports", "RunLog", "StepBar"]
 
 
 class CsvLog:
-    """A CSV file, flushed at every row; rows of steps after ``last_step`` are dropped from an older file."""
+    """A CSV file that is flushed after every row; of an existing file, the rows up to step ``last_step`` are kept."""
 
     def __init__(self, path: Path, columns: Sequence[str], last_step: int) -> None:
         self._columns = list(columns)
@@ -45,8 +45,8 @@ class RunLog:
     """``steps.csv``, ``validation.csv`` and ``tensorboard/`` in the folder of a run.
 
     Args:
-        folder: of the run.
-        last_step: steps done before; later rows of an earlier part are dropped, they will be done again.
+        folder: folder of the run.
+        last_step: steps done before.  Later rows of an interrupted part are dropped, because their steps are done again.
     """
 
     def __init__(self, folder: Path, last_step: int) -> None:
@@ -81,7 +81,7 @@ class RunLog:
 
 
 class StepBar(ProgressBar):
-    """Progress of a run of ``steps`` steps, with loss, depth and utterances/s.
+    """Progress through ``steps`` steps, with loss, depth and utterances per second.
 
     Raises:
         ImportError: tqdm is not installed.

@@ -1,4 +1,4 @@
-"""AdamW without weight decay on biases and norms, and its learning rate."""
+"""AdamW without weight decay of biases and norms, and its learning rate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["learning_rate_scale", "load_optimizer_tensors", "make_optimizer", "o
 
 
 def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW; only the weights of linear layers and convolutions decay."""
+    """Make an AdamW that decays only the weights of linear layers and convolutions."""
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d))}
     groups = [
         {"params": [p for p in model.parameters() if id(p) in matrices], "weight_decay": weight_decay},
@@ -19,14 +19,14 @@ def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
 
 
 def learning_rate_scale(progress: float, warmup: float) -> float:
-    """Part of the peak learning rate at ``progress`` (0 to 1) of the run: linear up over ``warmup``, linear down to zero."""
+    """Learning rate as a part of its peak at ``progress`` (0 to 1): it rises linearly over ``warmup``, then falls to zero."""
     if progress < warmup:
         return progress / warmup
     return max(0.0, (1.0 - progress) / (1.0 - warmup))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """State of the optimizer by parameter name: ``NAME.exp_avg`` and so on; parameters never used have none."""
+    """State of the optimizer under the names of the parameters, as ``NAME.exp_avg``; parameters never updated have none."""
     return {
         f"{name}.{key}": value
         for name, parameter in model.named_parameters()
@@ -35,7 +35,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Inverse of :func:`optimizer_tensors`."""
+    """Load the result of :func:`optimizer_tensors` into a new optimizer."""
     parameters = dict(model.named_parameters())
     for full, value in tensors.items():
         name, _, key = full.rpartition(".")

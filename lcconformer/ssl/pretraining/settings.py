@@ -1,4 +1,4 @@
-"""What a pretraining run is told, and what it says of itself."""
+"""Settings of a pretraining run, the record of a step, and the result."""
 
 from __future__ import annotations
 
@@ -26,26 +26,28 @@ class PretrainSettings:
 
     Attributes:
         config: the encoder; ``input_dim`` is the number of mel bins.
-        features, objective: log-mel front end and what is predicted.
+        features, objective: settings of the log-mel features and of the objective.
         depth: kind of :class:`~lcconformer.DepthSampler`; a curriculum grows over the first half of the steps.
         min_depth: the shallowest sampled depth.
-        distill: weight of the distance between the shallower depths of a step and its deepest (only ``"sandwich"`` has any).
+        distill: weight of the distance between hidden states at the shallower depths of a step and at its deepest; only
+            ``depth="sandwich"`` has steps of several depths.
         steps: optimizer steps; the learning rate falls to zero at the last one.
-        max_minutes: of training time, all parts of a resumed run together; the learning rate then follows the clock wherever
-            that is ahead of the steps, and reruns differ.  None: no limit.
-        learning_rate: AdamW's, at its peak.
+        max_minutes: limit of the training time, over all parts of a resumed run.  The learning rate then follows the clock
+            wherever the clock is ahead of the steps, so that reruns differ.  None: no limit.
+        learning_rate: peak learning rate of AdamW.
         warmup: part of the run in which the learning rate rises.
-        weight_decay: of matrices, not of biases and norms.
-        clip: largest norm of the gradient.
-        accumulate: batches of a step, on each rank.
-        batch_seconds: padded audio of a batch, at most.
-        crop_seconds: longer utterances are cut to this at random, or to ``batch_seconds``; None: never.
-        precision: ``"float32"``, or autocast to ``"bfloat16"`` or ``"float16"`` (CUDA, with loss scaling).
-        seed: of weights, data order, masks, depths and dropout.
-        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None: the CUDA device of this rank if there is one.
+        weight_decay: weight decay of matrices; biases and norms have none.
+        clip: largest norm of the gradient; longer gradients are scaled down to it.
+        accumulate: batches per step on each rank.
+        batch_seconds: largest amount of audio in a batch, padding included.
+        crop_seconds: longer utterances are cut at random to this length (or to ``batch_seconds`` if that is shorter); None:
+            they are never cut.
+        precision: ``"float32"``, or autocast to ``"bfloat16"`` or to ``"float16"`` (CUDA only, with loss scaling).
+        seed: seed of weights, data order, masks, depths and dropout.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None: the CUDA device of this rank if there is one, else the CPU.
         workers: threads that decode audio ahead.
-        validate_every, checkpoint_every: steps; both also happen at the end.
-        keep: newest checkpoints kept.
+        validate_every, checkpoint_every: steps between validations and between checkpoints; both also happen at the end.
+        keep: number of newest checkpoints to keep.
 
     Raises:
         ValueError: a value out of range.
@@ -96,13 +98,13 @@ class PretrainSettings:
         self.sampler()  # checks depth and min_depth
 
     def sampler(self) -> DepthSampler:
-        """The depth of each step."""
+        """The sampler of the depth of each step."""
         return DepthSampler(
             self.depth, self.config.num_layers, self.min_depth, self.seed, steps=max(1, self.steps // 2)
         )
 
     def build_model(self) -> PretrainingModel:
-        """A model with weights drawn from torch's generator."""
+        """Build a model, its weights drawn from torch's generator."""
         return PretrainingModel(self.config, self.features, self.objective)
 
     def describe(self) -> dict[str, Any]:
@@ -135,12 +137,13 @@ class PretrainSettings:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step.
+    """Record of one optimizer step.
 
-    step: counted from 1. depths: loops trained, the deepest first. loss: of the objective, mean over masked frames and
-    depths. grad_norm: before clipping. utterances, seconds: of all ranks, seconds of real audio. compute_s: forward,
-    backward and update. data_s: waiting for audio. elapsed_s: since the run began, over all its parts. skipped: steps left
-    out so far because their gradient was not finite; this one if ``grad_norm`` is not.
+    step: number of the step, from 1. depths: depths trained, the deepest first. loss: mean of the objective over masked
+    frames and depths. grad_norm: norm of the gradient before clipping. utterances, seconds: number of utterances and seconds
+    of audio without padding, over all ranks. compute_s: time of forward, backward and update. data_s: time spent waiting for
+    audio. elapsed_s: training time so far, over all parts of the run. skipped: number of steps left out so far because their
+    gradient was not finite, this one included if its ``grad_norm`` is not.
     """
 
     step: int
@@ -159,10 +162,11 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """What :func:`~lcconformer.ssl.pretraining.pretrain` returns.
+    """Result of :func:`~lcconformer.ssl.pretraining.pretrain`.
 
-    model: in evaluation mode. checkpoint: the newest one. history: steps of this part of the run. validation: (step, loss at
-    depth 1 ... N) of this part. stopped: ``"steps"``, ``"minutes"``, ``"SIGINT"`` or ``"SIGTERM"``.
+    model: the model in evaluation mode. checkpoint: the newest checkpoint. history: steps of this part of the run.
+    validation: pairs (step, loss at depth 1 ... N) of this part. stopped: why the run ended, ``"steps"``, ``"minutes"``,
+    ``"SIGINT"`` or ``"SIGTERM"``.
     """
 
     model: PretrainingModel

@@ -1,4 +1,4 @@
-"""From ``--data`` to a training corpus and one of held-out speakers."""
+"""Training speech, and validation speech of held-out speakers, from any number of corpora."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ...data import Corpus, Utterance, load_corpus
 
 __all__ = ["JoinedCorpus", "hold_out_speakers", "load_speech"]
 
-_PRELOAD_HOURS = 10.0  # decoded once and kept, at 115 MB an hour; beyond that, decoded whenever needed
-_HELD_OUT = 0.05  # of the speech
+_PRELOAD_HOURS = 10.0  # of speech are decoded once and kept, 115 MB an hour; more than that is decoded whenever needed
+_HELD_OUT = 0.05  # part of the speech
 
 
 class JoinedCorpus(Corpus):
-    """Several corpora as one; an utterance id that occurs twice gets its corpus's number in front."""
+    """Several corpora as one; an utterance id that occurs again is prefixed with the number of its corpus."""
 
     def __init__(self, corpora: Sequence[Corpus]) -> None:
         skipped = corpora[0].skipped
@@ -39,16 +39,24 @@ class JoinedCorpus(Corpus):
         return corpus.audio(original)
 
     def select(self, **wanted: Collection[str] | None) -> Corpus:
-        """Raises TypeError: select from the corpora before they are joined."""
+        """Not supported: select from the corpora before they are joined.
+
+        Raises:
+            TypeError: always.
+        """
         raise TypeError(f"{self.name}: joined corpora cannot be selected from; select from each, then join them")
 
     def preload(self, workers: int = 2) -> Corpus:
-        """Raises TypeError: preload the corpora before they are joined."""
+        """Not supported: preload the corpora before they are joined.
+
+        Raises:
+            TypeError: always.
+        """
         raise TypeError(f"{self.name}: joined corpora cannot be preloaded; preload each, then join them")
 
 
 def hold_out_speakers(corpora: Sequence[Corpus], seed: int = 0) -> tuple[str, ...]:
-    """Speakers drawn at random until they have 5% of the speech; none if there is only one speaker."""
+    """Draw speakers at random until they have 5% of the speech; of a single speaker, none."""
     speech: dict[str, int] = {}
     for corpus in corpora:
         for utterance in corpus:
@@ -68,18 +76,18 @@ def load_speech(
     validation_speakers: Collection[str] | None = None,
     seed: int = 0,
 ) -> tuple[Corpus, Corpus | None]:
-    """Training and validation corpus; the latter is None if nobody is held out.
+    """Load training and validation speech; the latter is None if nobody is held out.
 
     Args:
-        paths: corpora as :func:`lcconformer.data.load_corpus` takes them.
-        splits: take only these; empty: all.
-        exclude_speakers: leave these out of both.
-        validation_speakers: hold these out for validation; None: :func:`hold_out_speakers`.
-        seed: of that draw.
+        paths: corpora, see :func:`lcconformer.data.load_corpus`.
+        splits: take only these splits; empty: all.
+        exclude_speakers: leave these speakers out of both.
+        validation_speakers: hold these speakers out for validation; None: those that :func:`hold_out_speakers` draws.
+        seed: seed of that draw.
 
     Raises:
-        FileNotFoundError, ValueError, ImportError: as ``load_corpus``; or a speaker or split that no corpus has, or a
-            selection that leaves nothing to train on.
+        FileNotFoundError, ValueError, ImportError: see ``load_corpus``.
+        ValueError: a speaker or split that no corpus has, or a selection that leaves nothing to train on.
     """
     corpora = [load_corpus(path) for path in paths]
     known_speakers = sorted({s for c in corpora for s in c.speakers})
