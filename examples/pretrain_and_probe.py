@@ -13,9 +13,8 @@ import argparse
 from lcconformer import ConformerConfig
 from lcconformer.data import demo_corpus
 from lcconformer.ssl import load_model
-from lcconformer.ssl.probing import ProbeSettings, accuracies, probe_model, smallest_depth
-from lcconformer.ssl.settings import PretrainSettings
-from lcconformer.ssl.training import pretrain
+from lcconformer.ssl.evaluation import ProbeSettings, accuracies, probe_model, smallest_depth
+from lcconformer.ssl.pretraining import PretrainSettings, pretrain
 
 
 def main() -> None:

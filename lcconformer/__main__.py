@@ -15,16 +15,19 @@ from collections.abc import Sequence
 from . import __version__
 
 COMMANDS = {
-    "info": ("lcconformer.info", "versions, device, and which backend each op would use and why not the others"),
-    "doctor": ("lcconformer.doctor", "run every op by every backend here and compare with float64"),
+    "info": ("lcconformer.cli.info", "versions, device, and which backend each op would use and why not the others"),
+    "doctor": ("lcconformer.cli.doctor", "run every op by every backend here and compare with float64"),
     "demo": (
-        "lcconformer.ssl.demo",
+        "lcconformer.cli.demo",
         "pretrain a small encoder on real speech in minutes and write a report with plots",
     ),
-    "pretrain": ("lcconformer.ssl.pretrain", "self-supervised pretraining on your speech"),
-    "probe": ("lcconformer.ssl.probe", "phone-classification probe at every depth of a checkpoint"),
-    "consistency": ("lcconformer.ssl.consistency", "how alike the hidden states of different depths are"),
-    "tune": ("lcconformer.tune", "measure launch configurations of the Triton kernels on this GPU, and keep the best"),
+    "pretrain": ("lcconformer.cli.pretrain", "self-supervised pretraining on your speech"),
+    "probe": ("lcconformer.cli.probe", "phone-classification probe at every depth of a checkpoint"),
+    "consistency": ("lcconformer.cli.consistency", "how alike the hidden states of different depths are"),
+    "tune": (
+        "lcconformer.cli.tune",
+        "measure launch configurations of the Triton kernels on this GPU, and keep the best",
+    ),
     "bench": ("lcconformer.bench.cli", "speed of training and inference against PyTorch and the peers"),
 }
 

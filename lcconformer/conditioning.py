@@ -1,8 +1,8 @@
-"""What tells the depths of a shared layer apart; every form starts as the identity.
+"""Depth conditioning: parameters that tell the depths of a shared layer apart. Every form starts as the identity.
 
-``layer_norm``: own LayerNorms per depth (as increments; Sharing-MoE Conformer, arXiv 2209.08326).  ``step``: an embedding of
-the depth added to the input of the loop (Universal Transformer, arXiv 1807.03819).  ``film``: the input scaled and shifted.
-``lora``: a low-rank increment per matrix and depth (Relaxed Recursive Transformers, arXiv 2410.20672).
+``layer_norm``: separate LayerNorms per depth, stored as increments (Sharing-MoE Conformer, arXiv 2209.08326).  ``step``: an
+embedding of the depth, added to the input of the loop (Universal Transformer, arXiv 1807.03819).  ``film``: a scale and a
+shift of that input.  ``lora``: a low-rank increment per matrix and depth (Relaxed Recursive Transformers, arXiv 2410.20672).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ __all__ = ["DepthConditioning"]
 
 
 class DepthConditioning(nn.Module):
-    """Per-depth parameters, each stacked over depth ``[N, ...]`` in one tensor.
+    """Per-depth parameters, each stacked over all depths ``[N, ...]`` in one tensor.
 
-    Stacking gives every parameter a gradient at any sampled depth (zero where a depth did not run), so that data-parallel
-    training never waits for one that was not used.
+    Because they are stacked, every parameter has a gradient at any sampled depth (zero where a depth did not run), and
+    data-parallel training never waits for an unused one.
 
     Args:
-        config: ``conditioning``, ``lora_rank``, ``num_layers``, ``d_model`` are used.
+        config: configuration; ``conditioning``, ``lora_rank``, ``num_layers`` and ``d_model`` are used.
         layer: a layer of the encoder, for the names and shapes of its norms and matrices.
     """
 
@@ -49,7 +49,7 @@ class DepthConditioning(nn.Module):
                 self.lora_b.append(nn.Parameter(torch.zeros(n, module.out_features, rank)))
 
     def enter(self, x: Tensor, depth: int) -> Tensor:
-        """The input ``[B, T, d_model]`` of loop ``depth`` (from 0)."""
+        """Condition ``x [B, T, d_model]``, the input of loop ``depth`` (from 0)."""
         if self.step is not None:
             x = x + self.step[depth]
         if self.film is not None:
@@ -58,7 +58,7 @@ class DepthConditioning(nn.Module):
         return x
 
     def overrides(self, layer: nn.Module, depth: int) -> dict[str, Tensor]:
-        """Parameters of ``layer`` as loop ``depth`` sees them, by name; only those that are conditioned."""
+        """The conditioned parameters of ``layer``, by name, with their values in loop ``depth`` (from 0)."""
         out: dict[str, Tensor] = {}
         for name, delta in zip(self._norms, self.norm_deltas):
             out[name] = layer.get_parameter(name) + delta[depth]

@@ -1,4 +1,4 @@
-"""How many loops: sampled per training step (arXiv 2105.00812), and chosen at inference by an exit rule."""
+"""Number of loops: sampled per training step (arXiv 2105.00812), chosen by an exit rule at inference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _KINDS = ("uniform", "fixed", "curriculum", "log_normal", "sandwich")
 
 
 def _uniform(seed: int, step: int, draw: int) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments (splitmix64, Steele et al. 2014)."""
+    """Pseudo-random number in [0, 1), a function of its arguments (splitmix64, Steele et al. 2014)."""
     mask = (1 << 64) - 1
     z = 0
     for word in (seed, step, draw):
@@ -29,19 +29,19 @@ def _uniform(seed: int, step: int, draw: int) -> float:
 
 @dataclass(frozen=True)
 class DepthSampler:
-    """Training depth as a function of (seed, step): the same on every rank and after a resume, with no communication.
+    """Depth of each training step, a function of (seed, step): all ranks and resumed runs agree without communication.
 
     Attributes:
-        kind: ``"uniform"`` over ``low`` ... ``num_layers`` (the paper's); ``"fixed"``: always ``num_layers``;
-            ``"curriculum"``: uniform over ``low`` ... a maximum that grows linearly to ``num_layers`` within ``steps``;
-            ``"log_normal"``: Poisson with log-normal rate of mean ``mean`` (arXiv 2502.05171), clipped to the range;
+        kind: ``"uniform"``: uniform from ``low`` to ``num_layers``, as in the paper; ``"fixed"``: always ``num_layers``;
+            ``"curriculum"``: uniform from ``low`` to a maximum that grows linearly to ``num_layers`` within ``steps``;
+            ``"log_normal"``: Poisson with a log-normal rate of mean ``mean`` (arXiv 2502.05171), clipped to the range;
             ``"sandwich"``: the deepest, the shallowest and a random depth in one step (arXiv 1903.05134).
-        num_layers: N, the deepest.
-        low: the shallowest.
-        seed: of the draws.
-        steps: length of the curriculum.
-        mean: of ``"log_normal"``; default the middle of the range.
-        sigma: of ``"log_normal"``.
+        num_layers: N, the largest depth.
+        low: the smallest depth.
+        seed: seed of the draws.
+        steps: length of the curriculum in steps.
+        mean: mean of the log-normal rate; None: the middle of the range.
+        sigma: standard deviation of the logarithm of that rate.
 
     Raises:
         ValueError: a value out of range.
@@ -70,7 +70,7 @@ class DepthSampler:
             raise ValueError(f"DepthSampler: mean is {self.mean}; expected a positive number")
 
     def depths(self, step: int) -> tuple[int, ...]:
-        """Depths to train in ``step`` (from 0), deepest first; one, or up to three for ``"sandwich"``."""
+        """Depths to train in ``step`` (from 0), the deepest first: one, or up to three for ``"sandwich"``."""
         n, low = self.num_layers, self.low
         if self.kind == "fixed":
             return (n,)
@@ -98,9 +98,9 @@ class DepthSampler:
         return min(max(k, self.low), self.num_layers)
 
     def mean_depth(self, steps: int | None = None) -> float:
-        """Expected number of loops of a step: closed form where there is one, else the mean over ``steps`` (default 10000).
+        """Expected number of loops per step, in closed form if there is one, else as the mean over ``steps`` (default 10000).
 
-        A ``"sandwich"`` step runs the deepest only once: its shallower depths are hidden states of the same run.
+        A ``"sandwich"`` step counts as N loops: its shallower depths are hidden states of the same run.
         """
         if self.kind in ("fixed", "sandwich"):
             return float(self.num_layers)
@@ -112,15 +112,15 @@ class DepthSampler:
 
 @dataclass(frozen=True)
 class ExitRule:
-    """When an utterance has been through enough loops (:meth:`ConformerEncoder.adaptive`).
+    """Rule by which an utterance stops looping (:meth:`ConformerEncoder.adaptive`).
 
     Attributes:
         kind: ``"fixed"``: after ``depth`` loops (Shallow Layer Inference, arXiv 2105.00812); ``"change"``: when the normalised
             change ``|h_k - h_(k-1)| / |h_(k-1)|`` of an utterance falls below ``threshold``; ``"cosine"``: when the mean
             over its frames of ``1 - cos(h_k, h_(k-1))`` does.
-        depth: loops of ``"fixed"``; the most loops otherwise (None: all of the encoder's).
-        threshold: of ``"change"`` and ``"cosine"``, positive.
-        min_depth: loops before the first test, 1 or more.
+        depth: number of loops of ``"fixed"``; largest number of loops otherwise (None: all loops of the encoder).
+        threshold: threshold of ``"change"`` and ``"cosine"``, positive.
+        min_depth: number of loops before the first test, 1 or more.
 
     Raises:
         ValueError: a value out of range.
@@ -144,7 +144,7 @@ class ExitRule:
             raise ValueError(f"ExitRule: min_depth is {self.min_depth}; expected 1 or more")
 
     def distance(self, new: Tensor, old: Tensor, lengths: Tensor | None) -> Tensor:
-        """``[B]``: how far apart two successive hidden states ``[B, T, d_model]`` are, over real frames."""
+        """Distance ``[B]`` between two successive hidden states ``[B, T, d_model]``, over frames without padding."""
         if lengths is None:
             lengths = torch.full((new.shape[0],), new.shape[1], device=new.device)
         pad = ~frame_mask(lengths, new.shape[1])  # [B, T]

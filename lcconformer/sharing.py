@@ -1,4 +1,4 @@
-"""From depth to weights: which of the unique layers each loop uses."""
+"""Weight sharing: which of the unique layers each loop uses."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _FORMS = (
 
 
 def sharing_map(sharing: str | Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """Index of the unique layer used at each depth, ``num_layers`` entries.
+    """Indices of the unique layers used at depth 1 ... ``num_layers``.
 
     ========================  ===========================================  =====================
     sharing                   meaning                                      example, 6 layers
     ========================  ===========================================  =====================
     ``all``                   one layer (ALBERT, arXiv 2105.00812)         0 0 0 0 0 0
-    ``none``                  every depth its own                          0 1 2 3 4 5
+    ``none``                  a layer for every depth                      0 1 2 3 4 5
     ``sequence:3``            M layers, each repeated (arXiv 2104.06022)   0 0 1 1 2 2
     ``cycle:3``               M layers in turn (arXiv 2104.06022)          0 1 2 0 1 2
-    ``middle_cycle:2``        own first and last, M in turn between        0 1 2 1 2 3
-    ``prelude_core_coda:..``  P own, M in turn, C own (arXiv 2502.05171)   1,2,1: 0 1 2 1 2 3
+    ``middle_cycle:2``        separate first and last, M in turn between   0 1 2 1 2 3
+    ``prelude_core_coda:..``  P, M in turn, C (arXiv 2502.05171)           1,2,1: 0 1 2 1 2 3
     ========================  ===========================================  =====================
 
     Raises:
@@ -36,7 +36,7 @@ def sharing_map(sharing: str | Sequence[int], num_layers: int) -> tuple[int, ...
         layers = tuple(sharing)
         if len(layers) != num_layers or not all(isinstance(i, int) and not isinstance(i, bool) for i in layers):
             raise fail("a tuple needs one integer per depth")
-        # numbered by first use, so that no layer is left unused
+        # no gaps, so that no layer is left unused
         if sorted(set(layers)) != list(range(len(set(layers)))):
             raise fail("a tuple must use the indices 0, 1, ... without gaps")
         return layers

@@ -1,4 +1,4 @@
-"""Front ends: from input features to the width of the encoder, with fewer frames if asked for."""
+"""Front end: projects input features to the width of the encoder and optionally merges frames."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["FrontEnd"]
 
 
 class FrontEnd(nn.Module):
-    """``[B, T, input_dim], [B] -> [B, T', d_model], [B]`` with ``T' = ceil(T / factor)``, for lengths alike.
+    """Features ``[B, T, input_dim]`` and lengths ``[B]`` in, ``[B, T', d_model]`` and new lengths out, T' = ceil(T / factor).
 
-    ``"stack"`` concatenates ``factor`` neighbouring frames (the last group is filled with zeros); ``"conv"`` is one or two
-    3x3 convolutions of stride 2 over time and frequency with ReLU.  Frames beyond the length are zero before every
-    step, so that an utterance gets the same output in any batch.
+    ``"stack"`` concatenates ``factor`` neighbouring frames, the last group padded with zeros.  ``"conv"`` is one or two 3x3
+    convolutions of stride 2 over time and frequency, each followed by ReLU.  Frames beyond the length are set to zero before
+    every step, so that an utterance gives the same output in any batch.
     """
 
     def __init__(self, config: ConformerConfig) -> None:
@@ -41,11 +41,11 @@ class FrontEnd(nn.Module):
         self.project = nn.Linear(width, config.d_model)
 
     def lengths(self, lengths: Tensor) -> Tensor:
-        """Frames left of ``lengths`` input frames: ``ceil(lengths / factor)``."""
+        """Number of output frames for ``lengths`` input frames: ``ceil(lengths / factor)``."""
         return (lengths + self.factor - 1) // self.factor
 
     def flops(self, frames: int) -> int:
-        """Floating-point operations for one utterance that leaves ``frames`` frames, ``frames * factor`` going in.
+        """Floating-point operations for an utterance of ``frames`` output frames, ``frames * factor`` input frames.
 
         Counts the convolutions and the projection; a multiply-add is two operations.
         """

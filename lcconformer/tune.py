@@ -1,51 +1,53 @@
-"""``python -m lcconformer tune``: which launch configurations of the Triton kernels are fastest on this GPU.
+"""Which launch configurations of the Triton kernels are fastest on this GPU.
 
-The heuristics of the kernels choose well by what the compiler says (registers, spills, shared memory); this measures a few
-neighbours of every choice that a training step of one layer makes, and files the fastest for later processes to load.
-Whether the feed-forward's products are cuBLAS or have its other steps inside is chosen here alone, shape by shape.
-Nothing else ever tunes. Each neighbour is compiled: it takes minutes.
+The kernels' heuristics choose by what the compiler reports (registers, spills, shared memory). Tuning measures a few
+neighbours of every choice in a training step of one layer, and writes the fastest to a file that later processes load.
+It also decides, per shape, whether the feed-forward's GEMMs are cuBLAS or have the other steps fused in; nothing else does.
+Nothing is ever tuned unasked. Every neighbour is compiled, which takes minutes.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-__all__ = ["add_arguments", "calls", "run", "tune"]
+__all__ = ["LayerShape", "calls", "tune", "tune_gpu"]
 
 OPS = ("feed_forward", "relpos_attention", "glu_depthwise_conv", "residual_layer_norm")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# how much of the heuristic's time a candidate may take at most to replace it: less of a difference is noise
+# a candidate replaces the heuristic's choice if it takes at most this part of its time; smaller gains are noise
 GAIN = 0.97
 
 Timer = Callable[[Callable[[], object]], float]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--op", choices=OPS, action="append", help="only this one (repeatable; default: all)")
-    parser.add_argument("--batch", type=int, default=32, help="utterances (default: %(default)s)")
-    parser.add_argument("--frames", type=int, default=400, help="frames of each (default: %(default)s)")
-    parser.add_argument("--d-model", type=int, default=256, help="width (default: %(default)s)")
-    parser.add_argument("--ffn-dim", type=int, help="hidden width of the feed-forward (default: 4 times the width)")
-    parser.add_argument("--heads", type=int, default=4, help="attention heads (default: %(default)s)")
-    parser.add_argument("--kernel-size", type=int, default=31, help="of the convolution (default: %(default)s)")
-    parser.add_argument(
-        "--norm", choices=("layer", "batch", "group", "none"), default="layer", help="of the convolution"
-    )
-    parser.add_argument("--dropout", type=float, default=0.0, help="rate (default: %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the activations (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, help="write there; for it to be read, set LCCONFORMER_TUNED to it")
+@dataclass(frozen=True)
+class LayerShape:
+    """The layer and the batch to tune for: numbers of utterances, frames, heads and taps, widths, dtype of the activations."""
+
+    batch: int = 32
+    frames: int = 400
+    d_model: int = 256
+    ffn_dim: int | None = None
+    heads: int = 4
+    kernel_size: int = 31
+    norm: str = "layer"
+    dropout: float = 0.0
+    dtype: str = "bfloat16"
 
 
-def run(args: argparse.Namespace) -> int:
-    """The command.
+def tune_gpu(layer: LayerShape, ops: Sequence[str] = OPS, folder: Path | None = None) -> tuple[Path, int]:
+    """Tune the launches of ``ops`` on the current GPU and write the fastest configurations to a file.
+
+    Returns:
+        The file, in ``folder`` or the default folder, and the number of configurations in it.
 
     Raises:
-        NotImplementedError: no GPU that Triton serves.
+        NotImplementedError: there is no GPU that Triton serves.
     """
     from lcconformer.ops.availability import triton_reasons
 
@@ -61,18 +63,17 @@ def run(args: argparse.Namespace) -> int:
     from lcconformer.kernels import _tuning
 
     gpu = torch.cuda.get_device_name(device)
-    path = _tuning.file_of(gpu, args.folder)
+    path = _tuning.file_of(gpu, folder)
     table = _tuning.read(path) if path.exists() else {}
-    for name, call in calls(args, device):
-        if args.op is None or name.split()[0] in args.op:
+    for name, call in calls(layer, device):
+        if name.split()[0] in ops:
             table |= tune(name, call, median)
             _tuning.write(path, gpu, table)
-    print(f"{len(table)} configurations in {path}")
-    return 0
+    return path, len(table)
 
 
 def median(call: Callable[[], object]) -> float:
-    """Median time of a call on the GPU in ms, the L2 cache emptied before each."""
+    """Median time of a call on the GPU in milliseconds, with a cold L2 cache."""
     from triton.testing import do_bench
 
     return float(do_bench(call, warmup=10, rep=50, return_mode="median"))
@@ -107,19 +108,19 @@ def tune(name: str, call: Callable[[], object], timer: Timer) -> dict[str, objec
     return found
 
 
-def calls(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
+def calls(layer: LayerShape, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
     """Forward and backward of each op, at one layer's shape; residual_layer_norm last, for feed_forward uses its kernels."""
     from lcconformer.kernels import feed_forward, glu_depthwise_conv, relpos_attention, residual_layer_norm
     from lcconformer.ops.dropout import dropout_seed
 
-    b, t, d, h, p = args.batch, args.frames, args.d_model, args.heads, args.dropout
+    b, t, d, h, p = layer.batch, layer.frames, layer.d_model, layer.heads, layer.dropout
 
     def make(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=device).to(DTYPES[args.dtype])
+        return torch.randn(shape, device=device).to(DTYPES[layer.dtype])
 
     x, norm = make(b, t, d), (make(d), make(d))
     seed = dropout_seed(x, p)
-    f = args.ffn_dim or 4 * d
+    f = layer.ffn_dim or 4 * d
     rows, w1, b1, w2 = x.view(b * t, d), make(f, d), make(f), make(d, f)
     # as the training engine calls it, which has its LayerNorm elsewhere
     yield "feed_forward up", lambda: feed_forward.up(rows, w1, b1, seed, p)
@@ -135,10 +136,10 @@ def calls(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str,
     out, lse = relpos_attention.forward(*attention, p)
     yield "relpos_attention backward", lambda: relpos_attention.backward(out, *attention, out, lse, p)
 
-    training = args.norm == "batch"
-    affine = (None, None) if args.norm == "none" else (make(d), make(d))
+    training = layer.norm == "batch"
+    affine = (None, None) if layer.norm == "none" else (make(d), make(d))
     running = (torch.zeros(d, device=device), torch.ones(d, device=device)) if training else (None, None)
-    wide, weight, options = make(b, t, 2 * d), make(d, args.kernel_size), (args.norm, h, training, 1e-5)
+    wide, weight, options = make(b, t, 2 * d), make(d, layer.kernel_size), (layer.norm, h, training, 1e-5)
     convolve = (wide, weight, make(d), None, *affine, *running, *options, True)
     yield "glu_depthwise_conv forward", lambda: glu_depthwise_conv.forward(*convolve)
     _, *saved = glu_depthwise_conv.forward(*convolve)

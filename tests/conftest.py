@@ -1,7 +1,8 @@
-"""What every test shares: seeds, threads, the GPU marker, and where the larger speech data lies."""
+"""What every test shares: seeds, threads, the GPU marker, made-up speech, and where the larger speech data lies."""
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Callable
@@ -20,6 +21,9 @@ from lcconformer.tolerance import allowed_error, largest_error, passes
 # Triton reads this when it decorates a kernel: without a GPU the kernels run in its interpreter
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+RATE = 16_000
+PITCHES = {"SIL": 0.0, "AA": 300.0, "IY": 1200.0, "S": 3500.0}  # Hz, of the phones of made-up speech
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -68,6 +72,102 @@ def shared_data() -> Path:
             raise FileNotFoundError(f"LCCONFORMER_SHARED_DATA is {given!r}, which is no folder")
         pytest.skip(f"no speech data at {path}; set LCCONFORMER_SHARED_DATA to the folder of the archives")
     return path
+
+
+@pytest.fixture(scope="session")
+def speech_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder corpus: 14 utterances of 0.4 to 1.2 s, four speakers a, b, c, d, splits train and test; no alignments."""
+    soundfile = pytest.importorskip("soundfile", reason="pip install 'lcconformer[test]'")
+    folder = tmp_path_factory.mktemp("speech")
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(14):
+        count = int(RATE * rng.uniform(0.4, 1.2))
+        t = np.arange(count) / RATE
+        voice = sum(np.sin(2 * np.pi * k * (100 + 15 * i + 40 * np.sin(9 * t)) * t) / k for k in range(1, 9))
+        sound = 0.1 * voice * (0.3 + np.sin(20 * t) ** 2) + 0.01 * rng.standard_normal(count)
+        soundfile.write(folder / f"u{i:02}.flac", sound.astype(np.float32), RATE)
+        rows.append({"utt": f"u{i:02}", "spk": "abcd"[i % 4], "split": "test" if i == 13 else "train", "n": count})
+    (folder / "meta.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def _tones(phones: list[tuple[str, int]], rng: np.random.Generator) -> np.ndarray:
+    """A tone of its own for each phone, in noise; silence is noise alone."""
+    parts = []
+    for phone, frames in phones:
+        t = np.arange(frames * 160) / RATE
+        parts.append(0.2 * np.sin(2 * np.pi * PITCHES[phone] * t))
+    samples = np.concatenate(parts)
+    return (samples + 0.01 * rng.standard_normal(len(samples))).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def make_speech(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``make_speech(name, count=8, splits=True, aligned=True)`` -> folder of a corpus of speakers s0, s1, s2; about 1 s each.
+
+    Splits are ``train`` (s0, s1) and ``test`` (s2), or none; phone times are exact.
+    """
+    soundfile = pytest.importorskip("soundfile", reason="pip install 'lcconformer[test]'")
+
+    def make(name: str, count: int = 8, *, splits: bool = True, aligned: bool = True, seed: int = 0) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        rng = np.random.default_rng(seed)
+        rows = []
+        for i in range(count):
+            names = [*rng.permutation(list(PITCHES)), *rng.permutation(list(PITCHES))]
+            phones = [(str(p), int(n)) for p, n in zip(names, rng.integers(5, 20, len(names)))]
+            samples = _tones(phones, rng)
+            soundfile.write(folder / f"{name}{i:02}.flac", samples, RATE)
+            rows.append(
+                {
+                    "utt": f"{name}{i:02}",
+                    "spk": f"s{i % 3}",
+                    "split": ("test" if i % 3 == 2 else "train") if splits else "",
+                    "text": "",
+                    "n": len(samples),
+                    "phones": " ".join(f"{p}:{n}" for p, n in phones) if aligned else "",
+                }
+            )
+        (folder / "meta.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def speech(make_speech: Callable[..., Path]) -> Path:
+    """Twelve aligned utterances of :func:`make_speech`."""
+    return make_speech("speech", 12)
+
+
+@pytest.fixture
+def tiny_model() -> torch.nn.Module:
+    """A PretrainingModel: 3 loops of width 16 over pairs of frames, 20 mel bins, seeded, in evaluation mode."""
+    from lcconformer import ConformerConfig
+    from lcconformer.ssl import FeatureSettings, ObjectiveSettings, PretrainingModel
+
+    torch.manual_seed(0)
+    config = ConformerConfig(
+        d_model=16,
+        num_heads=2,
+        ffn_dim=32,
+        num_layers=3,
+        conv_kernel_size=5,
+        dropout=0.0,
+        input_dim=20,
+        subsampling="stack",
+        subsampling_factor=2,
+    )
+    return PretrainingModel(config, FeatureSettings(num_bins=20), ObjectiveSettings()).eval()
+
+
+@pytest.fixture
+def tiny_checkpoint(tiny_model: Any, tmp_path: Path) -> Path:
+    from lcconformer.ssl import save_checkpoint
+
+    tensors = {f"model.{name}": x for name, x in tiny_model.state_dict().items()}
+    return save_checkpoint(tmp_path / "tiny.safetensors", tensors, tiny_model.describe())
 
 
 @pytest.fixture(scope="session")

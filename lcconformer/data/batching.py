@@ -1,10 +1,10 @@
-"""Batches of similar length, the same for every number of processes, resumable at any step.
+"""Batches of utterances of similar length: the same for any number of processes, and resumable at any step.
 
-An epoch is cut into batches of at most ``max_seconds`` of padded audio: utterances are sorted by length (with a random
-jitter, so that their company changes from epoch to epoch), cut wherever the budget or the padding bound would be
-broken, and the batches shuffled. All of it is a function of (seed, epoch) alone. Batch ``step * world_size + rank`` of
-that list is what rank ``rank`` gets at step ``step``: the ranks' batches of one step are together what a single
-process gets in ``world_size`` consecutive steps, i.e. with gradients accumulated over ``world_size`` times the audio.
+An epoch consists of batches of at most ``max_seconds`` of audio, padding included.  Utterances are sorted by length, with
+random jitter, so that they meet other utterances in every epoch.  A new batch begins where the limit on audio or padding
+would be exceeded, and the batches are shuffled.  All of this depends on (seed, epoch) alone.  At step ``step``, rank ``rank``
+gets batch ``step * world_size + rank``: together, the ranks get in one step what a single process gets in ``world_size``
+consecutive steps, that is, with gradients accumulated over ``world_size`` batches.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .corpora import BadAudioError, Corpus, Utterance
 from .features import FRAME_SHIFT, SAMPLE_RATE, frame_count
 from .phones import IGNORE, frame_labels
 
-_JITTER = 0.1  # of the length, in the sorting key
+_JITTER = 0.1  # part of the length, in the sorting key
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Batch:
     """A padded batch.
 
     ids: B utterance ids. audio: ``[B, S]`` float32, zero-padded. lengths: ``[B]`` int64 samples.
-    labels: ``[B, frame_count(S)]`` int64 phone classes a 10 ms frame, -100 where unknown, or None.
+    labels: ``[B, frame_count(S)]`` int64 phone classes of the 10 ms frames, -100 where unknown; or None.
     """
 
     ids: tuple[str, ...]
@@ -50,10 +50,10 @@ class Batch:
 def plan_batches(
     lengths: Sequence[int], *, budget: int, max_padding: float = 0.2, rng: np.random.Generator | None = None
 ) -> list[list[int]]:
-    """Indices into ``lengths``, each exactly once, in batches of similar length.
+    """Group indices into ``lengths``, each exactly once, into batches of similar length.
 
-    A batch's count x longest is at most ``budget``, and the part of it that is padding at most ``max_padding``. With
-    ``rng`` the order is random; without, batches go from the longest to the shortest.
+    The size of a batch (count x longest) is at most ``budget``, and the part of it that is padding at most ``max_padding``.
+    With ``rng`` the order is random; without, batches go from the longest to the shortest.
 
     Raises:
         ValueError: a length exceeds ``budget`` or is not positive.
@@ -84,22 +84,22 @@ class BatchLoader:
 
     Args:
         corpus: where the utterances come from; ``corpus.preload()`` keeps decoded audio in memory.
-        max_seconds: padded audio in a batch at most.
-        crop_seconds: longer utterances are cut to this, at a random place when shuffling (a whole number of 10 ms
-            frames from the start, so that labels stay aligned), else at their start. None: never.
-        max_padding: bound on the part of a batch that is padding.
-        shuffle: random batches and crops, else from the longest to the shortest utterance.
-        labels: with phone labels.
-        seed, rank, world_size: see the module's text. Batches at the end of an epoch that would not reach every rank
+        max_seconds: largest amount of audio in a batch, padding included.
+        crop_seconds: longer utterances are cut to this length. When shuffling, the cut begins at a random 10 ms frame, so
+            that labels stay aligned; otherwise, at the start. None: they are never cut.
+        max_padding: largest part of a batch that may be padding.
+        shuffle: True: random batches and crops; False: batches from the longest to the shortest utterance.
+        labels: whether batches have phone labels.
+        seed, rank, world_size: see the module's docstring. Batches at the end of an epoch that would not reach every rank
             are left out.
-        workers: threads that decode ahead; 0 decodes when asked.
+        workers: threads that decode ahead; 0: decode on demand.
 
-    An utterance whose audio turns out to be unusable is left out of its batch with a counted warning
-    (``corpus.skipped``); a batch that would be empty takes the next usable utterance of the corpus, so that all ranks
-    make the same number of steps.
+    An utterance whose audio turns out to be unusable is left out of its batch, with a warning, and counted in
+    ``corpus.skipped``. If nothing of a batch is left, it takes the next usable utterance of the corpus instead, so that all
+    ranks do the same number of steps.
 
     Raises:
-        ValueError: sizes out of range, or an utterance longer than ``max_seconds`` and no ``crop_seconds``.
+        ValueError: a size is out of range, or an utterance is longer than ``max_seconds`` and there is no ``crop_seconds``.
     """
 
     def __init__(
@@ -143,24 +143,24 @@ class BatchLoader:
             )
 
     def plan(self, epoch: int) -> list[list[int]]:
-        """The batches of an epoch over all ranks, as indices into the corpus."""
+        """Batches of an epoch for all ranks, as indices into the corpus."""
         rng = np.random.default_rng((self.seed, epoch)) if self.shuffle else None
         return plan_batches(self._sizes, budget=self._budget, max_padding=self._max_padding, rng=rng)
 
     def steps(self, epoch: int) -> int:
-        """Number of steps of an epoch, the same on every rank."""
+        """Number of steps in an epoch, the same on every rank."""
         return len(self.plan(epoch)) // self.world_size
 
     def padding(self, epoch: int) -> float:
-        """The part of an epoch's audio, over all ranks, that is padding."""
+        """Part of an epoch's audio, over all ranks, that is padding."""
         padded = sum(len(batch) * max(self._sizes[i] for i in batch) for batch in self.plan(epoch))
         return 1.0 - sum(self._sizes) / padded
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """This rank's batches of an epoch from step ``start`` on; nothing before it is decoded.
+        """Iterate over this rank's batches of an epoch, from step ``start`` on; earlier ones are not decoded.
 
         Raises:
-            ValueError: ``epoch`` or ``start`` is negative, or no file of the corpus is usable.
+            ValueError: ``epoch`` or ``start`` is negative, or the corpus has no usable file.
         """
         if epoch < 0 or start < 0:
             raise ValueError(f"epoch and start must not be negative, got {epoch} and {start}")
@@ -203,7 +203,7 @@ class BatchLoader:
         )
 
     def _item(self, epoch: int, index: int) -> tuple[Utterance, torch.Tensor, int] | None:
-        """An utterance, its cropped audio and the crop's first frame; None if it is unusable."""
+        """Load an utterance: itself, its cropped audio and the first frame of the crop; None if it is unusable."""
         utterance = self.corpus[index]
         try:
             audio = self.corpus.audio(utterance)

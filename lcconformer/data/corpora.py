@@ -1,20 +1,18 @@
-"""Speech corpora: a list of utterances whose audio is read when asked for.
+"""Speech corpora: lists of utterances whose audio is read on demand.
 
 Three layouts are recognised:
 
-1. a LibriSpeech tree: any folder above ``SPEAKER/CHAPTER/*.trans.txt`` with the ``.flac`` files beside (one subset or
-   several);
-2. a zip with one compressed mono 16 kHz file an utterance (``.mp3 .opus .ogg .flac .wav``) and ``meta.jsonl``, a JSON
-   object a line: ``utt`` (the file's name without its ending), ``spk``, ``split``, ``text``, ``n`` (samples) and
-   ``phones`` (``PHONE:frames ...`` in 10 ms frames from the start; empty where unknown);
+1. a LibriSpeech tree: any folder above ``SPEAKER/CHAPTER/*.trans.txt`` with its ``.flac`` files (one subset or several);
+2. a zip with one mono 16 kHz file per utterance (``.mp3 .opus .ogg .flac .wav``) and ``meta.jsonl``, one JSON object per
+   line: ``utt`` (name of the file without its extension), ``spk``, ``split``, ``text``, ``n`` (number of samples) and
+   ``phones`` (``PHONE:frames ...``, in 10 ms frames from the start; empty where unknown);
 3. a folder with the same content as such a zip.
 
-Why not lhotse's manifests: they describe files on a disk, so a zip would have to be extracted (or rewritten as Shar),
-and its samplers do not give batches that are the same for every number of processes. What is left is a dozen fields,
-below.
+Lhotse's manifests are not used: they describe files on a disk, so that a zip would have to be extracted (or rewritten as
+Shar), and its samplers do not give the same batches for any number of processes.  Without them, a dozen fields remain.
 
-A file that cannot be used (corrupt, empty, too short, too long, silent, not 16 kHz, not mono) is never fatal: it is
-left out, with a warning that names it and counts it, and stands in ``Corpus.skipped``.
+An unusable file (corrupt, empty, too short, too long, silent, not 16 kHz, not mono) is never fatal: it is left out with a
+warning that names it, and is listed in ``Corpus.skipped``.
 """
 
 from __future__ import annotations
@@ -42,10 +40,10 @@ from .phones import parse_alignment
 
 FORMATS = (
     "a LibriSpeech folder tree (SPEAKER/CHAPTER/*.trans.txt with .flac files), "
-    "a .zip with meta.jsonl and one audio file an utterance, or a folder with the same content"
+    "a .zip with meta.jsonl and one audio file per utterance, or a folder with the same content"
 )
 _SUFFIXES = frozenset({".mp3", ".opus", ".ogg", ".flac", ".wav"})
-_SILENCE = 4  # 16-bit steps between the lowest and the highest sample: -84 dB of full scale
+_SILENCE = 4  # largest range of a silent file's samples in 16-bit steps: -84 dB of full scale
 _WARNINGS = 20
 _SKIPPING = threading.Lock()
 
@@ -56,8 +54,11 @@ class BadAudioError(ValueError):
 
 @dataclass(frozen=True)
 class Utterance:
-    """One utterance. ``phones``: (label, 10 ms frames) pairs from the start, or None; ``source``: its file within the
-    corpus."""
+    """One utterance.
+
+    id, speaker, split, text: as in the corpus. num_samples: length at 16 kHz. phones: pairs (label, number of 10 ms frames)
+    from the start, or None. source: name of its file within the corpus.
+    """
 
     id: str
     speaker: str
@@ -73,7 +74,7 @@ class Utterance:
 
 
 class _Skipped(dict[str, str]):
-    """File -> why it was left out; warns once a file, by name for the first ones."""
+    """Reasons by file; warns once per file, for the first files only."""
 
     def add(self, file: str, reason: str) -> None:
         with _SKIPPING:
@@ -82,12 +83,12 @@ class _Skipped(dict[str, str]):
             self[file] = reason
             count = len(self)
         if count <= _WARNINGS:
-            more = "; further ones are only counted, see Corpus.skipped" if count == _WARNINGS else ""
+            more = "; for further ones see Corpus.skipped" if count == _WARNINGS else ""
             warnings.warn(f"skipped audio file {count}: {file}: {reason}{more}", UserWarning, stacklevel=3)
 
 
 class _Archive:
-    """Reads members of a zip; reopens after a fork, whose processes would share one file position."""
+    """Reads members of a zip; reopens it after a fork, because the processes would share one file position."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -109,7 +110,7 @@ class _Archive:
 
 
 class _Folder:
-    """Reads files of a folder by the names found in it."""
+    """Reads the files of a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -122,9 +123,9 @@ class _Folder:
 
 
 class Corpus(Sequence[Utterance]):
-    """A sequence of utterances in a fixed order, with their audio. Made by :func:`load_corpus`.
+    """A sequence of utterances in a fixed order, with their audio; made by :func:`load_corpus`.
 
-    ``name`` is the corpus's path; ``skipped`` maps each file left out so far to the reason.
+    ``name`` is the path of the corpus; ``skipped`` maps each file left out so far to the reason.
     """
 
     def __init__(
@@ -172,11 +173,10 @@ class Corpus(Sequence[Utterance]):
         splits: Collection[str] | None = None,
         ids: Collection[str] | None = None,
     ) -> Corpus:
-        """The utterances of these speakers, splits and ids (None: all of them), in the same order, sharing audio already
-        in memory.
+        """Select utterances by speaker, split and id (None: all), in the same order; audio already in memory is shared.
 
         Raises:
-            ValueError: a name that the corpus does not have, or nothing is left.
+            ValueError: the corpus does not have one of the names, or nothing is left.
         """
         for what, wanted, known in (
             ("speaker", {*(speakers or ()), *exclude_speakers}, self.speakers),
@@ -200,7 +200,7 @@ class Corpus(Sequence[Utterance]):
         return self._replace(kept)
 
     def audio(self, utterance: Utterance) -> torch.Tensor:
-        """Samples of an utterance: float32 ``[num_samples]`` at 16 kHz, full scale +-1, on the 16-bit grid.
+        """Load an utterance: float32 ``[num_samples]`` at 16 kHz, full scale +-1, rounded to 16 bits.
 
         Raises:
             BadAudioError: the file cannot be used.
@@ -211,8 +211,7 @@ class Corpus(Sequence[Utterance]):
         return torch.from_numpy(pcm.astype(np.float32) / 32768.0)
 
     def preload(self, workers: int = 2) -> Corpus:
-        """The same corpus with all audio decoded into memory as 16-bit integers (115 MB an hour), without unusable
-        files.
+        """Decode all audio into memory as 16-bit integers (115 MB per hour); returns the corpus without unusable files.
 
         Raises:
             ValueError: no file is usable.
@@ -237,9 +236,9 @@ class Corpus(Sequence[Utterance]):
             return None
 
     def _decode(self, utterance: Utterance) -> np.ndarray:
-        """int16 ``[num_samples]``; rounding once here makes audio from memory and from the file the same."""
+        """Decode to int16 ``[num_samples]``; rounded here, so that audio from memory and from a file is the same."""
         with _open_audio(self._files, utterance.source) as file:
-            # one more than promised, so that a longer file shows without being decoded to its end
+            # one sample more than expected shows that a file is longer, without decoding all of it
             samples = file.read(utterance.num_samples + 1, dtype="float32")
         if len(samples) != utterance.num_samples:
             more = "more than " if len(samples) > utterance.num_samples else ""
@@ -255,14 +254,14 @@ class Corpus(Sequence[Utterance]):
 
 
 def load_corpus(path: str | os.PathLike[str], *, min_seconds: float = 0.2, max_seconds: float = 60.0) -> Corpus:
-    """Open a corpus in one of the module's three layouts; utterances come sorted by id. Reads no audio beyond file
-    headers.
+    """Open a corpus in one of three layouts (see the module), its utterances sorted by id.
 
-    Utterances outside ``min_seconds ... max_seconds`` are skipped with a warning.
+    Only the headers of audio files are read. Utterances shorter than ``min_seconds`` or longer than ``max_seconds`` are
+    skipped with a warning.
 
     Raises:
-        FileNotFoundError: nothing at ``path``.
-        ValueError: it is in no known layout, or holds no usable utterance.
+        FileNotFoundError: there is nothing at ``path``.
+        ValueError: the layout is unknown, or there is no usable utterance.
         ImportError: soundfile is not installed.
     """
     if not 0.005 <= min_seconds < max_seconds:
@@ -303,10 +302,10 @@ def load_corpus(path: str | os.PathLike[str], *, min_seconds: float = 0.2, max_s
 
 
 def demo_corpus() -> Corpus:
-    """The 23 minutes of English telephone prompts (one speaker) that come with the package, with phone alignments.
+    """Load the speech that comes with the package: 23 minutes of English telephone prompts with phone alignments.
 
-    Its splits are ``train`` and ``test``. See ``lcconformer/data/demo/NOTICE`` for its authors and its licence (CC
-    BY-SA 3.0).
+    It has one speaker and the splits ``train`` and ``test``. ``lcconformer/data/demo/NOTICE`` names its authors and its
+    licence (CC BY-SA 3.0).
     """
     return load_corpus(str(resources.files("lcconformer.data.demo") / "asterisk_en.zip"))
 
@@ -383,7 +382,7 @@ def _read_length(files: _Archive | _Folder, source: str, skipped: _Skipped) -> i
 
 @contextmanager
 def _open_audio(files: _Archive | _Folder, source: str) -> Iterator[Any]:
-    """A ``soundfile.SoundFile`` that is mono and 16 kHz; whatever fails inside is a BadAudioError."""
+    """Open a ``soundfile.SoundFile`` and check that it is mono and 16 kHz; all failures inside become BadAudioError."""
     try:
         with files.open(source) as raw, _soundfile().SoundFile(raw) as file:
             if file.channels != 1:

@@ -1,10 +1,9 @@
-"""Log-mel filterbank features, computed in batches on whatever device the audio is on.
+"""Log-mel filterbank features, computed in batches on the device of the audio.
 
-The numbers are Kaldi's (``compute-fbank-feats --snip-edges=false --dither=0`` on 16-bit samples): 25 ms povey window
-every 10 ms, DC removed, pre-emphasis 0.97, 512-point power spectrum, triangular filters on the mel scale, natural log
-with the floor 2^-23. Frame ``t`` is centred on sample ``160 t + 80``, i.e. on the middle of the 10 ms label ``t``:
-that is why the edges are not snipped. At both ends the signal is mirrored, each utterance at its own end, so that
-padding never enters a frame.
+They equal Kaldi's (``compute-fbank-feats --snip-edges=false --dither=0`` on 16-bit samples): 25 ms Povey window every 10 ms,
+DC removed, pre-emphasis 0.97, 512-point power spectrum, triangular filters on the mel scale, natural log with the floor
+2^-23.  Edges are not snipped, so that frame ``t`` is centred on sample ``160 t + 80``, the middle of the 10 ms label ``t``.
+Each utterance is mirrored at its own ends, so that padding never enters a frame.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ Count = TypeVar("Count", int, torch.Tensor)
 
 
 def frame_count(samples: Count) -> Count:
-    """Number of frames of ``samples`` samples (int or int64 tensor): the nearest number of 10 ms shifts, halves up."""
+    """Number of frames for ``samples`` (int or int64 tensor): samples / 160, rounded to nearest, halves up."""
     return (samples + FRAME_SHIFT // 2) // FRAME_SHIFT
 
 
 def cmvn(features: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
-    """Zero mean and unit variance per utterance and bin, over real frames only; padding becomes zero.
+    """Normalise to zero mean and unit variance per utterance and bin, without padding, which becomes zero.
 
     Args:
-        features: ``[B, T, C]``, any content in the padding.
-        frames: ``[B]`` int64, numbers of real frames.
+        features: ``[B, T, C]``, with any content in the padding.
+        frames: ``[B]`` int64, number of frames of each utterance without padding.
 
     A bin that does not vary (silence, a single frame) becomes zero.
     """
@@ -50,7 +49,7 @@ def cmvn(features: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
 
 
 def _mel_filters(num_bins: int, low_freq: float, high_freq: float) -> torch.Tensor:
-    """Kaldi's triangles, linear in mel = 1127 ln(1 + f / 700): ``[257, num_bins]``; the Nyquist row is zero."""
+    """Kaldi's triangular filters ``[257, num_bins]``, linear in mel = 1127 ln(1 + f / 700); the Nyquist row is zero."""
     bins = torch.arange(_FFT // 2 + 1, dtype=torch.float64) * (SAMPLE_RATE / _FFT)
     mel = (1127.0 * torch.log1p(bins / 700.0))[:, None]
     low, high = (1127.0 * math.log1p(f / 700.0) for f in (low_freq, high_freq))
@@ -66,14 +65,13 @@ class LogMel(nn.Module):
 
     Args:
         num_bins: number of mel filters C.
-        low_freq, high_freq: edges of the filterbank in Hz. Where corpora of different bandwidth are mixed, take the
-            upper edge of the narrowest: speech that went through a low-rate MP3 stops near 5.8 kHz, and
-            ``high_freq=5600`` keeps the normalisation from blowing up its empty bands.
+        low_freq, high_freq: edges of the filterbank in Hz. Where corpora of different bandwidth are mixed, ``high_freq``
+            should be inside the narrowest band: speech that was stored as low-rate MP3 ends near 5.8 kHz, and
+            ``high_freq=5600`` keeps the normalisation from amplifying its empty bands.
         normalize: apply :func:`cmvn`.
 
     Raises:
-        ValueError: the filterbank is impossible (edges out of order or range, a filter narrower than the spectrum's
-            resolution).
+        ValueError: the edges are out of order or out of range, or a filter is narrower than the resolution of the spectrum.
     """
 
     window: torch.Tensor
@@ -103,25 +101,25 @@ class LogMel(nn.Module):
         return f"{self.num_bins}, {self.low_freq}-{self.high_freq} Hz, normalize={self.normalize}"
 
     def forward(self, audio: torch.Tensor, lengths: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features of a padded batch; computed in float32, also under autocast.
+        """Compute the features of a padded batch, in float32 even under autocast.
 
         Args:
             audio: ``[B, S]`` float, 16 kHz, full scale +-1.
-            lengths: ``[B]`` int64, real samples of each utterance; None: all of them.
+            lengths: ``[B]`` int64, samples of each utterance without padding; None: all S.
 
         Returns:
-            features ``[B, frame_count(S), C]`` float32, zero in the padding, and their numbers of frames ``[B]`` int64.
+            features ``[B, frame_count(S), C]`` float32, zero in the padding, and numbers of frames ``[B]`` int64.
 
         Raises:
-            ValueError: wrong shapes or lengths (values of lengths are checked on the CPU only), fewer than 80 samples
-                (no frame), or this module was cast from float32.
+            ValueError: wrong shapes or lengths (the values of lengths are checked on the CPU only), fewer than 80 samples
+                (no frame), or this module is no longer float32.
         """
         if audio.ndim != 2 or audio.shape[1] < FRAME_SHIFT // 2:
             raise ValueError(f"audio must be [B, S] with S >= {FRAME_SHIFT // 2}, got {list(audio.shape)}")
         if lengths is None:
             lengths = torch.full((audio.shape[0],), audio.shape[1], dtype=torch.int64, device=audio.device)
         if lengths.shape != audio.shape[:1]:
-            raise ValueError(f"lengths must be [{audio.shape[0]}], one an utterance, got {list(lengths.shape)}")
+            raise ValueError(f"lengths must be [{audio.shape[0]}], one per utterance, got {list(lengths.shape)}")
         if lengths.device.type == "cpu" and bool((lengths > audio.shape[1]).any()):
             raise ValueError(f"lengths must be at most S = {audio.shape[1]}, got {int(lengths.max())}")
         if self.filters.dtype != torch.float32:
@@ -140,9 +138,11 @@ class LogMel(nn.Module):
 
     @staticmethod
     def _mirror(audio: torch.Tensor, lengths: torch.Tensor, total: int) -> torch.Tensor:
-        """Each utterance continued by its mirror image on both sides, cut to what ``total`` frames need."""
+        """Extend each utterance by its mirror image on both sides, as far as ``total`` frames need."""
         before = (_WINDOW - FRAME_SHIFT) // 2
         index = torch.arange(-before, (total - 1) * FRAME_SHIFT + _WINDOW - before, device=audio.device)
         length = lengths.clamp(min=1)[:, None]
-        index = index % (2 * length)  # the mirrored signal repeats every 2 x length, also for the very short
+        index = index % (
+            2 * length
+        )  # the mirrored signal has period 2 x length, which also serves very short utterances
         return audio.gather(1, torch.minimum(index, 2 * length - 1 - index))

@@ -1,12 +1,13 @@
-"""Phone labels: one folded inventory for every corpus, and their place on the 10 ms frame grid.
+"""Phone labels: one inventory for all corpora, and labels on the grid of 10 ms frames.
 
-The inventory is the 39 phones of CMU's ARPAbet plus silence: 40 classes. What is folded, exactly:
+The inventory has 40 classes: the 39 phones of CMU's ARPAbet, and silence. Labels are folded into it as follows:
 
-- stress digits go (``AH0 AH1 AH2`` -> ``AH``) and case does not matter;
-- every silence name (``SIL``, ``SP``, ``<SIL>``, empty) -> ``SIL``.
+- stress digits are dropped (``AH0 AH1 AH2`` -> ``AH``), and case is ignored;
+- all names of silence (``SIL``, ``SP``, ``<SIL>``, empty) -> ``SIL``.
 
-``AO`` and ``ZH`` stay apart (Lee & Hon, IEEE TASSP 37(11), 1989, fold them into ``AA`` and ``SH``: compare accuracies with
-theirs accordingly). Noise fillers (``+NSN+``, ``SPN`` and the like) are neither a phone nor silence: their frames are unknown.
+``AO`` and ``ZH`` stay classes of their own. Lee & Hon (IEEE TASSP 37(11), 1989) fold them into ``AA`` and ``SH``, so their
+accuracies are not directly comparable. Noise fillers (``+NSN+``, ``SPN`` and the like) are neither phones nor silence: the
+phone of their frames is unknown.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ IGNORE = -100
 
 _CLASSES = "SIL AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y Z ZH"
 PHONES = tuple(_CLASSES.split(" "))
-"""The 40 classes; a class's number is its place here."""
+"""The 40 classes; the number of a class is its index in this tuple."""
 
 _NUMBER = {phone: number for number, phone in enumerate(PHONES)}
 _FOLD = {"SP": "SIL", "<SIL>": "SIL", "": "SIL"}
@@ -31,10 +32,10 @@ _NOISE = frozenset({"+NSN+", "+SPN+", "+BREATH+", "+COUGH+", "+NOISE+", "+UH+", 
 
 
 def fold(label: str) -> int:
-    """Number of the class of an ARPAbet ``label``, or ``IGNORE`` for noise.
+    """Class number of an ARPAbet ``label``, or ``IGNORE`` for noise.
 
     Raises:
-        ValueError: the label belongs to no phone set known here.
+        ValueError: the label is neither ARPAbet nor a known noise filler.
     """
     name = label.upper().rstrip("012")
     name = _FOLD.get(name, name)
@@ -46,7 +47,7 @@ def fold(label: str) -> int:
 
 
 def parse_alignment(text: str) -> tuple[tuple[str, int], ...]:
-    """``"SIL:20 W:16"`` -> ``(("SIL", 20), ("W", 16))``: consecutive phones and their numbers of 10 ms frames.
+    """Parse consecutive phones and their numbers of 10 ms frames: ``"SIL:20 W:16"`` -> ``(("SIL", 20), ("W", 16))``.
 
     Raises:
         ValueError: an item is not ``PHONE:frames`` with a known phone and a positive number of frames.
@@ -62,9 +63,9 @@ def parse_alignment(text: str) -> tuple[tuple[str, int], ...]:
 
 
 def frame_labels(utterance: Utterance, num_frames: int, start: int = 0) -> torch.Tensor:
-    """Class of each 10 ms frame ``start ... start + num_frames - 1``: int64 ``[num_frames]``, ``IGNORE`` where unknown.
+    """Classes of the 10 ms frames ``start ... start + num_frames - 1``: int64 ``[num_frames]``, ``IGNORE`` where unknown.
 
-    Frame ``t`` covers samples ``160 t ... 160 t + 159``, which are the middle of frame ``t`` of ``LogMel``.
+    Frame ``t`` covers samples ``160 t ... 160 t + 159``, the middle of frame ``t`` of ``LogMel``.
     """
     labels = torch.full((num_frames,), IGNORE, dtype=torch.int64)
     position = -start

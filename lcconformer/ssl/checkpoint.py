@@ -1,7 +1,6 @@
-"""Checkpoints: one safetensors file each, tensors in the body and everything else as JSON in the header.
+"""Checkpoints: one safetensors file each, with the tensors in its body and everything else as JSON in its header.
 
-They are written atomically, so that a killed process leaves either the old file or the new one. Reading one runs no code
-from it.
+Files are replaced atomically: a killed process leaves either the old content or the new.  Loading executes no code.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _NAME = re.compile(r"step_(\d+)\.safetensors")
 class Checkpoint:
     """A loaded checkpoint.
 
-    path: where it came from. tensors: by name, ``model.*`` and ``optimizer.*``, on the CPU. meta: the JSON of the header:
+    path: the file it was read from. tensors: named ``model.*`` and ``optimizer.*``, on the CPU. meta: the JSON of the header:
     ``config``, ``features``, ``objective``, ``settings``, ``step`` (steps done), ``epoch``, ``position``, ``version``, ...
     """
 
@@ -38,17 +37,17 @@ class Checkpoint:
     meta: dict[str, Any]
 
     def section(self, prefix: str) -> dict[str, Tensor]:
-        """Tensors whose name starts with ``prefix``, without it."""
+        """The tensors whose names start with ``prefix``, under their names without it."""
         return {name[len(prefix) :]: x for name, x in self.tensors.items() if name.startswith(prefix)}
 
 
 def checkpoint_path(folder: str | os.PathLike[str], step: int) -> Path:
-    """Name of the checkpoint after ``step`` steps."""
+    """Path of the checkpoint after ``step`` steps."""
     return Path(folder) / f"step_{step:08d}.safetensors"
 
 
 def find_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
-    """Checkpoints of a run, the oldest first; none if the folder is not there."""
+    """Checkpoints in the folder of a run, oldest first; none if there is no such folder."""
     folder = Path(folder)
     if not folder.is_dir():
         return []
@@ -57,7 +56,7 @@ def find_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def save_checkpoint(path: str | os.PathLike[str], tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
-    """Write ``tensors`` and ``meta`` (anything JSON can hold) atomically; returns the path."""
+    """Write ``tensors`` and ``meta`` (anything that JSON can hold) atomically; returns the path."""
     from safetensors.torch import save_file
 
     path = Path(path)
@@ -67,16 +66,16 @@ def save_checkpoint(path: str | os.PathLike[str], tensors: dict[str, Tensor], me
     return path
 
 
-def load_checkpoint(path: str | os.PathLike[str], *, prefix: str = "") -> Checkpoint:
-    """Read a checkpoint, or the newest one of a run's folder.
+def load_checkpoint(path: str | os.PathLike[str], *, prefix: str | None = "") -> Checkpoint:
+    """Read a checkpoint file, or the newest checkpoint in the folder of a run.
 
     Args:
         path: the file or folder.
-        prefix: read only the tensors whose name starts so (``"model."`` leaves out the optimizer).
+        prefix: read only the tensors whose name starts with this (``"model."`` leaves out the optimizer); None: no tensors.
 
     Raises:
         FileNotFoundError: no such file, or no checkpoint in the folder.
-        ValueError: truncated, not a checkpoint of this package, or of a newer version.
+        ValueError: the file is truncated, no checkpoint of this package, or of another format.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -91,17 +90,17 @@ def load_checkpoint(path: str | os.PathLike[str], *, prefix: str = "") -> Checkp
     try:
         with safe_open(str(path), framework="pt") as file:
             header = (file.metadata() or {}).get(_KEY)
-            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (no mapping)
+            names = [] if prefix is None else [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
             tensors = {name: file.get_tensor(name) for name in names} if header is not None else {}
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path} is no checkpoint, or a damaged one ({error}): expected a complete .safetensors file written by "
-            "'python -m lcconformer pretrain'; take an older one of the run"
+            "'lcconformer pretrain'; take an older one of the run"
         ) from error
     if header is None:
         raise ValueError(
             f"{path} is a safetensors file but no checkpoint of lcconformer: its header has no {_KEY!r} entry; "
-            "expected a file written by 'python -m lcconformer pretrain'"
+            "expected a file written by 'lcconformer pretrain'"
         )
     try:
         meta = json.loads(header)

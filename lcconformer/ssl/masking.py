@@ -1,7 +1,7 @@
-"""Which frames the encoder must predict, and what it sees in their place.
+"""Masks: which frames the encoder must predict, and what it is shown in their place.
 
-Spans are drawn on the host, each utterance's from a counter-based generator keyed by (seed, step, utterance id): the masks
-are the same whatever the batch, the rank or the process that draws them, and after a resume.
+Spans are drawn on the host, for each utterance from its own counter-based generator, keyed by (seed, step, utterance id).
+So an utterance's mask does not depend on its batch, its rank or the process that draws it, nor on whether the run was resumed.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ from torch import Tensor
 
 __all__ = ["Masks", "draw_masks", "utterance_rng"]
 
-ZERO, REPLACE = (
-    0.8,
-    0.1,
-)  # of the utterances; the rest keeps its frames (BERT; S3PRL's Mockingjay draws per utterance too)
+# parts of the utterances whose masked frames are zeroed or replaced; the others keep theirs (as in BERT, but drawn per
+# utterance, as in S3PRL's Mockingjay)
+ZERO, REPLACE = 0.8, 0.1
 
 
 @dataclass(frozen=True)
 class Masks:
-    """Masks of a batch of B utterances, T input frames, T' encoder outputs.
+    """Masks of a batch of B utterances with T input frames and T' encoder outputs.
 
-    chosen: ``[B, T]`` bool, frames to predict. hidden: ``[B, T]`` bool, frames whose content the encoder does not see.
-    source: ``[B, T]`` int64, the frame shown at each place, itself unless replaced. outputs: ``[n]`` int64, the encoder
+    chosen: ``[B, T]`` bool, frames to predict. hidden: ``[B, T]`` bool, frames that the encoder does not see. source:
+    ``[B, T]`` int64, index of the frame shown at each position: its own unless replaced. outputs: ``[n]`` int64, encoder
     outputs ``b * T' + t'`` that cover a chosen frame. num_chosen: number of chosen frames, on the host.
     """
 
@@ -45,7 +44,7 @@ class Masks:
 
 
 def utterance_rng(seed: int, step: int, utterance: str) -> np.random.Generator:
-    """A Philox stream (Salmon et al. 2011) of its own for each (seed, step, utterance)."""
+    """An independent Philox stream (Salmon et al. 2011) for each (seed, step, utterance)."""
     word = int.from_bytes(hashlib.blake2b(utterance.encode(), digest_size=8).digest(), "little")
     key = np.array([seed, step], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, word], dtype=np.uint64)))
@@ -62,20 +61,20 @@ def draw_masks(
     factor: int = 1,
     bert: bool = True,
 ) -> Masks:
-    """Choose spans of ``span`` frames, ``round(frames * fraction / span)`` of them, at least one, in each utterance.
+    """Draw ``round(frames * fraction / span)`` spans of ``span`` frames in each utterance, but at least one.
 
-    Their starts differ but they may overlap, so a little less than ``fraction`` of the frames is chosen (as in S3PRL's
-    Mockingjay): 13.9% of long utterances at 15%.
+    Spans start at different frames but may overlap, so that a little less than ``fraction`` of the frames is chosen (as in
+    S3PRL's Mockingjay): with 15%, 13.9% of a long utterance.
 
     Args:
         utterances: B ids.
-        frames: B numbers of real frames, 1 or more.
-        seed, step: of the draw, 0 or more.
-        fraction: of the frames, in (0, 1).
-        span: frames of a span, 1 or more.
-        factor: input frames of an encoder output.
-        bert: True: of the utterances 80% have their spans zeroed, 10% replaced by other frames of the utterance, 10% left as
-            they are, and spans start at any frame.  False: all are hidden, and spans are whole encoder outputs.
+        frames: number of frames of each of the B utterances without padding, 1 or more.
+        seed, step: key of the draw, 0 or more.
+        fraction: part of the frames to choose, in (0, 1).
+        span: length of a span in frames, 1 or more.
+        factor: number of input frames per encoder output.
+        bert: True: spans start at any frame; they are zeroed in 80% of the utterances, replaced by other frames of the same
+            utterance in 10%, and left as they are in 10%.  False: all spans are hidden, and consist of whole encoder outputs.
 
     Raises:
         ValueError: a value out of range.
@@ -110,7 +109,7 @@ def draw_masks(
         if die < ZERO:
             hidden[row] = picked
         elif die < ZERO + REPLACE:
-            # one shift for the utterance: whole stretches of real speech, and never the frame itself
+            # one shift per utterance: spans are replaced by contiguous speech, and no frame by itself
             shift = int(rng.integers(1, count)) if count > 1 else 0
             source[row, picked] = (source[row, picked] + shift) % count
     outputs = np.flatnonzero(chosen.reshape(-1, factor).any(1))

@@ -31,12 +31,12 @@ class FeatureSettings:
 
 
 class PretrainingModel(nn.Module):
-    """From audio to the sums of a self-supervised loss at the depths asked for.
+    """Encoder with front end and objective: audio in, self-supervised losses at the given depths out.
 
     Args:
-        config: of the encoder; ``input_dim`` must be the number of mel bins.
-        features: of the log-mel front end, normalised per utterance.
-        objective: what is predicted.
+        config: configuration of the encoder; ``input_dim`` must be the number of mel bins.
+        features: settings of the log-mel features, which are normalised per utterance.
+        objective: settings of the objective.
 
     Attributes: ``features`` (:class:`~lcconformer.data.LogMel`), ``encoder`` (:class:`~lcconformer.ConformerEncoder`),
     ``objective``.
@@ -62,7 +62,7 @@ class PretrainingModel(nn.Module):
         return self.encoder.config
 
     def describe(self) -> dict[str, Any]:
-        """The settings that :meth:`from_description` builds the same model from, ready for JSON."""
+        """Settings from which :meth:`from_description` builds the same model, ready for JSON."""
         return {
             "config": dataclasses.asdict(self.config),
             "features": dataclasses.asdict(self.feature_settings),
@@ -71,7 +71,7 @@ class PretrainingModel(nn.Module):
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> PretrainingModel:
-        """Inverse of :meth:`describe`.
+        """Build a model, with new weights, from the result of :meth:`describe`.
 
         Raises:
             ValueError: a key is missing or unknown, or a value out of range.
@@ -86,12 +86,12 @@ class PretrainingModel(nn.Module):
             raise ValueError(f"PretrainingModel: the description does not fit this version ({error})") from error
 
     def hidden_states(self, audio: Tensor, lengths: Tensor, *, depth: int | None = None) -> tuple[list[Tensor], Tensor]:
-        """Unmasked features of every depth.
+        """Run the encoder on unmasked speech and return its hidden states.
 
         Args:
             audio: ``[B, S]`` float, 16 kHz.
             lengths: ``[B]`` int64 samples.
-            depth: of the run; None: all N loops.
+            depth: number of loops; None: all N.
 
         Returns:
             ``depth + 1`` tensors ``[B, T', d_model]`` (``[0]`` is the input of the first loop) and ``[B]`` int64 frames T'.
@@ -101,18 +101,18 @@ class PretrainingModel(nn.Module):
         return hidden, out_lengths
 
     def forward(self, audio: Tensor, lengths: Tensor, masks: Masks, depths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Losses of one run at several depths.
+        """Run the encoder once on masked speech and return the losses at several depths.
 
         Args:
             audio: ``[B, S]`` float, 16 kHz.
             lengths: ``[B]`` int64 samples.
-            masks: of :func:`~lcconformer.ssl.masking.draw_masks` for the frames of ``audio``.
-            depths: K depths, the deepest first; all are hidden states of one run of ``depths[0]`` loops.
+            masks: result of :func:`~lcconformer.ssl.masking.draw_masks` for the frames of ``audio``.
+            depths: K depths, the deepest first.
 
         Returns:
-            sums: ``[K]``, the objective's sum at each depth.
-            apart: scalar, how far the shallower states are from the deepest, taken as fixed: squared difference, mean over
-            channels and shallower depths, summed over real frames.  Zero for K = 1.
+            sums: ``[K]``, the sum of the objective's terms at each depth.
+            apart: scalar, squared difference of the shallower hidden states from the deepest, which gets no gradient from it:
+            mean over channels and shallower depths, sum over frames without padding.  Zero for K = 1.
         """
         features, frames = self.features(audio, lengths)
         features = features.to(self._dtype)
@@ -132,14 +132,14 @@ class PretrainingModel(nn.Module):
 
 
 def load_model(source: str | os.PathLike[str] | Checkpoint, device: torch.device | str = "cpu") -> PretrainingModel:
-    """The model of a checkpoint, in evaluation mode.
+    """Load the model of a checkpoint, in evaluation mode.
 
     Args:
         source: a checkpoint file, the folder of a run (its newest checkpoint), or a loaded checkpoint.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: no checkpoint, a damaged one, or one whose tensors do not fit its settings.
+        FileNotFoundError: there is no such file, or no checkpoint in the folder.
+        ValueError: the file is no checkpoint, damaged, or its tensors do not fit its settings.
     """
     checkpoint = source if isinstance(source, Checkpoint) else load_checkpoint(source, prefix="model.")
     model = PretrainingModel.from_description(checkpoint.meta)

@@ -265,7 +265,7 @@ def test_many_bad_files_are_counted_but_not_all_named(tmp_path):
         corpus = load_corpus(folder)
     assert len(corpus.skipped) == 30
     assert len(caught) == 20
-    assert "further ones are only counted" in str(caught[-1].message)
+    assert "for further ones see Corpus.skipped" in str(caught[-1].message)
 
 
 def test_what_is_no_corpus(tmp_path, folder):

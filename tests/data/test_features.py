@@ -154,7 +154,7 @@ def test_wrong_input():
         logmel(torch.zeros(16000))
     with pytest.raises(ValueError, match=r"got \[2, 79\]"):
         logmel(torch.zeros(2, 79))
-    with pytest.raises(ValueError, match=r"lengths must be \[2\], one an utterance, got \[3\]"):
+    with pytest.raises(ValueError, match=r"lengths must be \[2\], one per utterance, got \[3\]"):
         logmel(torch.zeros(2, 400), torch.tensor([1, 2, 3]))
     with pytest.raises(ValueError, match="lengths must be at most S = 400, got 401"):
         logmel(torch.zeros(2, 400), torch.tensor([1, 401]))

@@ -67,6 +67,8 @@ def test_the_loaded_model_is_the_saved_one(tmp_path: Path, model: PretrainingMod
     assert torch.equal(loaded.objective.codebook, model.objective.codebook)
     assert loaded.features.high_freq == 5600.0
     assert "optimizer.scale.step" not in load_checkpoint(path, prefix="model.").tensors
+    assert load_checkpoint(path, prefix=None).tensors == {}
+    assert load_checkpoint(path, prefix=None).meta["step"] == 3
 
 
 def test_a_folder_means_its_newest_checkpoint(tmp_path: Path, model: PretrainingModel) -> None:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lcconformer.ssl.consistency import MEASURES, consistency
+from lcconformer.data import load_corpus
+from lcconformer.ssl.evaluation.consistency import MEASURES, consistency, model_consistency, summarise
 
 
 def states(frames=500, dim=12, count=3, seed=0):
@@ -109,3 +110,37 @@ def test_frames_that_do_not_vary_are_no_division_by_zero():
 def test_bad_hidden_states_are_refused(bad, match):
     with pytest.raises(ValueError, match=match):
         consistency(bad)
+
+
+def test_a_layer_that_adds_nothing_leaves_all_depths_alike(tiny_model, speech):
+    layer = tiny_model.encoder.layers[0]
+    for linear in (layer.ffn1.down, layer.ffn2.down, layer.attention.out, layer.conv.pointwise2):
+        torch.nn.init.zeros_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
+    matrices = model_consistency(tiny_model, load_corpus(speech), max_frames=300)
+    ones = np.ones((3, 3))
+    # depth 0 lacks the layer's last norm
+    np.testing.assert_allclose(matrices["cosine"][1:, 1:], ones, atol=1e-5)
+    np.testing.assert_allclose(matrices["cka"][1:, 1:], ones, atol=1e-5)
+    np.testing.assert_allclose(matrices["frechet"][1:, 1:], 0 * ones, atol=1e-4)
+    assert summarise(matrices)["cka"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_only_real_frames_count_and_the_draw_is_seeded(tiny_model, speech):
+    corpus = load_corpus(speech)
+    first, again, other = (model_consistency(tiny_model, corpus, max_frames=150, seed=s) for s in (0, 0, 1))
+    for measure in MEASURES:
+        np.testing.assert_array_equal(first[measure], again[measure])
+        assert not np.array_equal(first[measure], other[measure])
+    # an utterance of its own length in a padded batch gives the states it gives alone
+    one = corpus.select(ids=[corpus[0].id])
+    audio = one.audio(one[0])[None]
+    with torch.no_grad():
+        hidden, _ = tiny_model.hidden_states(audio, torch.tensor([audio.shape[1]]))
+    expected = torch.cosine_similarity(hidden[1][0], hidden[3][0], -1).mean()
+    assert model_consistency(tiny_model, one)["cosine"][1, 3] == pytest.approx(float(expected), abs=2e-3)
+
+
+def test_summary_leaves_out_the_front_end_and_the_diagonal():
+    matrix = np.array([[9.0, 9, 9, 9], [9, 1, 0.5, 0.2], [9, 0.5, 1, 0.8], [9, 0.2, 0.8, 1]])
+    assert summarise({m: matrix for m in MEASURES})["cka"] == pytest.approx(0.5)

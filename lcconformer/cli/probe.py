@@ -1,0 +1,144 @@
+"""``lcconformer probe``: how well phones can be read from the hidden states of every depth.
+
+A linear and a one-hidden-layer classifier are trained on the frozen hidden states of each depth.  They are scored by frame
+accuracy over labelled 10 ms frames.  The log-mel features (one frame, no context) give the baseline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..data import PHONES, Corpus
+from ..runtime import ProgressBar
+from ..ssl.evaluation.classifiers import PROBES
+from ..ssl.evaluation.depth_timing import time_depths
+from ..ssl.evaluation.hidden_states import random_init_like
+from ..ssl.evaluation.output import describe_machine, write_json
+from ..ssl.evaluation.probes import (
+    LOG_MEL,
+    TOLERANCE,
+    ProbeSettings,
+    accuracies,
+    probe_model,
+    smallest_depth,
+    split_speech,
+)
+from ..ssl.model import load_model
+from .options import add_checkpoint_argument, add_device_argument, names
+
+__all__ = ["add_arguments", "format_table", "parse_depths", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_checkpoint_argument(parser)
+    parser.add_argument("--train-data", required=True, metavar="D1", help="aligned speech to train the probes on")
+    parser.add_argument("--test-data", required=True, metavar="D2", help="aligned speech to score them on; may be D1")
+    parser.add_argument("--train-speakers", type=names, metavar="A,B", help="take only these speakers of D1")
+    parser.add_argument(
+        "--test-speakers",
+        type=names,
+        metavar="A,B",
+        help="take only these speakers of D2; leave them out of pretraining too (pretrain --exclude-speakers)",
+    )
+    parser.add_argument("--depths", default="all", help="'all' (default), or a list such as 1,2,4; 0 is the front end")
+    parser.add_argument("--random-init", action="store_true", help="also probe the same encoder with untrained weights")
+    for field, text in (
+        ("max_frames", "training frames, drawn at random and kept in memory as float16"),
+        ("hidden", "width of the hidden layer of the second probe"),
+        ("epochs", "passes over the training frames"),
+        ("seed", "seed of the drawn frames, their order and the initial weights"),
+    ):
+        default = getattr(ProbeSettings, field)
+        parser.add_argument(
+            f"--{field.replace('_', '-')}", type=int, default=default, help=f"{text} (default {default})"
+        )
+    add_device_argument(parser)
+    parser.add_argument("--json", metavar="F", help="write rows, settings and machine to this file")
+
+
+def run(args: argparse.Namespace) -> None:
+    settings = ProbeSettings(args.max_frames, args.hidden, args.epochs, args.seed)
+    model = load_model(args.checkpoint, args.device)
+    depths = parse_depths(args.depths, model.config.num_layers)
+    train, test = split_speech(args.train_data, args.test_data, args.train_speakers, args.test_speakers)
+    print(f"train: {train}\ntest:  {test}", file=sys.stderr)
+    models = {"checkpoint": model}
+    if args.random_init:
+        models["random-init"] = random_init_like(model, args.seed)
+    rows: list[dict[str, Any]] = []
+    for number, (name, which) in enumerate(models.items()):
+        with ProgressBar(name) as bar:
+            rows += probe_model(
+                which, train, test, depths, settings=settings, name=name, log_mel=number == 0, progress=bar.update
+            )
+    times = time_depths({"checkpoint": model}, test, [k for k in depths if k])["checkpoint"]
+    for row in rows:
+        row["seconds"] = times.seconds.get(row["depth"]) if row["features"] == "checkpoint" else None
+    chosen = {p: smallest_depth(accuracies(rows, "checkpoint", p)) for p in PROBES} if times.seconds else {}
+    print(format_table(rows, list(models), times.audio_seconds))
+    for probe, depth in chosen.items():
+        print(f"smallest depth within {TOLERANCE:.0%} (relative) of the best, {probe} probe: {depth}")
+    if args.json:
+        result = {
+            "checkpoint": str(args.checkpoint),
+            "train": _describe(train),
+            "test": _describe(test),
+            "classes": list(PHONES),
+            "settings": dataclasses.asdict(settings),
+            "rows": rows,
+            "smallest_depth": {"tolerance": TOLERANCE, "kind": "relative", **chosen},
+            "timing": {k: v for k, v in dataclasses.asdict(times).items() if k != "seconds"},
+            "machine": describe_machine(args.device),
+        }
+        print(f"wrote {write_json(args.json, result)}", file=sys.stderr)
+
+
+def parse_depths(text: str, num_layers: int) -> list[int]:
+    """``"all"`` -> 0 ... N; ``"1,2,4"`` -> those, ascending.
+
+    Raises:
+        ValueError: not a list of depths from 0 to N.
+    """
+    if text == "all":
+        return list(range(num_layers + 1))
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) <= num_layers for part in parts):
+        raise ValueError(f"--depths is {text!r}; expected 'all' or depths from 0 to {num_layers} such as 1,2,4")
+    return sorted({int(part) for part in parts})
+
+
+def _describe(corpus: Corpus) -> dict[str, Any]:
+    return {
+        "corpus": corpus.name,
+        "utterances": len(corpus),
+        "hours": corpus.hours,
+        "speakers": list(corpus.speakers),
+        "skipped": len(corpus.skipped),
+    }
+
+
+def format_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str], audio_seconds: float) -> str:
+    """Frame accuracies in percent, a line per depth, two columns per model, and milliseconds per second of speech."""
+    value = {(r["features"], r["depth"], r["probe"]): 100 * r["accuracy"] for r in rows}
+    seconds = {r["depth"]: r.get("seconds") for r in rows if r["features"] == names[0]}
+    frames = rows[0]["frames"]
+    lines = [
+        f"phone frame accuracy (%) over {frames:,} test frames, {len(PHONES)} classes",
+        f"{'':>8}" + "".join(f"{name:>20}" for name in names),
+        f"{'depth':>8}"
+        + "".join(f"{p:>{12 if i % 2 == 0 else 8}}" for _ in names for i, p in enumerate(PROBES))
+        + "   ms/s",
+    ]
+    if (LOG_MEL, None, PROBES[0]) in value:
+        lines.append(f"{LOG_MEL:>8}" + "".join(f"{value[LOG_MEL, None, p]:>{w}.1f}" for p, w in zip(PROBES, (12, 8))))
+    for depth, time in seconds.items():
+        cells = "".join(f"{value[name, depth, p]:>{w}.1f}" for name in names for p, w in zip(PROBES, (12, 8)))
+        lines.append(f"{depth:>8}{cells}" + (f"{1e3 * time / audio_seconds:>7.2f}" if time else ""))
+    lines.append(
+        "ms/s: median milliseconds of the encoder per second of speech; depth 0 is the input of the first loop"
+    )
+    return "\n".join(lines)

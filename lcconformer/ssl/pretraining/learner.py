@@ -1,0 +1,143 @@
+"""Model, optimizer and loss scaling: one optimizer step over the batches of all ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ...data import Batch, frame_count
+from ..masking import Masks
+from .distributed import Ranks
+from .draws import torch_seed
+from .optim import load_optimizer_tensors, make_optimizer, optimizer_tensors
+from .settings import PretrainSettings
+
+__all__ = ["Learner", "Update"]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a step did.
+
+    loss: this rank's part of the loss; the sum over ranks is the mean over masked frames and depths. grad_norm: before
+    clipping; the step was left out if it is not finite. utterances, samples: of all ranks.
+    """
+
+    loss: float
+    grad_norm: float
+    utterances: int
+    samples: int
+
+    @property
+    def skipped(self) -> bool:
+        return not math.isfinite(self.grad_norm)
+
+
+class Learner:
+    """A new model with its optimizer, on the device of this rank.
+
+    Args:
+        settings: settings of the run.
+        ranks: the processes of the run.
+
+    Raises:
+        ValueError: float16 on a CPU.
+    """
+
+    def __init__(self, settings: PretrainSettings, ranks: Ranks) -> None:
+        if settings.precision == "float16" and ranks.device.type != "cuda":
+            raise ValueError("precision is 'float16' on a CPU; expected 'float32' or 'bfloat16' there")
+        self._settings, self._ranks = settings, ranks
+        torch.manual_seed(settings.seed)
+        self.model = settings.build_model().to(ranks.device)
+        self.optimizer = make_optimizer(self.model, settings.weight_decay)
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=settings.precision == "float16")
+        self._replica: nn.Module = self.model
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint: ``model.*`` and ``optimizer.*``."""
+        model = {f"model.{name}": x for name, x in self.model.state_dict().items()}
+        return model | {f"optimizer.{name}": x for name, x in optimizer_tensors(self.optimizer, self.model).items()}
+
+    def load(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], scaler: dict[str, Any]) -> None:
+        """Take over the state of an earlier learner.
+
+        Raises:
+            RuntimeError, KeyError: the tensors do not fit the model.
+        """
+        self.model.load_state_dict(model)
+        load_optimizer_tensors(self.optimizer, self.model, optimizer)
+        self.scaler.load_state_dict(scaler)
+
+    def distribute(self) -> None:
+        """Start averaging gradients over the ranks, all of which must have the same state."""
+        if self._ranks.world_size > 1:
+            # a depth below N leaves the later of several unique layers without a gradient
+            unused = len(self.model.encoder.layers) > 1 and self._settings.depth != "fixed"
+            self._replica = DistributedDataParallel(self.model, find_unused_parameters=unused)
+
+    def step(
+        self, step: int, batches: Sequence[Batch], masks: Sequence[Masks], depths: tuple[int, ...], learning_rate: float
+    ) -> Update:
+        """Take step ``step`` (from 0) on this rank's batches; all ranks must call it together.
+
+        A step whose gradient is not finite changes nothing.
+        """
+        settings, ranks, model = self._settings, self._ranks, self.model
+        # what the losses of all ranks together are divided by
+        terms, frames, utterances, samples = ranks.total(
+            [
+                sum(model.objective.count(m) for m in masks),
+                sum(int(model.encoder.subsampled_lengths(frame_count(b.lengths)).sum()) for b in batches),
+                sum(len(b.ids) for b in batches),
+                sum(int(b.lengths.sum()) for b in batches),
+            ]
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        statistics = [b.clone() for b in model.encoder.buffers()]
+        loss = torch.zeros((), device=ranks.device)
+        for number, (batch, mask) in enumerate(zip(batches, masks)):
+            # dropout and noise: their own for each batch of the step, whichever rank has it
+            torch.manual_seed(torch_seed(settings.seed, step, number * ranks.world_size + ranks.rank))
+            batch, mask = batch.to(ranks.device), mask.to(ranks.device)
+            with self._synchronised(number == len(batches) - 1):
+                with self._autocast():
+                    sums, apart = self._replica(batch.audio, batch.lengths, mask, depths)
+                objective = sums.mean() / terms + settings.distill * apart / frames
+                # times the number of ranks: DDP averages over them what is to be summed
+                self.scaler.scale(objective * ranks.world_size).backward()
+            loss += sums.detach().mean() / terms
+        norm = self._update(statistics)
+        return Update(float(loss), norm, int(utterances), int(samples))
+
+    def _update(self, statistics: Sequence[Tensor]) -> float:
+        """Apply the gradient, or put back the encoder's buffers from before the step; returns the norm of the gradient."""
+        self.scaler.unscale_(self.optimizer)
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self._settings.clip))
+        if math.isfinite(norm) or self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)  # an enabled scaler leaves the step out by itself
+        if not math.isfinite(norm):
+            for buffer, before in zip(self.model.encoder.buffers(), statistics):
+                buffer.copy_(before)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Exchange gradients after the last batch of a step only."""
+        if isinstance(self._replica, DistributedDataParallel) and not last:
+            return self._replica.no_sync()
+        return contextlib.nullcontext()
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self._settings.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self._ranks.device.type, dtype=getattr(torch, self._settings.precision))

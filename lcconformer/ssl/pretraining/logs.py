@@ -1,0 +1,156 @@
+"""What a run reports: progress on the terminal, CSV files and, where it is installed, TensorBoard logs."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import importlib.util
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...runtime import ProgressBar, replacing
+from .settings import StepRecord
+
+__all__ = ["CsvLog", "Reports", "RunLog", "StepBar"]
+
+
+class CsvLog:
+    """A CSV file that is flushed after every row; of an existing file, the rows up to step ``last_step`` are kept."""
+
+    def __init__(self, path: Path, columns: Sequence[str], last_step: int) -> None:
+        self._columns = list(columns)
+        rows: list[dict[str, str]] = []
+        if path.is_file() and last_step > 0:
+            with open(path, newline="") as old:
+                # a killed process may have left half a row
+                rows = [r for r in csv.DictReader(old) if None not in r.values() and int(r["step"]) <= last_step]
+        with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        self._file = open(path, "a", newline="")  # noqa: SIM115 (closed by close)
+        self._writer = csv.DictWriter(self._file, self._columns)
+
+    def write(self, **row: Any) -> None:
+        self._writer.writerow(row)
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class RunLog:
+    """``steps.csv``, ``validation.csv`` and ``tensorboard/`` in the folder of a run.
+
+    Args:
+        folder: folder of the run.
+        last_step: steps done before.  Later rows of an interrupted part are dropped, because their steps are done again.
+    """
+
+    def __init__(self, folder: Path, last_step: int) -> None:
+        columns = [f.name for f in dataclasses.fields(StepRecord)]
+        self._steps = CsvLog(folder / "steps.csv", columns, last_step)
+        self._validation = CsvLog(folder / "validation.csv", ["step", "depth", "loss"], last_step)
+        self._board: Any = None
+        if importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1)
+
+    def step(self, record: StepRecord) -> None:
+        row = dataclasses.asdict(record)
+        self._steps.write(**{**row, "depths": "+".join(map(str, record.depths))})
+        if self._board is not None:
+            for name in ("loss", "grad_norm", "learning_rate"):
+                self._board.add_scalar(f"train/{name}", row[name], record.step)
+            self._board.add_scalar("train/depth", record.depths[0], record.step)
+
+    def validation(self, step: int, losses: Sequence[float]) -> None:
+        for depth, loss in enumerate(losses, 1):
+            self._validation.write(step=step, depth=depth, loss=loss)
+            if self._board is not None:
+                self._board.add_scalar(f"validation/depth_{depth}", loss, step)
+
+    def close(self) -> None:
+        self._steps.close()
+        self._validation.close()
+        if self._board is not None:
+            self._board.close()
+
+
+class StepBar(ProgressBar):
+    """Progress through ``steps`` steps, with loss, depth and utterances per second.
+
+    Raises:
+        ImportError: tqdm is not installed.
+    """
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self._steps, self._rate = steps, 0.0
+
+    def step(self, record: StepRecord, done: float) -> None:
+        """Show a step; ``done`` (0 to 1) of the run, by steps or by the clock."""
+        rate = record.utterances / max(1e-9, record.compute_s + record.data_s)
+        self._rate = rate if not self._rate else 0.9 * self._rate + 0.1 * rate
+        depth = "+".join(map(str, record.depths))
+        self.update(
+            done,
+            f"step {record.step}/{self._steps}  loss {record.loss:.4f}  depth {depth}  {self._rate:.1f} utterances/s",
+        )
+
+
+class Reports:
+    """All that the first rank reports of a run: log files, progress, warnings, and the caller's callback.
+
+    Args:
+        folder: folder of the run.
+        last_step: steps done before.
+        steps: steps of the whole run, to show progress on the standard error; None: show nothing.
+        on_step: called after each step.
+    """
+
+    def __init__(
+        self, folder: Path, last_step: int, steps: int | None, on_step: Callable[[StepRecord], None] | None
+    ) -> None:
+        self._log, self._on_step = RunLog(folder, last_step), on_step
+        try:
+            self._bar = None if steps is None else StepBar(steps)
+        except ImportError:
+            self._log.close()
+            raise
+
+    def start(self, done: float) -> None:
+        """Begin; ``done`` (0 to 1) of the run is over."""
+        if self._bar is not None:
+            self._bar.start(done)
+
+    def step(self, record: StepRecord, done: float) -> None:
+        """Report a step; ``done`` (0 to 1) of the run is over."""
+        self._log.step(record)
+        if self._bar is not None:
+            self._bar.step(record, done)
+        if self._on_step is not None:
+            self._on_step(record)
+
+    def skipped(self, record: StepRecord, in_a_row: int, most: int) -> None:
+        """Warn of a step that was left out, the last of ``in_a_row`` such steps; the run ends at ``most``."""
+        warnings.warn(
+            f"step {record.step} left out: its gradient is not finite ({record.skipped} such steps so far, {in_a_row} in "
+            f"a row; the run ends at {most})",
+            UserWarning,
+            stacklevel=2,
+        )
+
+    def validation(self, step: int, losses: Sequence[float]) -> None:
+        """Report the losses at depth 1 ... N."""
+        self._log.validation(step, losses)
+        if self._bar is not None:
+            self._bar.say(f"step {step}: validation loss {losses[-1]:.4f} at depth {len(losses)}")
+
+    def close(self) -> None:
+        self._log.close()
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,176 @@
+"""Settings of a pretraining run, the record of a step, and the result."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...config import ConformerConfig
+from ...depth import DepthSampler
+from ..model import FeatureSettings, PretrainingModel
+from ..objectives import ObjectiveSettings
+
+__all__ = ["PretrainResult", "PretrainSettings", "StepRecord"]
+
+FREE_SETTINGS = ("device", "workers", "checkpoint_every", "keep", "validate_every")
+"""Settings that may differ between the parts of a resumed run: none of them changes what a step computes."""
+PRECISIONS = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """Settings of a pretraining run.
+
+    Attributes:
+        config: the encoder; ``input_dim`` is the number of mel bins.
+        features, objective: settings of the log-mel features and of the objective.
+        depth: kind of :class:`~lcconformer.DepthSampler`; a curriculum grows over the first half of the steps.
+        min_depth: the shallowest sampled depth.
+        distill: weight of the distance between hidden states at the shallower depths of a step and at its deepest; only
+            ``depth="sandwich"`` has steps of several depths.
+        steps: optimizer steps; the learning rate falls to zero at the last one.
+        max_minutes: limit of the training time, over all parts of a resumed run.  The learning rate then follows the clock
+            wherever the clock is ahead of the steps, so that reruns differ.  None: no limit.
+        learning_rate: peak learning rate of AdamW.
+        warmup: part of the run in which the learning rate rises.
+        weight_decay: weight decay of matrices; biases and norms have none.
+        clip: largest norm of the gradient; longer gradients are scaled down to it.
+        accumulate: batches per step on each rank.
+        batch_seconds: largest amount of audio in a batch, padding included.
+        crop_seconds: longer utterances are cut at random to this length (or to ``batch_seconds`` if that is shorter); None:
+            they are never cut.
+        precision: ``"float32"``, or autocast to ``"bfloat16"`` or to ``"float16"`` (CUDA only, with loss scaling).
+        seed: seed of weights, data order, masks, depths and dropout.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None: the CUDA device of this rank if there is one, else the CPU.
+        workers: threads that decode audio ahead.
+        validate_every, checkpoint_every: steps between validations and between checkpoints; both also happen at the end.
+        keep: number of newest checkpoints to keep.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    config: ConformerConfig
+    features: FeatureSettings = field(default_factory=FeatureSettings)
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    depth: str = "uniform"
+    min_depth: int = 1
+    distill: float = 0.0
+    steps: int = 10_000
+    max_minutes: float | None = None
+    learning_rate: float = 1e-3
+    warmup: float = 0.07
+    weight_decay: float = 0.01
+    clip: float = 5.0
+    accumulate: int = 1
+    batch_seconds: float = 80.0
+    crop_seconds: float | None = 15.0
+    precision: str = "float32"
+    seed: int = 0
+    device: str | None = None
+    workers: int = 1
+    validate_every: int = 500
+    checkpoint_every: int = 500
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, name: str, expected: str) -> None:
+            if not ok:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+
+        for name in ("steps", "accumulate", "validate_every", "checkpoint_every", "keep"):
+            need(getattr(self, name) >= 1, name, "1 or more")
+        for name in ("learning_rate", "clip", "batch_seconds"):
+            need(getattr(self, name) > 0, name, "a positive number")
+        need(self.crop_seconds is None or self.crop_seconds >= 0.1, "crop_seconds", "None, or 0.1 or more")
+        for name in ("distill", "weight_decay", "seed", "workers"):
+            need(getattr(self, name) >= 0, name, "0 or more")
+        need(0 <= self.warmup < 1, "warmup", "0 <= warmup < 1, a part of the run")
+        need(self.max_minutes is None or self.max_minutes > 0, "max_minutes", "None or a positive number")
+        need(self.precision in PRECISIONS, "precision", "one of " + ", ".join(PRECISIONS))
+        if self.distill and self.depth != "sandwich":
+            raise ValueError(
+                f"distill is {self.distill} with depth={self.depth!r}: only depth='sandwich' trains several depths in a step"
+            )
+        self.sampler()  # checks depth and min_depth
+
+    def sampler(self) -> DepthSampler:
+        """The sampler of the depth of each step."""
+        return DepthSampler(
+            self.depth, self.config.num_layers, self.min_depth, self.seed, steps=max(1, self.steps // 2)
+        )
+
+    def build_model(self) -> PretrainingModel:
+        """Build a model, its weights drawn from torch's generator."""
+        return PretrainingModel(self.config, self.features, self.objective)
+
+    def describe(self) -> dict[str, Any]:
+        """Everything besides the model that decides what a step computes, ready for JSON; a resumed run must agree in it."""
+        values = dataclasses.asdict(self)
+        return {key: values[key] for key in values if key not in (*FREE_SETTINGS, "config", "features", "objective")}
+
+    def describe_free(self) -> dict[str, Any]:
+        """The settings that a resumed run may change, ready for JSON."""
+        return {name: getattr(self, name) for name in FREE_SETTINGS}
+
+    @classmethod
+    def from_checkpoint(cls, meta: Mapping[str, Any]) -> PretrainSettings:
+        """The settings of the run that wrote a checkpoint, from its ``meta``.
+
+        Raises:
+            ValueError: a key is missing or unknown, or a value out of range.
+        """
+        try:
+            return cls(
+                config=ConformerConfig(**meta["config"]),
+                features=FeatureSettings(**meta["features"]),
+                objective=ObjectiveSettings(**meta["objective"]),
+                **meta["settings"],
+                **meta.get("free_settings", {}),  # checkpoints of version 0.1.0 have none
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"PretrainSettings: the checkpoint does not fit this version ({error})") from error
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """Record of one optimizer step.
+
+    step: number of the step, from 1. depths: depths trained, the deepest first. loss: mean of the objective over masked
+    frames and depths. grad_norm: norm of the gradient before clipping. utterances, seconds: number of utterances and seconds
+    of audio without padding, over all ranks. compute_s: time of forward, backward and update. data_s: time spent waiting for
+    audio. elapsed_s: training time so far, over all parts of the run. skipped: number of steps left out so far because their
+    gradient was not finite, this one included if its ``grad_norm`` is not.
+    """
+
+    step: int
+    epoch: int
+    depths: tuple[int, ...]
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    utterances: int
+    seconds: float
+    compute_s: float
+    data_s: float
+    elapsed_s: float
+    skipped: int
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """Result of :func:`~lcconformer.ssl.pretraining.pretrain`.
+
+    model: the model in evaluation mode. checkpoint: the newest checkpoint. history: steps of this part of the run.
+    validation: pairs (step, loss at depth 1 ... N) of this part. stopped: why the run ended, ``"steps"``, ``"minutes"``,
+    ``"SIGINT"`` or ``"SIGTERM"``.
+    """
+
+    model: PretrainingModel
+    checkpoint: Path
+    history: list[StepRecord]
+    validation: list[tuple[int, tuple[float, ...]]]
+    stopped: str
