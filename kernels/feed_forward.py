@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from . import feed_forward_products as products
-from ._common import (
+from .common import (
     HIDDEN,
     OUTPUT,
     AotConfig,

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import (
+from .common import (
     AotConfig,
     LaunchConfig,
     cdiv,
@@ -33,8 +33,8 @@ from ._common import (
     next_power_of_2,
     sigmoid,
 )
-from ._tuning import tuned
 from .partials import sum_rows
+from .tuning import tuned
 
 # what changes with T, B or K: specialised on ones and multiples of 16 it would compile again for new lengths
 RUNTIME = ("T", "K", "P", "tiles", "TILE", "chunks", "chunk", "lane")

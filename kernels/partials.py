@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import TRITON_DTYPE, AotConfig, LaunchConfig, cdiv, constexpr_signature, launch
+from .common import TRITON_DTYPE, AotConfig, LaunchConfig, cdiv, constexpr_signature, launch
 
 # what changes with T, B or K: specialised on ones and multiples of 16 it would compile again for new lengths
 RUNTIME = ("P",)

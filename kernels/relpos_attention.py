@@ -45,7 +45,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import (
+from .common import (
     AotConfig,
     LaunchConfig,
     arch_of,
@@ -59,7 +59,7 @@ from ._common import (
     next_power_of_2,
     unit_stride,
 )
-from ._tuning import tuned
+from .tuning import tuned
 
 __all__ = ["aot_configs", "backward", "config_for", "forward"]
 

@@ -37,7 +37,7 @@ except ImportError as error:
     print(f'this report needs Triton ({error}): pip install "lcconformer[triton]"', file=sys.stderr)
     sys.exit(2)
 
-from ._common import INTERPRETED, AotConfig, divisible_by_16
+from .common import INTERPRETED, AotConfig, divisible_by_16
 
 __all__ = ["Resources", "compile_config", "configs", "kernel_modules", "main", "report", "violations", "write"]
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import (
+from .common import (
     AotConfig,
     LaunchConfig,
     cdiv,
@@ -25,8 +25,8 @@ from ._common import (
     next_power_of_2,
     unit_stride,
 )
-from ._tuning import tuned
 from .partials import sum_rows
+from .tuning import tuned
 
 # what changes with T, B or K: specialised on ones and multiples of 16 it would compile again for new lengths
 RUNTIME = ("M", "rows_each", "threshold")

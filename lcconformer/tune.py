@@ -57,18 +57,18 @@ def tune_gpu(layer: LayerShape, ops: Sequence[str] = OPS, folder: Path | None = 
             "serve, or do without: the kernels' own choices need no tuning"
         )
     device = torch.device("cuda", torch.cuda.current_device())
-    reasons = triton_reasons(device, DTYPES[args.dtype])
+    reasons = triton_reasons(device, DTYPES[layer.dtype])
     if reasons:
         raise NotImplementedError(f"nothing to tune: {'; '.join(reasons)}")
-    from lcconformer.kernels import _tuning
+    from lcconformer.kernels import tuning
 
     gpu = torch.cuda.get_device_name(device)
-    path = _tuning.file_of(gpu, folder)
-    table = _tuning.read(path) if path.exists() else {}
+    path = tuning.file_of(gpu, folder)
+    table = tuning.read(path) if path.exists() else {}
     for name, call in calls(layer, device):
         if name.split()[0] in ops:
             table |= tune(name, call, median)
-            _tuning.write(path, gpu, table)
+            tuning.write(path, gpu, table)
     return path, len(table)
 
 
@@ -83,10 +83,10 @@ def tune(name: str, call: Callable[[], object], timer: Timer) -> dict[str, objec
     """Try the candidates of every launch in ``call``, one launch after another: key -> the fastest LaunchConfig."""
     import triton
 
-    from lcconformer.kernels import _tuning
+    from lcconformer.kernels import tuning
 
     found = {}
-    with _tuning.watched() as (seen, forced):
+    with tuning.watched() as (seen, forced):
         call()
         for key, candidates in list(seen.items()):
             seen.clear()

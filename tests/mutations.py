@@ -232,7 +232,7 @@ TRITON = (
     ),
     Mutation(
         "feed-forward: both dropout masks from one stream",
-        "kernels/_common.py",
+        "kernels/common.py",
         "OUTPUT = tl.constexpr(1)",
         "OUTPUT = tl.constexpr(0)",
         f"{ON_FEED_FORWARD}::test_dropout",
@@ -309,7 +309,7 @@ TRITON = (
     ),
     Mutation(
         "dropout: six rounds of Philox instead of seven",
-        "kernels/_common.py",
+        "kernels/common.py",
         "zero + stream, 7)",
         "zero + stream, 6)",
         f"{ON_ATTENTION}::test_dropout_is_the_same_in_forward_and_backward[9-2-lengths1-dtype1]",

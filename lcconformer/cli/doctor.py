@@ -8,7 +8,7 @@ import sys
 import torch
 
 from ..doctor import Finding, Refusal, check
-from ..typical import CALLS, Sizes
+from ..ops.samples import CALLS, Sizes
 
 __all__ = ["add_arguments", "run"]
 

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from ..info import collect
-from ..typical import Sizes
+from ..ops.samples import Sizes
 
 __all__ = ["add_arguments", "run"]
 

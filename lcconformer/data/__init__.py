@@ -1,9 +1,10 @@
 """Speech for pretraining and probes: corpora, phone labels, log-mel features, batches."""
 
 from .batching import Batch, BatchLoader, plan_batches
-from .corpora import BadAudioError, Corpus, Utterance, demo_corpus, load_corpus
+from .corpora import BadAudioError, Corpus, demo_corpus, load_corpus
 from .features import LogMel, cmvn, frame_count
 from .phones import IGNORE, PHONES, fold, frame_labels
+from .utterance import Utterance
 
 __all__ = [
     "IGNORE",

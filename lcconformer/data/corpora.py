@@ -27,7 +27,6 @@ import zlib
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, BinaryIO, overload
@@ -37,6 +36,7 @@ import torch
 
 from .features import SAMPLE_RATE
 from .phones import parse_alignment
+from .utterance import Utterance
 
 FORMATS = (
     "a LibriSpeech folder tree (SPEAKER/CHAPTER/*.trans.txt with .flac files), "
@@ -50,27 +50,6 @@ _SKIPPING = threading.Lock()
 
 class BadAudioError(ValueError):
     """An audio file that cannot be used; the message says why."""
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """One utterance.
-
-    id, speaker, split, text: as in the corpus. num_samples: length at 16 kHz. phones: pairs (label, number of 10 ms frames)
-    from the start, or None. source: name of its file within the corpus.
-    """
-
-    id: str
-    speaker: str
-    split: str
-    text: str
-    num_samples: int
-    phones: tuple[tuple[str, int], ...] | None
-    source: str
-
-    @property
-    def seconds(self) -> float:
-        return self.num_samples / SAMPLE_RATE
 
 
 class _Skipped(dict[str, str]):

@@ -12,12 +12,9 @@ phone of their frames is unknown.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-if TYPE_CHECKING:
-    from .corpora import Utterance
+from .utterance import Utterance
 
 IGNORE = -100
 """Label of a frame whose phone is unknown; the default ``ignore_index`` of ``torch.nn.functional.cross_entropy``."""

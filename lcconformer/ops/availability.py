@@ -26,7 +26,7 @@ def _triton_missing(device_type: str, index: int | None) -> str:
         major, minor = torch.cuda.get_device_capability(index)
         return "" if major >= 8 else f"the GPU is sm_{major}{minor}, older than sm_80"
     if device_type == "cpu":
-        from lcconformer.kernels._common import INTERPRETED
+        from lcconformer.kernels.common import INTERPRETED
 
         return "" if INTERPRETED else "the tensors are on the CPU, where Triton runs only with TRITON_INTERPRET=1"
     return f"no Triton kernels for device type {device_type!r}"

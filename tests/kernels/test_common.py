@@ -10,22 +10,22 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from lcconformer.kernels import _common
-from lcconformer.kernels._common import LaunchConfig
+from lcconformer.kernels import common
+from lcconformer.kernels.common import LaunchConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @triton.jit
 def _keep_kernel(out_ptr, seed_ptr, stream, major, row, column, threshold, M: tl.constexpr, N: tl.constexpr):
-    keep = _common.dropout_keep(tl.load(seed_ptr), stream, major, row + tl.arange(0, M), column, threshold, N)
+    keep = common.dropout_keep(tl.load(seed_ptr), stream, major, row + tl.arange(0, M), column, threshold, N)
     tl.store(out_ptr + tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :], keep.to(tl.int8))
 
 
 def kept(seed: int, stream: int, major: int, row: int, column: int, p: float, m: int = 64, n: int = 256) -> np.ndarray:
     out = torch.full((m, n), -1, dtype=torch.int8, device=DEVICE)
-    args = (torch.tensor([seed], device=DEVICE), stream, major, row, column, _common.dropout_threshold(p))
-    _common.launch(_keep_kernel, (1,), LaunchConfig(4, 1), out, out, *args, M=m, N=n)
+    args = (torch.tensor([seed], device=DEVICE), stream, major, row, column, common.dropout_threshold(p))
+    common.launch(_keep_kernel, (1,), LaunchConfig(4, 1), out, out, *args, M=m, N=n)
     return out.cpu().numpy()
 
 
@@ -49,7 +49,7 @@ def test_philox_written_out_gives_the_published_numbers():
 @pytest.mark.parametrize("seed", [3, 2**40 + 5, -7])
 def test_dropout_decisions_are_those_of_philox(seed):
     m, n, p = 3, 16, 0.4
-    threshold = _common.dropout_threshold(p)
+    threshold = common.dropout_threshold(p)
     want = np.zeros((m, n))
     for i in range(m):
         for j in range(n):
@@ -74,15 +74,15 @@ def test_dropout_rate_and_independence():
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.999999])
 def test_kept_values_are_scaled_by_the_exact_probability(p):
-    kept_probability = 1 - _common.dropout_threshold(p) / _common.DROPOUT_LEVELS
+    kept_probability = 1 - common.dropout_threshold(p) / common.DROPOUT_LEVELS
     assert kept_probability > 0
-    assert _common.dropout_scale(p) * kept_probability == pytest.approx(1, abs=1e-12)
-    assert kept_probability == pytest.approx(1 - p, abs=1.0 / _common.DROPOUT_LEVELS)
+    assert common.dropout_scale(p) * kept_probability == pytest.approx(1, abs=1e-12)
+    assert kept_probability == pytest.approx(1 - p, abs=1.0 / common.DROPOUT_LEVELS)
 
 
 @pytest.mark.parametrize(("arch", "nearest"), [(80, 80), (87, 86), (90, 90), (103, 100), (121, 120)])
 def test_nearest_arch(arch, nearest):
-    assert _common.nearest_arch(arch) == nearest
+    assert common.nearest_arch(arch) == nearest
 
 
 def test_constexpr_signature_names_what_has_no_type():
@@ -90,12 +90,12 @@ def test_constexpr_signature_names_what_has_no_type():
         __name__ = "kernel"
         arg_names = ("x_ptr", "n", "BLOCK")
 
-    given = _common.constexpr_signature(Kernel(), {"x_ptr": "*fp32"}, {"n": "i32"}, {"BLOCK": 4})
+    given = common.constexpr_signature(Kernel(), {"x_ptr": "*fp32"}, {"n": "i32"}, {"BLOCK": 4})
     assert given == {"x_ptr": "*fp32", "n": "i32"}
     with pytest.raises(ValueError, match=r"kernel: no type given for \['n'\]"):
-        _common.constexpr_signature(Kernel(), {"x_ptr": "*fp32"}, {}, {"BLOCK": 4})
+        common.constexpr_signature(Kernel(), {"x_ptr": "*fp32"}, {}, {"BLOCK": 4})
 
 
 def test_an_empty_grid_launches_nothing():
     x = torch.zeros(1, device=DEVICE)
-    _common.launch(None, (0, 3), LaunchConfig(4, 1), x)
+    common.launch(None, (0, 3), LaunchConfig(4, 1), x)

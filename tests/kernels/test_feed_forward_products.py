@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
-from lcconformer.kernels import _tuning
 from lcconformer.kernels import feed_forward as kernels
 from lcconformer.kernels import feed_forward_products as products
-from lcconformer.kernels._common import LaunchConfig
+from lcconformer.kernels import tuning
+from lcconformer.kernels.common import LaunchConfig
 
 from . import test_feed_forward as whole
 
@@ -172,8 +172,8 @@ def test_no_rows(product):
 
 def test_the_library_is_chosen_until_a_file_says_otherwise(tmp_path, monkeypatch):
     monkeypatch.setenv("LCCONFORMER_TUNED", str(tmp_path))
-    monkeypatch.setattr(_tuning, "_gpu", lambda index: "some GPU")
-    _tuning._table.cache_clear()
+    monkeypatch.setattr(tuning, "_gpu", lambda index: "some GPU")
+    tuning._table.cache_clear()
 
     def rows(m, dtype=torch.bfloat16):
         return types.SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=(m, 256))
@@ -183,7 +183,7 @@ def test_the_library_is_chosen_until_a_file_says_otherwise(tmp_path, monkeypatch
     best = products.CONFIGS["up"][1]
     other = LaunchConfig(4, 3, {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16})
     key = "feed_forward.{} bfloat16 M<=4096 N=1024 K=256"
-    _tuning.write(_tuning.file_of("some GPU"), "some GPU", {key.format("up"): best, key.format("down"): other})
+    tuning.write(tuning.file_of("some GPU"), "some GPU", {key.format("up"): best, key.format("down"): other})
     assert products.choice("up", rows(3200), weight, 1024) == best
     assert products.choice("up", rows(4096), weight, 1024) == best
     assert products.choice("up", rows(4097), weight, 1024) == products.LIBRARY
@@ -191,7 +191,7 @@ def test_the_library_is_chosen_until_a_file_says_otherwise(tmp_path, monkeypatch
     assert products.choice("up", rows(3200), weight.float(), 1024) == products.LIBRARY
     # what no file may ask for
     assert products.choice("down", rows(3200), weight, 1024) == products.LIBRARY
-    _tuning._table.cache_clear()
+    tuning._table.cache_clear()
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 pytest.importorskip("triton")
 
 from lcconformer.kernels import glu_depthwise_conv as kernels
-from lcconformer.kernels._common import LaunchConfig
+from lcconformer.kernels.common import LaunchConfig
 
 from lcconformer.ops.glu_depthwise_conv.reference import depthwise_conv1d
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 pytest.importorskip("triton")
 
 from lcconformer.kernels import relpos_attention as kernels
-from lcconformer.kernels._common import dropout_scale, dropout_threshold
+from lcconformer.kernels.common import dropout_scale, dropout_threshold
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("q", "k", "v", "pos", "u", "v_bias")
@@ -193,7 +193,7 @@ def test_large_scores():
 
 
 def philox_keep(seed: int, b: int, h: int, t: int, p: float) -> Tensor:
-    """The dropout decisions of [B, H, T, T] as kernels/_common.py documents them, in numpy."""
+    """The dropout decisions of [B, H, T, T] as kernels/common.py documents them, in numpy."""
     mask = np.uint64(0xFFFFFFFF)
     major, row, column = np.meshgrid(np.arange(b * h), np.arange(t), np.arange(t), indexing="ij")
     c = [x.astype(np.uint64) for x in (column // 8, row, major, np.zeros_like(row))]

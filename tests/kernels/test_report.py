@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 
 from lcconformer.kernels import report
-from lcconformer.kernels._common import INTERPRETED, AotConfig, LaunchConfig
+from lcconformer.kernels.common import INTERPRETED, AotConfig, LaunchConfig
 
 from lcconformer.architectures import SHARED_MEMORY
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 pytest.importorskip("triton")
 
 from lcconformer.kernels import residual_layer_norm as kernels
-from lcconformer.kernels._common import dropout_scale
+from lcconformer.kernels.common import dropout_scale
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5

@@ -28,7 +28,7 @@ from lcconformer.kernels import (
     residual_layer_norm,
 )
 from lcconformer.kernels import feed_forward_products as products
-from lcconformer.kernels._common import AotConfig, LaunchConfig
+from lcconformer.kernels.common import AotConfig, LaunchConfig
 
 MODULES = (feed_forward, glu_depthwise_conv, partials, products, relpos_attention, residual_layer_norm)
 OPTIONAL = ("lengths_ptr", "bias_ptr", "seed_ptr")

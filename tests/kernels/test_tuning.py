@@ -11,8 +11,8 @@ import torch
 pytest.importorskip("triton")
 
 import triton
-from lcconformer.kernels import _tuning, residual_layer_norm
-from lcconformer.kernels._common import LaunchConfig
+from lcconformer.kernels import residual_layer_norm, tuning
+from lcconformer.kernels.common import LaunchConfig
 
 from lcconformer import tune
 from lcconformer.__main__ import main
@@ -29,19 +29,19 @@ ON_GPU = types.SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("LCCONFORMER_TUNED", str(tmp_path))
-    _tuning._table.cache_clear()
+    tuning._table.cache_clear()
     yield
-    _tuning._table.cache_clear()
+    tuning._table.cache_clear()
 
 
 @pytest.fixture
 def choose(monkeypatch):
-    monkeypatch.setattr(_tuning, "_gpu", lambda index: GPU)
-    return lambda: _tuning.tuned("op.forward", ON_GPU, HEURISTIC, LIMITS)
+    monkeypatch.setattr(tuning, "_gpu", lambda index: GPU)
+    return lambda: tuning.tuned("op.forward", ON_GPU, HEURISTIC, LIMITS)
 
 
 def test_candidates_stay_within_limits():
-    found = _tuning.candidates(HEURISTIC, LIMITS)
+    found = tuning.candidates(HEURISTIC, LIMITS)
     assert found[0] == HEURISTIC
     assert OTHER in found
     assert {c.blocks["BLOCK_M"] for c in found} == {16, 32}
@@ -67,7 +67,7 @@ SMALL = types.SimpleNamespace(
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float16", 2e-2)])
 def test_every_candidate_computes_the_same(dtype, tolerance):
     for name, call in tune.calls(types.SimpleNamespace(**{**vars(SMALL), "dtype": dtype}), torch.device(DEVICE)):
-        with _tuning.watched() as (seen, forced):
+        with tuning.watched() as (seen, forced):
             want = call()
             # products of float32 are the library's
             assert seen or (name, dtype) == ("feed_forward up", "float32")
@@ -87,7 +87,7 @@ def test_what_an_earlier_choice_replaced_is_not_timed():
     (call,) = (call for name, call in tune.calls(args, torch.device(DEVICE)) if name == "feed_forward forward")
 
     def timer(call):
-        with_norm = any("norm_up" in key and config.num_warps for key, config in _tuning._forced.items())
+        with_norm = any("norm_up" in key and config.num_warps for key, config in tuning._forced.items())
         return 0.5 if with_norm else 1.0
 
     found = tune.tune("forward", call, timer)
@@ -96,9 +96,9 @@ def test_what_an_earlier_choice_replaced_is_not_timed():
 
 def test_a_filed_configuration_is_chosen(choose):
     assert choose() == HEURISTIC
-    _tuning.write(_tuning.file_of(GPU), GPU, {KEY: OTHER})
+    tuning.write(tuning.file_of(GPU), GPU, {KEY: OTHER})
     assert choose() == OTHER
-    assert _tuning.read(_tuning.file_of(GPU)) == {KEY: OTHER}
+    assert tuning.read(tuning.file_of(GPU)) == {KEY: OTHER}
 
 
 @pytest.mark.parametrize(
@@ -111,14 +111,14 @@ def test_a_filed_configuration_is_chosen(choose):
     ],
 )
 def test_a_configuration_that_is_no_candidate_is_not_chosen(choose, given):
-    _tuning.write(_tuning.file_of(GPU), GPU, {KEY: given})
+    tuning.write(tuning.file_of(GPU), GPU, {KEY: given})
     assert choose() == HEURISTIC
 
 
 def test_files_of_others_are_not_read(choose):
-    _tuning.write(_tuning.file_of("another GPU"), "another GPU", {KEY: OTHER})
+    tuning.write(tuning.file_of("another GPU"), "another GPU", {KEY: OTHER})
     assert choose() == HEURISTIC
-    assert triton.__version__ in _tuning.file_of(GPU).name
+    assert triton.__version__ in tuning.file_of(GPU).name
 
 
 @pytest.mark.parametrize(
@@ -126,12 +126,12 @@ def test_files_of_others_are_not_read(choose):
              json.dumps({"configs": {KEY: {"num_warps": "4", "num_stages": 2}}})],
 )  # fmt: skip
 def test_a_damaged_file_is_named_and_the_heuristic_chooses(choose, caplog, text):
-    _tuning.file_of(GPU).write_text(text)
-    with pytest.raises(ValueError, match=_tuning.file_of(GPU).name):
-        _tuning.read(_tuning.file_of(GPU))
+    tuning.file_of(GPU).write_text(text)
+    with pytest.raises(ValueError, match=tuning.file_of(GPU).name):
+        tuning.read(tuning.file_of(GPU))
     assert choose() == choose() == HEURISTIC
     (record,) = caplog.records
-    assert _tuning.file_of(GPU).name in record.message
+    assert tuning.file_of(GPU).name in record.message
 
 
 def test_the_fastest_candidate_wins():
@@ -140,7 +140,7 @@ def test_the_fastest_candidate_wins():
 
     def timer(call):
         call()
-        ((_, config),) = _tuning._forced.items()
+        ((_, config),) = tuning._forced.items()
         if config.num_stages == 2:
             return 0.99
         if (config.num_warps, config.blocks["BLOCK_M"]) not in times:
@@ -155,8 +155,8 @@ def test_the_fastest_candidate_wins():
     assert best == LaunchConfig(4, 1, {"BLOCK_M": 4, "BLOCK_D": 256})
     times[4, 4] = times[8, 4] = times[8, 8] = 0.98  # not worth a change
     assert tune.tune("norm", call, timer)[key] == LaunchConfig(4, 1, {"BLOCK_M": 8, "BLOCK_D": 256})
-    assert not _tuning._forced
-    assert _tuning._seen is None
+    assert not tuning._forced
+    assert tuning._seen is None
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU is here")
@@ -167,11 +167,11 @@ def test_without_a_gpu_the_command_says_so(capsys):
 
 @pytest.mark.gpu
 def test_on_the_gpu(tmp_path, capsys, monkeypatch):
-    candidates = _tuning.candidates
-    monkeypatch.setattr(_tuning, "candidates", lambda *args: candidates(*args)[:2])  # each is compiled
+    candidates = tuning.candidates
+    monkeypatch.setattr(tuning, "candidates", lambda *args: candidates(*args)[:2])  # each is compiled
     given = ["--batch", "2", "--frames", "64", "--d-model", "64", "--heads", "1", "--dtype", "float16"]
     assert main(["tune", *given, "--folder", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*.json")
-    table = _tuning.read(path)
+    table = tuning.read(path)
     assert len(table) >= 9
     assert f"{len(table)} configurations in {path}" in capsys.readouterr().out

@@ -118,9 +118,9 @@ def test_triton_says_why_not(change, message):
 
 
 def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch):
-    from lcconformer.kernels import _common
+    from lcconformer.kernels import common
 
-    monkeypatch.setattr(_common, "INTERPRETED", False)
+    monkeypatch.setattr(common, "INTERPRETED", False)
     with backend("triton"), pytest.raises(NotImplementedError, match="runs only with TRITON_INTERPRET=1"):
         ops.glu_depthwise_conv(**arguments(dtype=torch.float32))
 

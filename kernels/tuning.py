@@ -22,7 +22,7 @@ import triton
 
 from lcconformer.runtime import write_atomically
 
-from ._common import LaunchConfig
+from .common import LaunchConfig
 
 _log = logging.getLogger("lcconformer")
 # while tuning: the candidates of every choice, and what to choose instead of the file's
