@@ -18,11 +18,11 @@ __all__ = ["apply", "backward", "forward", "relative_shift", "relpos_attention_r
 
 
 def relative_shift(x: Tensor) -> Tensor:
-    """``[..., T, 2T-1] -> [..., T, T]`` with ``out[i, j] = x[i, T-1-i+j]``: a view of contiguous scores, or a copy under export."""
+    """``[..., T, 2T-1] -> [..., T, T]`` with ``out[i, j] = x[i, T-1-i+j]``, a view of contiguous scores."""
     t = x.shape[-2]
     lead = x.shape[:-2]
     if torch.compiler.is_exporting():
-        # ONNX knows no memory: its as_strided indexes the elements of the slice, not the storage that they are a view of
+        # ONNX knows no memory: its as_strided would index the elements of the slice, not the storage beneath them
         x = F.pad(x, (1, 0)).reshape(*lead, 2 * t, t)[..., 1:, :]
         return x.reshape(*lead, t, 2 * t - 1)[..., :t]
     x = x.contiguous()
