@@ -70,11 +70,13 @@ class Conformer(nn.Module):
 
         Args:
             input: ``[B, T, input_dim]``.
-            lengths: ``[B]`` int64 real frames of each utterance.
+            lengths: ``[B]`` real frames of each utterance, int64, int32 or floating; frame i is real where i < length.
             depth: number of layers to run; None: all.
 
         Returns:
-            ``(output [B, T, input_dim], lengths [B])``.
+            ``(output [B, T, input_dim], lengths [B])``, the lengths as they were given.
         """
-        output, _ = self.encoder(input, lengths, depth=depth)
+        # torchaudio counts the frames i < length of T, which is the longest length rounded down
+        frames = lengths.ceil().minimum(lengths.max().floor()).long() if lengths.is_floating_point() else lengths
+        output, _ = self.encoder(input, frames, depth=depth)
         return output, lengths

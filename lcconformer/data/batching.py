@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from .corpora import BadAudioError, Corpus, Utterance
+from .corpora import BadAudioError, Corpus
 from .features import FRAME_SHIFT, SAMPLE_RATE, frame_count
 from .phones import IGNORE, frame_labels
+from .utterance import Utterance
 
 _JITTER = 0.1  # part of the length, in the sorting key
 

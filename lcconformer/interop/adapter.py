@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..config import ConformerConfig
 from ..layer import ConformerLayer
-from ..ops.checks import frame_mask
+from ..ops.checks import frame_mask, readable
 
 __all__ = [
     "Described",
@@ -137,7 +137,7 @@ _MASK = (
 
 
 def _insist(condition: Tensor) -> None:
-    if condition.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(condition):
         if not condition:
             raise ValueError(_MASK)
     else:

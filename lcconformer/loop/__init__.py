@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from lcconformer.ops.derivatives import transformed
 from lcconformer.ops.registry import Choice, forced_backend, strict
 from lcconformer.stack import LayerStack
 
@@ -144,7 +145,7 @@ def _passing(x: Tensor) -> list[str]:
     reasons = []
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         reasons.append("a compiler is tracing the encoder")
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    if transformed() or forward_ad._current_level >= 0:
         reasons.append("a transform of torch.func or forward-mode differentiation is active")
     if type(x) not in (Tensor, nn.Parameter):
         reasons.append(f"the input is a {type(x).__name__}, not a plain tensor")

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lcconformer.ops.derivatives import differentiable_once
 from lcconformer.ops.dropout import dropout_seed
 from lcconformer.ops.native import rows_of
 from lcconformer.stack import LayerStack
@@ -160,10 +160,13 @@ class LoopFn(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, *douts):
+    @differentiable_once(
+        "ConformerEncoder",
+        'Run the forward pass inside `with lcconformer.engine("modules"), lcconformer.backend("torch")`, which has them',
+    )
+    def backward(ctx, saved_tensors, *douts):
         call: _Call = ctx.call
-        lengths, seeds, *rest = ctx.saved_tensors
+        lengths, seeds, *rest = saved_tensors
         inputs, rest = rest[: ctx.inputs], rest[ctx.inputs :]
         count = sum(1 + len(plan.names) for plan in call.plans)
         tensors, kept = tuple(rest[:count]), rest[count:]

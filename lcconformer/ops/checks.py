@@ -5,7 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_device", "check_dropout", "check_lengths", "check_same", "check_shape", "floats", "frame_mask"]
+from .derivatives import transformed
+
+__all__ = [
+    "check_device",
+    "check_dropout",
+    "check_lengths",
+    "check_same",
+    "check_shape",
+    "floats",
+    "frame_mask",
+    "readable",
+]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -49,20 +60,30 @@ def check_dropout(op: str, dropout_p: float) -> None:
 def check_lengths(op: str, lengths: Tensor | None, batch: int, frames: int, device: torch.device) -> None:
     """``lengths`` is int32 or int64 ``[B]`` on ``device``.
 
-    The values (0 <= lengths <= T) are checked only for CPU tensors outside of compilation: elsewhere it would need a
-    synchronisation or a graph break.
+    The values (0 <= lengths <= T) are checked only where they are :func:`readable`.
     """
     if lengths is None:
         return
     if lengths.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{op}: lengths has dtype {lengths.dtype}; expected int64 or int32 frame counts")
+        raise ValueError(
+            f"{op}: lengths has dtype {lengths.dtype}; expected int64 or int32 frame counts; pass lengths.long()"
+        )
     check_shape(op, "lengths", lengths, (batch,), "[B]")
     if lengths.device != device:
         raise ValueError(f"{op}: lengths is on {lengths.device} but the input is on {device}; move it there")
-    if device.type == "cpu" and batch and not torch.compiler.is_compiling():
+    if batch and readable(lengths):
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > frames:
             raise ValueError(f"{op}: lengths span {low} ... {high}; expected values from 0 to T = {frames}")
+
+
+def readable(x: Tensor) -> bool:
+    """Return whether the host can look at the values of ``x`` at no cost.
+
+    On a GPU that takes a synchronisation, under compilation a graph break; a fake tensor has no values, and under
+    ``vmap`` a tensor stands for many.
+    """
+    return not torch.compiler.is_compiling() and x.device.type == "cpu" and type(x) is Tensor and not transformed()
 
 
 def floats(*values: float) -> tuple[float, ...]:

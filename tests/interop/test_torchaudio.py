@@ -54,6 +54,18 @@ def test_evaluation(torchaudio_conformer, case):
     assert torch.equal(got_lengths, want_lengths)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.int32], ids=str)
+def test_dtypes_of_lengths(torchaudio_conformer, dtype):
+    """Fractions too: torchaudio compares them with the index of a frame."""
+    theirs, ours, x, lengths = pair(torchaudio_conformer, CASES[0])
+    for given in (lengths.to(dtype), torch.tensor([13.5, 8.5, 2.25]).to(dtype)):
+        want, _ = theirs.eval()(x, given)
+        got, got_lengths = ours.eval()(x, given)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+        assert got_lengths.dtype == dtype
+        assert torch.equal(got_lengths, given)
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if c[-2] > 1], ids=str)
 def test_training_step(torchaudio_conformer, case):
     """Output, all gradients and the running statistics, in training mode; gradients compared under torchaudio's names."""
@@ -234,5 +246,7 @@ def test_bad_input():
         ours(torch.randn(2, 5, 15), torch.tensor([5, 5]))
     with pytest.raises(ValueError, match=r"lengths span 1 \.\.\. 6; expected values from 0 to T = 5"):
         ours(torch.randn(2, 5, 16), torch.tensor([1, 6]))
-    with pytest.raises(ValueError, match=r"lengths has dtype torch.float32"):
-        ours(torch.randn(2, 5, 16), torch.tensor([1.0, 5.0]))
+    with pytest.raises(ValueError, match=r"lengths span 1 \.\.\. 6; expected values from 0 to T = 5"):
+        ours(torch.randn(2, 5, 16), torch.tensor([1.0, 6.0]))
+    with pytest.raises(ValueError, match=r"lengths has dtype torch.int16; expected .*; pass lengths.long\(\)"):
+        ours(torch.randn(2, 5, 16), torch.tensor([1, 5], dtype=torch.int16))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..activations import check_activation
 from ..checks import check_device, check_dropout, check_same, check_shape, floats
+from ..derivatives import refuse_transforms
 from ..dropout import dropout_seed
 from . import reference
 from .arguments import FeedForward, Traits
@@ -80,5 +81,6 @@ def feed_forward(
         return reference.apply(FeedForward(*given, None, scale, activation, dropout_p, eps))
     args = FeedForward(*given, dropout_seed(x, dropout_p), scale, activation, dropout_p, eps).flat()
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in given):
+        refuse_transforms(OP.name)
         return FeedForwardFn.apply(*args, backend)
     return torch.ops.lcconformer.feed_forward_fwd(*args, False, backend=backend)[0]

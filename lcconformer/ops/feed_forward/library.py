@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..derivatives import ON_OPS, differentiable_once
 from ..registry import Op
 from . import cpu, reference, triton
 from .arguments import Backend, FeedForward, Traits
@@ -76,9 +76,9 @@ class FeedForwardFn(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        *tensors, mean, rstd, u = ctx.saved_tensors
+    @differentiable_once(OP.name, ON_OPS)
+    def backward(ctx, saved_tensors, dout):
+        *tensors, mean, rstd, u = saved_tensors
         dx, dnorm, dw1, db1, dw2, db2 = torch.ops.lcconformer.feed_forward_bwd(
             dout, *tensors, *ctx.options, mean, rstd, u, backend=ctx.backend
         )

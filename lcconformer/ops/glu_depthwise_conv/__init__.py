@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..activations import check_activation
 from ..checks import check_device, check_lengths, check_same, check_shape, floats
+from ..derivatives import refuse_transforms
 from . import reference
 from .arguments import NORMS, GluDepthwiseConv, Statistics, Traits
 from .library import OP, GluDepthwiseConvFn
@@ -103,6 +104,7 @@ def glu_depthwise_conv(
     if backend == "torch":
         return reference.apply(args, momentum)
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, weight, bias, *affine)):
+        refuse_transforms(OP.name)
         out, mean, var, frames = GluDepthwiseConvFn.apply(*args.flat(), backend)
     else:
         out, _y, mean, var, frames = torch.ops.lcconformer.glu_depthwise_conv_fwd(*args.flat(), False, backend=backend)

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..derivatives import ON_OPS, differentiable_once
 from ..registry import Op
 from . import cpu, cuda, reference, triton
 from .arguments import Backend, GluDepthwiseConv, Statistics, Traits
@@ -90,9 +90,9 @@ class GluDepthwiseConvFn(torch.autograd.Function):
         return out, mean, var, count
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dout, *_):
-        x, weight, lengths, norm_weight, norm_bias, *saved = ctx.saved_tensors
+    @differentiable_once(OP.name, ON_OPS)
+    def backward(ctx, saved_tensors, dout, *_):
+        x, weight, lengths, norm_weight, norm_bias, *saved = saved_tensors
         # bias and running statistics are not read, and the latter may have moved since
         inputs = (x, weight, None, lengths, norm_weight, norm_bias, None, None)
         dx, dtaps, dbias, dnorm = torch.ops.lcconformer.glu_depthwise_conv_bwd(

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..checks import check_dropout, check_lengths, check_same, check_shape, frame_mask
+from ..checks import check_dropout, check_lengths, check_same, check_shape, frame_mask, readable
+from ..derivatives import refuse_transforms
 from ..dropout import dropout_seed
 from ..registry import forced_backend
 from . import reference
@@ -87,6 +88,7 @@ def relpos_attention(
         return reference.apply(RelposAttention(q, k, v, pos, u, v_bias, lengths, cu_seqlens, None, dropout_p))
     args = RelposAttention(q, k, v, pos, u, v_bias, lengths, cu_seqlens, dropout_seed(q, dropout_p), dropout_p).flat()
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, pos, u, v_bias)):
+        refuse_transforms(OP.name)
         return RelposAttentionFn.apply(*args, backend)
     out, _lse = torch.ops.lcconformer.relpos_attention_fwd(*args, backend=backend)
     return out
@@ -102,8 +104,7 @@ def _check_packed(q: Tensor, pos: Tensor | None, lengths: Tensor | None, cu_seql
     check_shape(OP.name, "cu_seqlens", cu_seqlens, (None,), "[B+1]")
     if cu_seqlens.device != q.device:
         raise ValueError(f"{OP.name}: cu_seqlens is on {cu_seqlens.device} but q is on {q.device}; move it there")
-    # values only where looking at them costs no synchronisation, as for lengths
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(cu_seqlens):
         ends, longest = cu_seqlens.tolist(), (pos.shape[0] + 1) // 2
         steps = [b - a for a, b in pairwise(ends)]
         if not ends or ends[0] != 0 or ends[-1] != q.shape[0] or any(not 0 <= n <= longest for n in steps):

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..derivatives import ON_OPS, differentiable_once
 from ..registry import Op
 from . import cpu, reference, triton
 from .arguments import Backend, RelposAttention, Traits
@@ -68,9 +68,9 @@ class RelposAttentionFn(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        *tensors, out, lse = ctx.saved_tensors
+    @differentiable_once(OP.name, ON_OPS)
+    def backward(ctx, saved_tensors, dout):
+        *tensors, out, lse = saved_tensors
         gradients = torch.ops.lcconformer.relpos_attention_bwd(
             dout, *tensors, ctx.dropout_p, out, lse, backend=ctx.backend
         )

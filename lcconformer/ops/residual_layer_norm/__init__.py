@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_device, check_dropout, check_same, check_shape, floats
+from ..derivatives import refuse_transforms
 from ..dropout import dropout_seed
 from . import reference
 from .arguments import ResidualLayerNorm, Traits
@@ -58,6 +59,7 @@ def residual_layer_norm(
         return reference.apply(ResidualLayerNorm(x, y, weight, bias, None, alpha, dropout_p, eps))
     args = ResidualLayerNorm(x, y, weight, bias, dropout_seed(x, dropout_p), alpha, dropout_p, eps).flat()
     if torch.is_grad_enabled() and any(p.requires_grad for p in (x, y, weight, bias)):
+        refuse_transforms(OP.name)
         return ResidualLayerNormFn.apply(*args, backend)
     s, n, _mean, _rstd = torch.ops.lcconformer.residual_layer_norm_fwd(*args, backend=backend)
     return s, n

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..derivatives import ON_OPS, differentiable_once
 from ..registry import Op
 from . import cpu, reference, triton
 from .arguments import Backend, ResidualLayerNorm, Traits
@@ -70,10 +70,10 @@ class ResidualLayerNormFn(torch.autograd.Function):
         return s, n
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, ds, dn):
+    @differentiable_once(OP.name, ON_OPS)
+    def backward(ctx, saved_tensors, ds, dn):
         dx, dy, dparams = torch.ops.lcconformer.residual_layer_norm_bwd(
-            ds, dn, *ctx.saved_tensors, *ctx.options, backend=ctx.backend
+            ds, dn, *saved_tensors, *ctx.options, backend=ctx.backend
         )
         dweight, dbias = dparams
         return dx, dx if ctx.same else dy, dweight, dbias, *(None,) * 5  # seed, alpha, dropout_p, eps, backend
