@@ -23,7 +23,7 @@ def relative_shift(x: Tensor) -> Tensor:
     lead = x.shape[:-2]
     if torch.compiler.is_exporting():
         # ONNX knows no memory: its as_strided would index the elements of the slice, not the storage beneath them
-        x = F.pad(x, (1, 0)).reshape(*lead, 2 * t, t)[..., 1:, :]
+        x = F.pad(x, (1, 0)).flatten(-2)[..., t:]  # [..., T (2T-1)]
         return x.reshape(*lead, t, 2 * t - 1)[..., :t]
     x = x.contiguous()
     flat = x.reshape(*lead, t * (2 * t - 1))[..., t - 1 :]
