@@ -68,6 +68,7 @@ class ProgressBar:
         self._text, self._done, self._initial = text, 0.0, 0.0
         self._began = self._shown = time.monotonic()
         self._format = tqdm.format_meter
+        self._printed: tuple[float, str] | None = None
         self._bar: Any = None
         if sys.stderr.isatty():
             form = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining} {desc}"
@@ -101,7 +102,7 @@ class ProgressBar:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-        else:
+        elif self._printed != (self._done, self._text):
             self._print()
 
     def __enter__(self) -> ProgressBar:
@@ -111,7 +112,7 @@ class ProgressBar:
         self.close()
 
     def _print(self) -> None:
-        self._shown = time.monotonic()
+        self._shown, self._printed = time.monotonic(), (self._done, self._text)
         form = "{percentage:3.0f}% {elapsed}<{remaining} {desc}"
         elapsed = self._shown - self._began
         line = self._format(self._done, 1.0, elapsed, prefix=self._text, bar_format=form, initial=self._initial)

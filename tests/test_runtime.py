@@ -124,3 +124,14 @@ def test_what_was_done_before_does_not_count_for_the_time_left(monkeypatch: pyte
     now[0] = 10.0
     bar.update(0.9)
     assert stream.getvalue() == " 90% 00:10<00:10\n"
+
+
+def test_the_last_state_is_printed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tqdm")
+    now, stream = [0.0], io.StringIO()
+    monkeypatch.setattr(runtime.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("sys.stderr", stream)
+    with ProgressBar("probe") as bar:
+        now[0] = 12.0
+        bar.update(1.0)
+    assert stream.getvalue() == "100% 00:12<00:00 probe\n"

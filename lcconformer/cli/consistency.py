@@ -89,7 +89,7 @@ def run_names(checkpoint: str, compared: str | None) -> dict[str, str]:
 
 
 def format_summary(matrices: Mapping[str, Mapping[str, np.ndarray]]) -> str:
-    """One line per model: each measure averaged over all pairs of depths, and between the first and the last depth."""
+    """Format a line per model: each measure averaged over all pairs of depths, and between the first and the last depth."""
     lines = ["", "pairs of depths 1 ... N:          mean of all pairs              depth 1 to depth N"]
     header = "".join(f"{m:>10}" for m in MEASURES)
     lines.append(f"{'':>14}{header}{'':>4}{header}")

@@ -10,19 +10,19 @@ __all__ = ["add_checkpoint_argument", "add_device_argument", "names"]
 
 
 def names(text: str) -> tuple[str, ...]:
-    """``"a, b"`` -> ``("a", "b")``, for use as the type of an argument."""
+    """Split names, ``"a, b"`` -> ``("a", "b")``; serves as the type of an argument."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
-    """``--checkpoint``, a file or the folder of a run."""
+    """Add ``--checkpoint``, a file or the folder of a run."""
     parser.add_argument(
         "--checkpoint", required=True, help="checkpoint of 'pretrain', or the folder of a run (its newest checkpoint)"
     )
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
-    """``--device``, checked when the arguments are parsed."""
+    """Add ``--device``, which is checked when the arguments are parsed."""
 
     def device(text: str) -> torch.device:
         try:

@@ -29,7 +29,7 @@ _EXIT = {"SIGINT": 130, "SIGTERM": 143}
 
 
 def options_of(settings: PretrainSettings) -> dict[str, Any]:
-    """The options that give ``settings``: the inverse of :func:`settings_from`."""
+    """Options that describe ``settings``: the inverse of :func:`settings_from`."""
     config, features, objective = settings.config, settings.features, settings.objective
     others = dataclasses.asdict(settings)
     return {
@@ -66,7 +66,7 @@ _SPEECH: dict[str, Any] = {"data": None, "splits": (), "exclude_speakers": (), "
 
 
 def _option(group: argparse._ArgumentGroup, name: str, text: str, **more: Any) -> None:
-    """An option that is absent from the parsed arguments unless given; its help ends with its default, if it has one."""
+    """Add an option that is absent from the parsed arguments unless given; its help ends with its default, if any."""
     default = _DEFAULTS.get(name[2:].replace("-", "_"))
     if default not in (None, ()):
         text = f"{text} (default: {default})"
@@ -156,7 +156,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_from(args: argparse.Namespace) -> PretrainSettings:
-    """Settings of a new run; options that were not given have their defaults.
+    """Settings of a new run, with defaults for the options that were not given.
 
     Raises:
         ValueError: a value out of range.
@@ -195,10 +195,10 @@ def _subsampling(text: str) -> tuple[str, int]:
 
 
 def resumed(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[PretrainSettings, dict[str, Any]]:
-    """Settings and speech of the run that wrote ``checkpoint``, with the options given now that may change.
+    """Settings and speech of the run that wrote ``checkpoint``, updated by the given options that may change.
 
     Raises:
-        ValueError: options that contradict the checkpoint, by name; or one that is too old to say where its speech is.
+        ValueError: given options contradict the checkpoint, or it does not say where its speech is.
     """
     given = dict(vars(args))
     if "subsampling" in given:
@@ -227,7 +227,7 @@ def resumed(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[PretrainS
 
 
 def _listed(value: Any) -> Any:
-    """Tuples become lists in JSON; the order of names does not matter."""
+    """Value for a comparison: JSON turns tuples into lists, and the order of names does not matter."""
     return sorted(value) if isinstance(value, (list, tuple)) else value
 
 
@@ -238,10 +238,10 @@ def _shown(value: Any) -> str:
 
 
 def run_folder(args: argparse.Namespace) -> Path:
-    """The folder of the run, from ``--out`` or ``--resume DIR``.
+    """Folder of the run, from ``--out`` or ``--resume DIR``.
 
     Raises:
-        ValueError: neither names one, or they name two.
+        ValueError: there is no folder, or there are two.
     """
     out, resume = vars(args).get("out"), args.resume
     if isinstance(resume, str):

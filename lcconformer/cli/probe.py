@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parse_depths(text: str, num_layers: int) -> list[int]:
-    """``"all"`` -> 0 ... N; ``"1,2,4"`` -> those, ascending.
+    """Parse depths: ``"all"`` -> 0 ... N; ``"1,2,4"`` -> these, in ascending order.
 
     Raises:
         ValueError: not a list of depths from 0 to N.
@@ -122,7 +122,7 @@ def _describe(corpus: Corpus) -> dict[str, Any]:
 
 
 def format_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str], audio_seconds: float) -> str:
-    """Frame accuracies in percent, a line per depth, two columns per model, and milliseconds per second of speech."""
+    """Format accuracies in percent and milliseconds per second of speech: a line per depth, two columns per model."""
     value = {(r["features"], r["depth"], r["probe"]): 100 * r["accuracy"] for r in rows}
     seconds = {r["depth"]: r.get("seconds") for r in rows if r["features"] == names[0]}
     frames = rows[0]["frames"]

@@ -1,8 +1,8 @@
-"""How asterisk_en.zip was made: ``python -m lcconformer.data.demo.build_asterisk PACKAGES asterisk_en.zip``.
+"""Build asterisk_en.zip: ``python -m lcconformer.data.demo.build_asterisk PACKAGES asterisk_en.zip``.
 
 Needs ``pip install av pocketsphinx soundfile`` and a folder PACKAGES with Debian's packages asterisk-core-sounds-en and
-asterisk-core-sounds-en-g722 unpacked (``apt-get download`` and ``dpkg-deb -x PACKAGE PACKAGES``). The loader of the
-package does not need this file.
+asterisk-core-sounds-en-g722 unpacked (``apt-get download`` and ``dpkg-deb -x PACKAGE PACKAGES``). Loading the demo speech
+does not need this file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ...runtime import replacing
 RATE = 16_000
 MAX_SECONDS = 60
 TEST_PART = 0.15
-OPUS_LEVEL = 0.95  # of libsndfile's scale: about 20 kbit/s
+OPUS_LEVEL = 0.95  # libsndfile's compression level: about 20 kbit/s
 
 NUMBERS = ("ZERO", "ONE", "TWO", "THREE", "FOUR", "FIVE", "SIX", "SEVEN", "EIGHT", "NINE")
 SPELLING = {  # slips of the transcript, not of the speaker
@@ -60,7 +60,7 @@ PRONUNCIATION = {  # words that the aligner's dictionary lacks
 
 
 def decode(path: Path) -> np.ndarray:
-    """int16 ``[samples]``."""
+    """Decode a G.722 file to int16 ``[samples]``."""
     with av.open(str(path), format="g722") as container:
         return np.concatenate([frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)])
 
@@ -72,7 +72,7 @@ def encode(samples: np.ndarray) -> bytes:
 
 
 def words(text: str) -> list[str] | None:
-    """Upper-case words, single digits spelt out; None where the text does not say how it was read."""
+    """Words in upper case, with single digits spelt out; None if the text leaves open how it was read."""
     text = re.sub(r"\[.*?\]", "", text)
     if re.search(r"[#*]|\d\d|\d\.\d", text):
         return None
@@ -87,7 +87,7 @@ def run(decoder: pocketsphinx.Decoder, samples: np.ndarray) -> None:
 
 
 def align(decoder: pocketsphinx.Decoder, samples: np.ndarray, spoken: list[str]) -> str:
-    """``PHONE:frames ...`` in 10 ms frames from the start; empty where the aligner finds no way through."""
+    """Align phones: ``PHONE:frames ...`` in 10 ms frames from the start; empty if the aligner finds no alignment."""
     lower = [word.lower() for word in spoken]
     if any(decoder.lookup_word(word) is None for word in lower):
         return ""

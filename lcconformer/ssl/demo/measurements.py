@@ -1,4 +1,4 @@
-"""What the demo measures on its three models: consistency of the depths, inference time, phone probes."""
+"""Measurements of the demo's three models: consistency of the depths, inference time, phone probes."""
 
 from __future__ import annotations
 

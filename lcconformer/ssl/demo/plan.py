@@ -1,4 +1,4 @@
-"""What a demo trains and measures, and how much of it there is time for."""
+"""Plan of a demo: settings of trainings and measurements, with as many steps as there is time for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STEPS_PER_MINUTE = 120  # at most, so that all machines that are fast enough ru
 
 @dataclass(frozen=True)
 class DemoPlan:
-    """What a demo trains and measures.
+    """Settings of the trainings and measurements.
 
     Attributes:
         settings: settings of the run with sampled depth; its twin differs in ``depth`` alone.

@@ -1,4 +1,4 @@
-"""From what the demo measured to the content of ``results.json``."""
+"""The content of ``results.json``, made from the measurements of the demo."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ __all__ = ["make_results"]
 def make_results(
     plan: DemoPlan, train: Corpus, test: Corpus, training: dict[str, dict[str, Any]], measured: Measurements
 ) -> dict[str, Any]:
-    """The content of ``results.json``, but for the time the demo took.
+    """Make the content of ``results.json``, without the time that the demo took.
 
     Args:
-        plan: what was trained and measured.
+        plan: the plan that was followed.
         train, test: the speech.
-        training: facts on each training, by name of the model.
-        measured: by name of the model, the untrained one included.
+        training: facts about both trainings, by name of the model.
+        measured: measurements of all three models.
     """
     settings, times, rows = plan.settings, measured.times, measured.probe_rows
     batch = dataclasses.asdict(times[SAMPLED])

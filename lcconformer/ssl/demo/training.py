@@ -21,7 +21,7 @@ SAMPLED, FIXED, RANDOM = "sampled depth", "fixed depth", "random init"  # names 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model, its checkpoint, and what ``results.json`` says about its training."""
+    """A trained model, its checkpoint, and the facts about its training for ``results.json``."""
 
     model: PretrainingModel
     checkpoint: Path

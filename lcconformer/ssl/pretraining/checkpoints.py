@@ -1,4 +1,4 @@
-"""From a run to its checkpoints and back: what is stored, and what a resumed run must agree in."""
+"""Checkpoints of a run: its state is saved, and restored if settings and data are the same."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class RunCheckpoints:
 
     Args:
         folder: folder of the run.
-        settings, ranks, train: the run's; a checkpoint of others is not restored.
-        speech: JSON that says where the speech comes from, stored as it is.
+        settings, ranks, train: settings, processes and speech of the run; checkpoints of other ones are refused.
+        speech: JSON that says where the speech comes from, stored unchanged.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class RunCheckpoints:
         self.newest: Path | None = None
 
     def save(self, learner: Learner, counters: Counters) -> None:
-        """Write a checkpoint and delete the oldest beyond ``settings.keep``; the first rank does it."""
+        """On the first rank, write a checkpoint and delete all but the newest ``settings.keep``."""
         self.newest = checkpoint_path(self.folder, counters.step)
         if not self._ranks.first:
             return
@@ -60,7 +60,7 @@ class RunCheckpoints:
             old.unlink()
 
     def restore(self, checkpoint: Checkpoint, learner: Learner) -> Counters:
-        """Load a checkpoint into ``learner``; returns the place to go on from.
+        """Load a checkpoint into ``learner``; returns the counters to continue from.
 
         Raises:
             ValueError: the checkpoint has other settings, data or number of ranks, or its tensors do not fit.
@@ -99,13 +99,13 @@ class RunCheckpoints:
 
 
 def fingerprint(corpus: Corpus) -> str:
-    """Text that differs for different data: the number of utterances, and a hash of their ids and lengths."""
+    """Identify data by the number of its utterances and a hash of their ids and lengths."""
     text = "\n".join(f"{u.id} {u.num_samples}" for u in corpus)
     return f"{len(corpus)} utterances ({hashlib.blake2b(text.encode(), digest_size=6).hexdigest()})"
 
 
 def _differences(section: str, was: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
-    """(name, value then, value now) of everything that differs."""
+    """Yield (name, value then, value now) for everything that differs."""
     if not isinstance(was, dict) or not isinstance(now, dict):
         if was != now:
             yield section, was, now

@@ -1,4 +1,4 @@
-"""How far a run has come."""
+"""Counters of a run."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["Counters"]
 
 @dataclass
 class Counters:
-    """Everything about a run that changes from step to step, besides tensors; a checkpoint holds it under these names.
+    """State of a run besides its tensors; a checkpoint holds the fields under the same names.
 
-    step: steps done. epoch, position: the next batches are those of step ``position`` of the epoch. skipped: steps left out
-    because their gradient was not finite. elapsed_s: seconds of training, over all parts of the run.
+    step: number of steps done. epoch, position: the next batches are those of step ``position`` of the epoch. skipped: number
+    of steps left out because their gradient was not finite. elapsed_s: training time over all parts of the run.
     """
 
     step: int = 0

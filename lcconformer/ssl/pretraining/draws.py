@@ -1,4 +1,4 @@
-"""Everything random in a step: masks and seeds, as functions of the run's seed and the step."""
+"""Random draws of a step: masks and seeds, which depend only on the seed of the run and the step."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from ..model import PretrainingModel
 __all__ = ["VALIDATION", "batch_masks", "torch_seed"]
 
 VALIDATION = (1 << 63) - 1
-"""Stands for the step in the masks and noise of a validation."""
+"""Used in place of the step for the masks and the noise of a validation."""
 
 
 def torch_seed(seed: int, step: int, number: int) -> int:
-    """64-bit seed of torch's generator for batch ``number`` of a step."""
+    """Seed (64 bits) of torch's generator for batch ``number`` of a step."""
     return int(np.random.SeedSequence((seed, step, number)).generate_state(1, np.uint64)[0])
 
 
 def batch_masks(model: PretrainingModel, batch: Batch, seed: int, step: int) -> Masks:
-    """Masks of a batch, as the model's objective wants them."""
+    """Draw the masks of a batch with the settings of the model's objective."""
     objective = model.objective_settings
     return draw_masks(
         batch.ids,

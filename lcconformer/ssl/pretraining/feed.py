@@ -15,7 +15,7 @@ __all__ = ["StepFeed", "validation_loader"]
 
 
 class StepFeed:
-    """Batches for training, ``settings.accumulate`` of them per step.
+    """Training batches of this rank, ``settings.accumulate`` of them per step.
 
     Raises:
         ValueError: the corpus has too little speech for a step, or an utterance does not fit into a batch.
@@ -39,7 +39,7 @@ class StepFeed:
             )
 
     def steps(self, counters: Counters) -> Generator[list[Batch], None, None]:
-        """The batches of each step, from the place in ``counters`` on, which moves along."""
+        """Iterate over the batches of the coming steps, starting at ``counters`` and advancing its epoch and position."""
         while True:
             batches = self._loader.epoch(counters.epoch, start=counters.position * self._accumulate)
             for _ in range(counters.position, self._loader.steps(counters.epoch) // self._accumulate):
@@ -50,7 +50,7 @@ class StepFeed:
 
 
 def validation_loader(validation: Corpus, settings: PretrainSettings) -> BatchLoader:
-    """All held-out speech, in a fixed order."""
+    """Batches of all held-out speech, in a fixed order."""
     return BatchLoader(validation, shuffle=False, **_sizes(settings))
 
 

@@ -24,10 +24,10 @@ __all__ = ["Learner", "Update"]
 
 @dataclass(frozen=True)
 class Update:
-    """What a step did.
+    """Outcome of a step.
 
-    loss: this rank's part of the loss; the sum over ranks is the mean over masked frames and depths. grad_norm: before
-    clipping; the step was left out if it is not finite. utterances, samples: of all ranks.
+    loss: this rank's part of the loss; summed over ranks, it is the mean over masked frames and depths. grad_norm: norm of the
+    gradient before clipping; if it is not finite, the step was left out. utterances, samples: numbers over all ranks.
     """
 
     loss: float
@@ -67,7 +67,7 @@ class Learner:
         return model | {f"optimizer.{name}": x for name, x in optimizer_tensors(self.optimizer, self.model).items()}
 
     def load(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], scaler: dict[str, Any]) -> None:
-        """Take over the state of an earlier learner.
+        """Restore the state of an earlier learner.
 
         Raises:
             RuntimeError, KeyError: the tensors do not fit the model.
@@ -77,7 +77,7 @@ class Learner:
         self.scaler.load_state_dict(scaler)
 
     def distribute(self) -> None:
-        """Start averaging gradients over the ranks, all of which must have the same state."""
+        """Exchange gradients with the other ranks from now on; all ranks must have the same state."""
         if self._ranks.world_size > 1:
             # a depth below N leaves the later of several unique layers without a gradient
             unused = len(self.model.encoder.layers) > 1 and self._settings.depth != "fixed"
@@ -91,7 +91,7 @@ class Learner:
         A step whose gradient is not finite changes nothing.
         """
         settings, ranks, model = self._settings, self._ranks, self.model
-        # what the losses of all ranks together are divided by
+        # numbers over all ranks; the sums of the losses are divided by terms and frames
         terms, frames, utterances, samples = ranks.total(
             [
                 sum(model.objective.count(m) for m in masks),
@@ -105,14 +105,14 @@ class Learner:
         statistics = [b.clone() for b in model.encoder.buffers()]
         loss = torch.zeros((), device=ranks.device)
         for number, (batch, mask) in enumerate(zip(batches, masks)):
-            # dropout and noise: their own for each batch of the step, whichever rank has it
+            # every batch of the step has its own dropout and noise, whichever rank it is on
             torch.manual_seed(torch_seed(settings.seed, step, number * ranks.world_size + ranks.rank))
             batch, mask = batch.to(ranks.device), mask.to(ranks.device)
             with self._synchronised(number == len(batches) - 1):
                 with self._autocast():
                     sums, apart = self._replica(batch.audio, batch.lengths, mask, depths)
                 objective = sums.mean() / terms + settings.distill * apart / frames
-                # times the number of ranks: DDP averages over them what is to be summed
+                # times the number of ranks, because DDP averages gradients and the sum is wanted
                 self.scaler.scale(objective * ranks.world_size).backward()
             loss += sums.detach().mean() / terms
         norm = self._update(statistics)

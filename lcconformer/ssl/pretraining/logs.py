@@ -1,4 +1,4 @@
-"""What a run reports: progress on the terminal, CSV files and, where it is installed, TensorBoard logs."""
+"""Reports of a run: progress on the terminal, CSV files and, where it is installed, TensorBoard logs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class CsvLog:
 
 
 class RunLog:
-    """``steps.csv``, ``validation.csv`` and ``tensorboard/`` in the folder of a run.
+    """Log files in the folder of a run: ``steps.csv``, ``validation.csv`` and ``tensorboard/``.
 
     Args:
         folder: folder of the run.
@@ -103,7 +103,7 @@ class StepBar(ProgressBar):
 
 
 class Reports:
-    """All that the first rank reports of a run: log files, progress, warnings, and the caller's callback.
+    """Reports of the first rank: log files, progress, warnings, and calls of ``on_step``.
 
     Args:
         folder: folder of the run.
@@ -136,7 +136,7 @@ class Reports:
             self._on_step(record)
 
     def skipped(self, record: StepRecord, in_a_row: int, most: int) -> None:
-        """Warn of a step that was left out, the last of ``in_a_row`` such steps; the run ends at ``most``."""
+        """Warn of a step that was left out, the last of ``in_a_row`` such steps; ``most`` of them end the run."""
         warnings.warn(
             f"step {record.step} left out: its gradient is not finite ({record.skipped} such steps so far, {in_a_row} in "
             f"a row; the run ends at {most})",

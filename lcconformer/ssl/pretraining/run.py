@@ -1,8 +1,8 @@
 """The training loop: the same steps whatever the number of processes, and after any interruption.
 
 Everything random is a function of the seed and the step: the order of the data, the masks, the depth, the dropout.  A
-checkpoint therefore holds tensors and counters and no generator states.  The loss is the mean over the masked frames
-of all batches of a step on all ranks, so W ranks with A batches each take the step of one rank with W x A batches.
+checkpoint therefore holds tensors and counters, but no generator states.  The loss is the mean over the masked frames of all
+batches of a step on all ranks, so that W ranks with A batches each take the same step as one rank with W x A batches.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .validation import validation_losses
 
 __all__ = ["pretrain"]
 
-_MOST_SKIPPED = 20  # steps in a row; float16 loss scaling needs a handful to find its scale
+_MOST_SKIPPED = 20  # skipped steps in a row; float16 loss scaling skips a handful to find its scale
 
 
 def pretrain(
@@ -88,7 +88,7 @@ def pretrain(
 
 
 class _Run:
-    """The loop over the steps: what comes when."""
+    """The loop over the steps, with its reports, validations and checkpoints."""
 
     reports: Reports | None = None  # on the first rank
 
@@ -131,7 +131,7 @@ class _Run:
                     losses = self._validate()
                     if losses:
                         validated.append((counters.step, losses))
-                # a checkpoint in the middle of a spell of skipped steps would push out the good ones
+                # checkpoints during a series of skipped steps would displace the good ones
                 if stopped or (counters.step % settings.checkpoint_every == 0 and not in_a_row):
                     self.checkpoints.save(self.learner, counters)
         model = self.learner.model.eval()
@@ -149,7 +149,7 @@ class _Run:
         rate = settings.learning_rate * learning_rate_scale(self._progress(), settings.warmup)
         update = self.learner.step(counters.step, batches, masks, depths, rate)
         now = time.perf_counter()
-        # all ranks go by the first one's clock
+        # all ranks use the clock of the first one
         loss, elapsed = self.ranks.total([update.loss, self.ranks.first * (now - self.began)])
         counters.step += 1
         counters.elapsed_s = elapsed
@@ -170,7 +170,7 @@ class _Run:
         )
 
     def _progress(self) -> float:
-        """Part of the run that is over, in the middle of the coming step."""
+        """Part of the run (0 to 1) that is over in the middle of the coming step."""
         done = (self.counters.step + 0.5) / self.settings.steps
         if self.settings.max_minutes is not None:
             done = max(done, self.counters.elapsed_s / (60.0 * self.settings.max_minutes))
@@ -194,7 +194,7 @@ class _Run:
             )
 
     def _reason_to_stop(self, stop: StopSignals) -> str:
-        """Why the run ends after this step, the same on all ranks; empty: it goes on."""
+        """Reason to end the run after this step, the same on all ranks; empty if it continues."""
         received = self.ranks.total([stop.received == name for name in STOP_SIGNALS])
         if any(received):
             return STOP_SIGNALS[received.index(max(received))]
@@ -204,7 +204,7 @@ class _Run:
         return "minutes" if limit is not None and self.counters.elapsed_s >= 60.0 * limit else ""
 
     def _validate(self) -> tuple[float, ...]:
-        """Loss at each depth on the first rank; the others wait for it at the next step's sum."""
+        """Loss at each depth, on the first rank only; the others wait for it in the next step."""
         if self.validation is None or self.reports is None:
             return ()
         losses = validation_losses(

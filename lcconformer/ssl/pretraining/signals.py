@@ -14,9 +14,9 @@ STOP_SIGNALS = ("SIGINT", "SIGTERM")
 
 
 class StopSignals:
-    """Context that notes SIGINT and SIGTERM in ``received`` instead of dying, if entered in the main thread.
+    """Context in which SIGINT and SIGTERM only set ``received`` to their name, if it is entered in the main thread.
 
-    A second signal has its usual effect, except under torchrun, which itself repeats signals.
+    A second signal has its usual effect, except under torchrun, which sends signals repeatedly.
     """
 
     received = ""
