@@ -35,7 +35,7 @@ _STANDINS = (FakeTensor, FunctionalTensor)
 
 
 def altered(module: nn.Module, name: str, known: Collection[type[nn.Module]]) -> str:
-    """How calling a module may differ from what its class does with its tensors; empty: it does not.
+    """Return how calling a module may differ from what its class does with its tensors; empty: it does not.
 
     Nothing is remembered between calls, so that a hook or a replacement counts from the moment it is there.  A call takes
     half a microsecond.  Hooks on all modules are left to the caller.
@@ -50,7 +50,6 @@ def altered(module: nn.Module, name: str, known: Collection[type[nn.Module]]) ->
         return f"{name} is a {kind.__name__}"
     if "forward" in own or module._compiled_call_impl is not None:
         return f"{name} has a forward of its own"
-    # by way of the dictionary: of these attributes themselves Dynamo assumes that they never change
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return f"{name} has hooks, which would not run"
     for tensors in (own["_parameters"], own["_buffers"]):
@@ -61,9 +60,9 @@ def altered(module: nn.Module, name: str, known: Collection[type[nn.Module]]) ->
 
 
 def obstacle(module: nn.Module, name: str, known: Collection[type[nn.Module]] = PLAIN) -> str:
-    """Why the fused ops cannot read the parameters of a module in the place of calling it; empty: they can.
+    """Return why the fused ops cannot read the parameters of a module in the place of calling it; empty: they can.
 
-    That it is :func:`altered`, or in a state that the ops have no form for.
+    It is :func:`altered`, or in a state that the ops have no form for.
     """
     why, kind = altered(module, name, known), type(module)
     if why:
@@ -98,7 +97,7 @@ def _obstacle_of_norm(module: nn.Module, name: str) -> str:
 
 
 def readable(*modules: nn.Module) -> bool:
-    """Whether the parameters of all these modules may be read in the place of calling them."""
+    """Return whether the parameters of all these modules may be read in the place of calling them."""
     if _has_any_global_hook():
         return False
     for module in modules:  # noqa: SIM110  a generator costs as much as the rest

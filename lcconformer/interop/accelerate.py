@@ -173,6 +173,7 @@ def _adapt(module: nn.Module, qualified: str, places: Counter[int]) -> nn.Module
     )
     adapter = peer.adapter()(layer, module)
     adapter.train(module.training)
+    _keep_norm_state(peer.keys, module, layer)
     for attribute in _HOOKS:
         setattr(adapter, attribute, getattr(module, attribute))
     if inference_only is None:
@@ -203,6 +204,15 @@ def _move_weights(keys: tuple[Key, ...], module: nn.Module, layer: ConformerLaye
         need(len(theirs) <= 1, f"{', '.join(key.theirs)} are trained in part; ours packs them")
         if theirs:
             layer.get_parameter(key.ours).requires_grad_(theirs.pop())
+
+
+def _keep_norm_state(keys: tuple[Key, ...], module: nn.Module, layer: ConformerLayer) -> None:
+    """The norm of the convolution keeps its own mode and momentum: a frozen BatchNorm stays frozen."""
+    (name,) = {key.theirs[0].rpartition(".")[0] for key in keys if key.ours == "conv.depthwise_norm.weight"}
+    theirs, ours = module.get_submodule(name), layer.conv.depthwise_norm
+    ours.train(theirs.training)
+    if isinstance(theirs, nn.BatchNorm1d) and isinstance(ours, nn.BatchNorm1d):
+        ours.momentum = theirs.momentum
 
 
 def _refuse_training(module: nn.Module, _args: Any) -> None:

@@ -125,8 +125,8 @@ def common_eps(layer: nn.Module) -> float:
     need(len(eps) == 1, f"norms differ in epsilon ({', '.join(map(str, sorted(eps)))})")
     for norm in norms:
         if isinstance(norm, nn.BatchNorm1d):
-            usual = norm.momentum == 0.1 and norm.affine and norm.track_running_stats
-            need(usual, f"BatchNorm with momentum {norm.momentum}, affine {norm.affine}, or without running statistics")
+            usual = norm.affine and norm.track_running_stats
+            need(usual, f"BatchNorm with affine {norm.affine}, or without running statistics")
     return eps.pop()
 
 

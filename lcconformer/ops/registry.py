@@ -26,7 +26,8 @@ _said: set[str] = set()
 # --- policy ----------------------------------------------------------------------------------------------------------
 
 _forced: ContextVar[str] = ContextVar("lcconformer.backend", default="")
-# Dynamo cannot read a ContextVar: it sees, and guards on, what the latest `with backend(...)` of any thread set
+# Dynamo cannot read a ContextVar: it reads, and guards on, the latest open `with backend(...)` of any thread
+_blocks: list[list[str]] = []
 _traced = ""
 
 
@@ -57,14 +58,22 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: unknown name.  An op that the backend cannot serve raises NotImplementedError with the reasons.
     """
-    global _traced
-    before, _traced = _traced, _valid(name, "backend")
+    block = [_valid(name, "backend")]
     token = _forced.set(name)
+    _blocks.append(block)
+    _trace_latest()
     try:
         yield
     finally:
         _forced.reset(token)
-        _traced = before
+        # by identity: blocks of other threads may have begun and ended in between
+        _blocks[:] = [b for b in _blocks if b is not block]
+        _trace_latest()
+
+
+def _trace_latest() -> None:
+    global _traced
+    _traced = _blocks[-1][0] if _blocks else ""
 
 
 # --- choice ----------------------------------------------------------------------------------------------------------
