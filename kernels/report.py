@@ -60,8 +60,8 @@ class Resources:
 
 def kernel_modules() -> list[str]:
     """Names of the modules of this package that ship kernels."""
-    names = sorted(m.name for m in pkgutil.iter_modules(PACKAGE_PATH) if not m.name.startswith("_"))
-    return [n for n in names if n != "report"]
+    names = sorted(m.name for m in pkgutil.iter_modules(PACKAGE_PATH))
+    return [n for n in names if n not in ("common", "report", "tuning")]
 
 
 def _tool(name: str, *args: str) -> str:

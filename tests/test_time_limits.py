@@ -34,8 +34,10 @@ def checkout(tmp_path: Path) -> dict[str, str]:
     for folder in (tools, tmp_path / ".ci"):
         folder.mkdir()
     (tools / "timeout").write_text(TIMEOUT.format(timeout=timeout))
-    for name in ("pip", "pytest", "ruff", "mypy"):
+    for name in ("pip", "pytest", "python", "ruff", "mypy"):
         (tools / name).write_text(TOOL)
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "format.sh").write_text(TOOL)
     for path in tools.iterdir():
         path.chmod(0o755)
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")
@@ -55,8 +57,8 @@ def test_every_step_runs_under_a_limit(checkout: dict[str, str]) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     ran = [line.split(" ", 1) for line in Path(checkout["LOG"]).read_text().splitlines()]
-    assert len(ran) == 9
-    assert {what.split(" ")[0] for _, what in ran} == {"pip", "pytest", "ruff", "mypy"}
+    assert len(ran) == 11
+    assert {what.split(" ")[0] for _, what in ran} == {"pip", "pytest", "python", "ruff", "mypy", "format.sh"}
     for limit, what in ran:
         assert limit.isdecimal(), f"no limit: {what}"
         assert 60 <= int(limit) <= 3600, what
