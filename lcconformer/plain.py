@@ -47,10 +47,19 @@ def altered(module: nn.Module, name: str, known: Collection[type[nn.Module]]) ->
     """
     kind, own = type(module), module.__dict__
     if kind not in known:
-        return f"{name} is a {kind.__name__}"
+        same_name = any(
+            cls.__name__ == kind.__name__ for cls in known
+        )  # PEFT and quantisation have a Linear of their own
+        return f"{name} is a {f'{kind.__module__}.' * same_name}{kind.__name__}"
     if "forward" in own or module._compiled_call_impl is not None:
         return f"{name} has a forward of its own"
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+    # by length and not by truth, which Dynamo does not guard: a hook that comes after the compilation is seen
+    if (
+        len(own["_forward_hooks"])
+        or len(own["_forward_pre_hooks"])
+        or len(own["_backward_hooks"])
+        or len(own["_backward_pre_hooks"])
+    ):
         return f"{name} has hooks, which would not run"
     for tensors in (own["_parameters"], own["_buffers"]):
         for leaf, tensor in tensors.items():

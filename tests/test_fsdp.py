@@ -1,4 +1,4 @@
-"""FSDP2: layers sharded over two processes compute what one process does."""
+"""Two processes: layers sharded by FSDP2 compute what one process does, statistics of a SyncBatchNorm are never local."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ for changes in ({}, {"sharing": "none"}, {"position": "rotary"}):
     whole = ConformerEncoder(config).double()
     sharded = copy.deepcopy(whole)
     for layer in sharded.layers:
+        if changes.get("sharing") == "none":  # parts of a layer on their own, as large models have them
+            for part in (layer.ffn1, layer.attention.qkv, layer.attention.pos, layer.ffn2):
+                fully_shard(part, mesh=mesh)
         fully_shard(layer, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
     x, lengths = torch.randn(2, 9, 16, dtype=torch.float64), torch.tensor([9, 5])
@@ -44,12 +47,44 @@ os._exit(0)  # interpreters that end together may abort in gloo's threads
 """
 
 
-def test_sharded_layers_equal_whole_ones(tmp_path: Path) -> None:
+SYNC = """
+import os, sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from lcconformer import ConformerConfig, ConformerLayer, accelerate
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+config = ConformerConfig(d_model=16, num_heads=2, ffn_dim=24, conv_kernel_size=5, dropout=0.0, conv_norm="batch")
+layer = nn.SyncBatchNorm.convert_sync_batchnorm(ConformerLayer(config))
+x = torch.randn(2, 9, 16)
+try:
+    layer(x)
+except ValueError as refused:  # PyTorch synchronises on accelerators only; what must not happen is a local result
+    assert "SyncBatchNorm expected input tensor to be on GPU" in str(refused), refused
+else:
+    raise AssertionError("the statistics of one process were taken for those of all")
+assert layer.eval()(x).isfinite().all()
+dist.barrier()
+os._exit(0)  # interpreters that end together may abort in gloo's threads
+"""
+
+
+def in_two_processes(tmp_path: Path, program: str) -> str:
     worker = tmp_path / "worker.py"
-    worker.write_text(WORKER)
+    worker.write_text(program)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "equal" in done.stdout
+    return done.stdout
+
+
+def test_sharded_layers_equal_whole_ones(tmp_path: Path) -> None:
+    assert "equal" in in_two_processes(tmp_path, WORKER)
+
+
+def test_sync_batch_norm_is_not_computed_locally(tmp_path: Path) -> None:
+    in_two_processes(tmp_path, SYNC)

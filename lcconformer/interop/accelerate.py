@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layer import ConformerLayer
+from ..plain import altered
 from . import torchaudio, transformers
 from .adapter import Described, Unsupported, need
 from .keys import Key, from_peer
@@ -156,8 +157,9 @@ def _adapt(module: nn.Module, qualified: str, places: Counter[int]) -> nn.Module
     need("forward" not in vars(module), "its forward was replaced by another tool")
     need(not module._state_dict_hooks and not module._load_state_dict_pre_hooks, "it has state-dict hooks")
     for name, child in module.named_modules():
-        hooked = child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks
-        need(not name or not hooked, f"{name} has hooks, which would no longer run; accelerate before adding them")
+        # whether its class is one that ours stands in for, the peer's description tells
+        why = altered(child, name, (type(child),)) if name else ""
+        need(not why, f"{why}; accelerate before changing it")
     try:
         described = peer.describe(module)
     except (AttributeError, ValueError) as error:  # a submodule is gone, or a value that no layer of ours takes
@@ -171,6 +173,10 @@ def _adapt(module: nn.Module, qualified: str, places: Counter[int]) -> nn.Module
         inference_only is None or not module.training,
         f"{inference_only}; call model.eval() first to accelerate it for inference",
     )
+    d = described.dropouts
+    drops = any((*d.ffn_inner, *d.ffn_outer, d.weights, d.attention, d.conv))
+    modes = {m.training for m in module.modules() if not isinstance(m, nn.BatchNorm1d)}
+    need(not drops or len(modes) == 1, "some of its modules are in training mode and others are not")
     adapter = peer.adapter()(layer, module)
     adapter.train(module.training)
     _keep_norm_state(peer.keys, module, layer)

@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import lcconformer
 from lcconformer import ConformerLayer, accelerate
@@ -304,6 +305,156 @@ def test_parakeet(parakeet_model, attention):
         model.train()(features)
 
 
+# what is done to an accelerated model counts
+
+
+class Scaled(nn.Linear):
+    """A class that somebody put in the place of a linear map."""
+
+    def forward(self, x):
+        return 0.5 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "name", ["ffn1.up", "ffn2.norm", "attention.qkv", "conv.norm", "conv.depthwise", "conv.depthwise_norm"]
+)
+@pytest.mark.parametrize("kind", ["torchaudio", "wav2vec2"])
+def test_hooks_inside_run_once(torchaudio_model, wav2vec2_model, kind, name):
+    if kind == "torchaudio":
+        model, inputs = torchaudio_model().eval()["encoder"], (torch.randn(2, 13, 16), torch.tensor([13, 6]))
+        holder = nn.ModuleList([model])
+    else:
+        model, inputs = wav2vec2_model(), (torch.randn(2, 400),)
+        holder = model
+    accelerate(holder)
+    layer = next(m for m in model.modules() if isinstance(m, ConformerLayer))
+    with torch.no_grad():
+        before, calls = model(*inputs)[0], []
+        module = layer.get_submodule(name)
+        module.register_forward_pre_hook(lambda m, i: calls.append("pre"))
+        handle = module.register_forward_hook(lambda m, i, o: calls.append("post") or o * 0.5)
+        assert not torch.allclose(model(*inputs)[0], before, atol=1e-4)
+        assert calls == ["pre", "post"]
+        handle.remove()
+        # the modules called, and no weight read: the peer's results still
+        torch.testing.assert_close(model(*inputs)[0], before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["weight_norm", "prune", "parametrize", "replace", "quantize"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_changed_weights_inside_count(torchaudio_model, how):
+    """Against the peer with that very change."""
+    model = torchaudio_model().eval()
+    peer = copy.deepcopy(model)
+    accelerate(model)
+    ours = [adapter.layer for adapter in model["encoder"].conformer_layers]
+    theirs = list(peer["encoder"].conformer_layers)
+    for layer, twin in zip(ours, theirs):
+        for module, other in ((layer.ffn1.up, twin.ffn1.sequential[1]), (layer.ffn2.down, twin.ffn2.sequential[4])):
+            for m in (module, other):
+                if how == "weight_norm":
+                    parametrizations.weight_norm(m)
+                    m.parametrizations.weight.original0.data.mul_(0.5)
+                elif how == "prune":
+                    prune.l1_unstructured(m, "weight", 0.5)
+                elif how == "parametrize":
+                    parametrize.register_parametrization(m, "weight", nn.Softplus())
+                elif how == "replace":
+                    m.__class__ = Scaled
+    if how == "quantize":
+        names = {
+            f"{ffn}.{name}": torch.ao.quantization.default_dynamic_qconfig
+            for ffn in ("ffn1", "ffn2")
+            for name in ("up", "down")
+        }
+        for layer in ours:
+            torch.ao.quantization.quantize_dynamic(layer, names, inplace=True)
+        for layer in theirs:
+            for ffn in (layer.ffn1, layer.ffn2):
+                torch.ao.quantization.quantize_dynamic(ffn, {nn.Linear}, inplace=True)
+    x, lengths = torch.randn(2, 13, 16), torch.tensor([13, 6])
+    with torch.no_grad():
+        got, want = model["encoder"](x, lengths)[0], peer["encoder"](x, lengths)[0]
+    torch.testing.assert_close(got, want, rtol=0, atol=3e-2 if how == "quantize" else 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["torchaudio", "wav2vec2"])
+def test_lora_by_peft(torchaudio_model, wav2vec2_model, kind):
+    """Adapters on every linear map count as once merged, and all of them learn."""
+    peft = pytest.importorskip("peft", reason="pip install 'lcconformer[test]'")
+    options = {"r": 2, "lora_alpha": 4, "init_lora_weights": False}
+    if kind == "torchaudio":
+        model, inputs = torchaudio_model().eval(), (torch.randn(2, 13, 16), torch.tensor([13, 6]))
+        before = model["encoder"](*inputs)[0]
+        accelerate(model)
+        names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if type(m) is nn.Linear})
+        tuned = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=names, **options), model)
+        run = lambda m: m["encoder"](*inputs)[0]  # noqa: E731
+    else:
+        model, inputs = wav2vec2_model(), torch.randn(2, 400)
+        before = model(inputs).logits
+        accelerate(model)
+        tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", **options))
+        run = lambda m: m(inputs).logits  # noqa: E731
+    tuned.eval()
+    adapters = {n: p for n, p in tuned.named_parameters() if "lora_" in n}
+    inside = [n for n in adapters if ".layer." in n]
+    assert len(inside) == 2 * our_layers(tuned) * (8 if kind == "torchaudio" else 9)
+    got = run(tuned)
+    assert (got - before).abs().max() > 0.1
+    got.square().sum().backward()
+    for name in inside:
+        assert adapters[name].grad is not None, name
+        assert adapters[name].grad.abs().max() > 0, name
+    for module in list(tuned.modules()):
+        if isinstance(module, peft.tuners.lora.Linear):
+            module.merge()
+    torch.testing.assert_close(run(tuned), got, rtol=0, atol=1e-4)
+    for parent in list(tuned.modules()):
+        for name, module in list(parent.named_children()):
+            if isinstance(module, peft.tuners.lora.Linear):
+                setattr(parent, name, module.base_layer)
+    torch.testing.assert_close(run(tuned), got, rtol=0, atol=1e-4)  # read again, by the kernels
+
+
+def test_lora_by_peft_comes_afterwards(wav2vec2_model):
+    peft = pytest.importorskip("peft", reason="pip install 'lcconformer[test]'")
+    model = wav2vec2_model()
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["intermediate_dense"]), model)
+    said = only_reason(model)
+    assert "ffn1.intermediate_dense is a peft.tuners.lora.layer.Linear, not a Linear" in said
+
+
+# each norm's own state
+
+
+def batch_norms(model: nn.Module) -> list[nn.BatchNorm1d]:
+    return [m for m in model.modules() if isinstance(m, nn.BatchNorm1d)]
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_batch_norm_keeps_its_mode_and_momentum(torchaudio_model, frozen, momentum):
+    model = torchaudio_model().train()
+    for norm in batch_norms(model):
+        norm.train(not frozen).momentum = momentum
+    peer = copy.deepcopy(model)
+    assert len(accelerate(model).replaced) == 3
+    assert all(norm.training is not frozen and norm.momentum == momentum for norm in batch_norms(model))
+    lengths = torch.tensor([13, 6])
+    for _ in range(2):
+        x = torch.randn(2, 13, 16)
+        torch.testing.assert_close(model["encoder"](x, lengths)[0], peer["encoder"](x, lengths)[0], rtol=0, atol=1e-5)
+    for name, value in peer.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, msg=lambda m, name=name: f"{name}: {m}")
+    for norm in (*batch_norms(model), *batch_norms(peer)):
+        norm.train().momentum = 0.9
+    x = torch.randn(2, 13, 16)
+    torch.testing.assert_close(model["encoder"](x, lengths)[0], peer["encoder"](x, lengths)[0], rtol=0, atol=1e-5)
+    for name, value in peer.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, msg=lambda m, name=name: f"{name}: {m}")
+
+
 # what is left alone
 
 
@@ -335,9 +486,14 @@ def test_left_alone_torchaudio(torchaudio_model, torchaudio_conformer):
         (lambda m: setattr(m.ffn1.sequential, "1", shared), "ffn1.sequential.1.weight is shared with another module"),
         (lambda m: setattr(m.ffn2.sequential, "2", nn.GELU()), "ffn2.sequential.2 is a .*GELU, not a SiLU"),
         (lambda m: setattr(m.final_layer_norm, "eps", 1e-3), r"norms differ in epsilon \(1e-05, 0\.001\)"),
+        (
+            lambda m: setattr(m.conv_module.sequential, "3", nn.SyncBatchNorm(16)),
+            "conv_module.sequential.3 is a .*SyncBatchNorm, not a BatchNorm1d",
+        ),
+        (lambda m: setattr(m.ffn1, "forward", m.ffn1.forward), "ffn1 has a forward of its own; accelerate before"),
         (lambda m: setattr(m.conv_module.sequential[2], "dilation", (2,)), "no convolution of stride 1 with 'same'"),
         (lambda m: setattr(m, "forward", m.forward), "its forward was replaced by another tool"),
-        (lambda m: m.ffn1.register_forward_hook(print), "ffn1 has hooks, which would no longer run"),
+        (lambda m: m.ffn1.register_forward_hook(print), "ffn1 has hooks, which would not run; accelerate before"),
         (lambda m: m.ffn1.half(), r"parameters of several kinds \(torch.float16 on cpu, torch.float32 on cpu\)"),
         (lambda m: m.register_buffer("extra", torch.zeros(1)), "unknown tensors extra"),
         (lambda m: setattr(m, "ffn2", None), "unknown structure: "),
@@ -349,6 +505,13 @@ def test_left_alone_torchaudio(torchaudio_model, torchaudio_conformer):
     ):
         said = changed(change)
         assert re.search(reason, said), said
+
+
+def test_dropout_that_is_frozen_in_part_is_left_alone(torchaudio_model):
+    model = torchaudio_model(dropout=0.1).train()
+    for layer in model["encoder"].conformer_layers:
+        layer.ffn1.eval()
+    assert only_reason(model) == "some of its modules are in training mode and others are not"
 
 
 def test_dropout_that_is_not_ours_is_served_in_evaluation(torchaudio_model):
@@ -374,7 +537,7 @@ def test_left_alone_transformers(wav2vec2_model, parakeet_model, transformers):
     assert "activation NewGELUActivation" in only_reason(wav2vec2_model(hidden_act="gelu_new"))
     model = wav2vec2_model()
     model(torch.randn(1, 400), output_hidden_states=True)  # transformers hooks the attention modules on first use
-    assert "self_attn has hooks, which would no longer run; accelerate before adding them" in only_reason(model)
+    assert "self_attn has hooks, which would not run; accelerate before changing it" in only_reason(model)
     model = wav2vec2_model(dropout=0.1, activation_dropout=0.0).train()
     assert "dropout differs within the feed-forward modules (0.0, 0.1)" in only_reason(model)
     assert "call model.eval() first" in only_reason(parakeet_model().train())
