@@ -69,7 +69,7 @@ RUNTIME = ("B", "T", "rows", "threshold")
 
 @triton.jit
 def _sequence(b, T, lengths_ptr, cu_seqlens_ptr):
-    """Of utterance b: first row within its batch entry, first row of all, number of queries, number of keys."""
+    """Return, for utterance b: first row within its batch entry, first row of all, number of queries, number of keys."""
     b = tl.cast(b, tl.int64)
     if cu_seqlens_ptr is not None:
         start = tl.load(cu_seqlens_ptr + b).to(tl.int64)

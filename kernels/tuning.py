@@ -35,7 +35,7 @@ Others = Limits | Sequence[LaunchConfig]
 
 
 def folder() -> Path:
-    """Where files of tuned configurations are."""
+    """Return the folder of tuned configurations."""
     given = os.environ.get("LCCONFORMER_TUNED")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(given) if given else cache / "lcconformer" / "tuned"

@@ -61,7 +61,7 @@ def _run(op: str, function: Callable, dtype: torch.dtype, device: str, sizes: Si
     lengths = torch.linspace(sizes.frames, 0, sizes.batch).long().to(device)
     out = CALLS[op](function, tensor, sizes, lengths)
     outputs = out if isinstance(out, tuple) else (out,)
-    # what lies in the padding is nobody's business
+    # values in the padding are undefined
     real = (torch.arange(sizes.frames, device=device) < lengths[:, None]).view(sizes.batch, sizes.frames)
     outputs = tuple(torch.where(real.view(*real.shape, *[1] * (o.dim() - 2)), o, 0.0) for o in outputs)
     cotangents = [torch.randn(o.shape, generator=generator).to(device, rounded).to(dtype) for o in outputs]

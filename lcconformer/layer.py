@@ -208,7 +208,7 @@ class ConvModule(nn.Module):
         return ACTIVATIONS[self.config.activation](y)
 
     def _call_norm(self, y: Tensor, real: Tensor | None) -> Tensor:
-        """``[B, T, d_model]``; in the place of a BatchNorm or GroupNorm the norm is called with ``[B, d_model, T]``.
+        """``[B, T, d_model]``; a norm that replaces a BatchNorm or GroupNorm is called with ``[B, d_model, T]``.
 
         A BatchNorm that takes statistics of the batch is called with the real frames alone, ``[M, d_model]``.
         """

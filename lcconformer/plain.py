@@ -69,7 +69,7 @@ def altered(module: nn.Module, name: str, known: Collection[type[nn.Module]]) ->
 
 
 def obstacle(module: nn.Module, name: str, known: Collection[type[nn.Module]] = PLAIN) -> str:
-    """Return why the fused ops cannot read the parameters of a module in the place of calling it; empty: they can.
+    """Return why the fused ops cannot read the parameters of a module instead of calling it; empty: they can.
 
     It is :func:`altered`, or in a state that the ops have no form for.
     """
@@ -106,7 +106,7 @@ def _obstacle_of_norm(module: nn.Module, name: str) -> str:
 
 
 def readable(*modules: nn.Module) -> bool:
-    """Return whether the parameters of all these modules may be read in the place of calling them."""
+    """Return whether the parameters of all these modules may be read instead of calling them."""
     if _has_any_global_hook():
         return False
     for module in modules:  # noqa: SIM110  a generator costs as much as the rest

@@ -55,7 +55,11 @@ def test_the_workflow_calls_what_decides(load):
 
 
 def test_ci_builds_the_documentation_with_warnings_as_errors():
-    assert re.search(r"^step \d+ \"documentation\" python -m sphinx .*-W.* docs build/docs$", (ROOT / ".ci" / "run").read_text(), re.M)
+    assert re.search(
+        r"^step \d+ \"documentation\" python -m sphinx .*-W.* docs build/docs$",
+        (ROOT / ".ci" / "run").read_text(),
+        re.M,
+    )
 
 
 @pytest.mark.parametrize("name", ["bug", "feature", "performance"])

@@ -1,4 +1,4 @@
-"""Putting our layer in the place of another package's Conformer layers, inside a loaded model."""
+"""Replaces another package's Conformer layers by ours inside a loaded model."""
 
 from __future__ import annotations
 

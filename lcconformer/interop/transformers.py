@@ -35,7 +35,7 @@ LAYER_KEYS: tuple[Key, ...] = (
     *weight_and_bias("ffn2.down", "ffn2.output_dense"),
     *weight_and_bias("norm", "final_layer_norm"),
 )
-"""Of ``Wav2Vec2ConformerEncoderLayer``."""
+"""Keys of ``Wav2Vec2ConformerEncoderLayer``."""
 
 PARAKEET_LAYER_KEYS: tuple[Key, ...] = (
     *weight_and_bias("ffn1.norm", "norm_feed_forward1"),
@@ -58,7 +58,7 @@ PARAKEET_LAYER_KEYS: tuple[Key, ...] = (
     *weight_and_bias("ffn2.down", "feed_forward2.linear2"),
     *weight_and_bias("norm", "norm_out"),
 )
-"""Of ``ParakeetEncoderBlock``."""
+"""Keys of ``ParakeetEncoderBlock``."""
 
 
 def _check(layer: Any, keys: tuple[Key, ...], convs: tuple[str, str, str], norm: str) -> None:

@@ -98,7 +98,7 @@ class _Shape:
 
 
 class _Graphs:
-    """Of one stack."""
+    """The recorded shapes of one stack."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -108,7 +108,7 @@ class _Graphs:
         self.done: torch.cuda.Event | None = None
 
     def shape(self, stack: LayerStack, x: Tensor, lengths: Tensor | None, record: Record | None) -> _Shape:
-        """Of a call, recorded if it is new or if a weight lies elsewhere than it did."""
+        """Return the shape of a call, recorded if it is new or if a weight has moved in memory."""
         now = watch(stack)
         if now.places() != self.places:
             self._drop(0)

@@ -4,8 +4,8 @@ Where loops share their weights (ALBERT, arXiv 1909.11942; Conformers: arXiv 210
 over the frames of all its loops.  It is accumulated here in float32, by products over as many loops as fill the machine,
 where autograd would make a gradient per loop and add them up.  Kept for the backward are the residual stream and the inputs
 of the non-linear steps: 18 d_model a frame and loop with ffn_dim = 4 d_model, where the modules keep 24.  Norms,
-activations and the depthwise convolution come again; with ``gradient_checkpointing`` everything but the input of a loop
-does (Chen et al. 2016, arXiv 1604.06174).
+activations and the depthwise convolution are recomputed; with ``gradient_checkpointing`` everything but the input of a loop
+is (Chen et al. 2016, arXiv 1604.06174).
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ _ROWS = {"cpu": 1, "cuda": 65536}
 
 @dataclass(frozen=True)
 class _Call:
-    """What a call of the engine is beside its tensors.
+    """Everything of a call of the engine but its tensors.
 
     Attributes:
         kernels: backends of the ops.
@@ -120,7 +120,7 @@ class _Call:
     checkpointing: bool
 
     def bind(self, lengths: Tensor | None, tensors: tuple[Tensor, ...]) -> list[SharedLayer]:
-        """The layers with their tensors."""
+        """Return the layers of the call, with their tensors."""
         layers, rest = [], list(tensors)
         for plan in self.plans:
             (pos, *parameters), rest = rest[: 1 + len(plan.names)], rest[1 + len(plan.names) :]
@@ -128,7 +128,7 @@ class _Call:
         return layers
 
     def seeds(self, seeds: Tensor | None, k: int) -> list[Tensor | None]:
-        """Of loop ``k``; None where nothing is dropped."""
+        """Return the dropout seeds of loop ``k``; None where nothing is dropped."""
         plan = self.plans[self.layer_map[k]]
         return [seeds[k, i : i + 1] if seeds is not None and p else None for i, p in enumerate(plan.inside + plan.on)]
 
@@ -212,7 +212,7 @@ def _gradients(call: _Call, wanted: tuple[bool, ...], rows: int, x: Tensor) -> l
 
 
 def _found(call: _Call, gradients: list[Gradients], tensors: tuple[Tensor, ...]) -> list[Tensor | None]:
-    """Gradients in the order and the dtypes of ``tensors``."""
+    """Return the gradients in the order and the dtypes of ``tensors``."""
     names = [("pos", *plan.names) for plan in call.plans]
     sums = [own.finish() for own in gradients]
     found = [own.get(n) for own, some in zip(sums, names) for n in some]

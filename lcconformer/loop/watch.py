@@ -1,4 +1,4 @@
-"""What an engine that stands in for an encoder's modules must notice about them, in tens of microseconds per call."""
+"""Detects changes to an encoder's modules and tensors between calls, in tens of microseconds per call."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Watch:
         return [t for t in chain.from_iterable(map(dict.values, self._owners)) if t is not None]
 
     def places(self) -> tuple[list, ...]:
-        """Where the tensors lie, and how; to be compared while :meth:`memory` is kept."""
+        """Return the addresses, storages, strides and shapes of the tensors; comparable while :meth:`memory` is kept."""
         tensors = self.tensors()
         memory = map(_address, map(Tensor.untyped_storage, tensors))
         return (
@@ -85,11 +85,11 @@ class Watch:
         self._written += not self._ids_of_tensors.isdisjoint(parameters)
 
     def memory(self) -> list[StorageWeakRef]:
-        """While these live, no other memory gets the address of what the tensors lie in now."""
+        """Return weak references that keep the addresses of the present storages from being used again."""
         return [StorageWeakRef(t.untyped_storage()) for t in self.tensors()]
 
     def changed(self) -> list[str]:
-        """Why the layers may do something else than their weights tell; empty: they do not."""
+        """Return why calling the layers may differ from computing with their weights; empty: it does not."""
         if _has_any_global_hook():
             return ["global module hooks would not run"]
         for name, module in zip(self._names, self._layers):
@@ -115,7 +115,7 @@ class Watch:
         return any(m.training and m.dropout > 0.0 for m in self._drop) or any(m.training for m in self._batch_norms)
 
     def unfit(self, dtype: torch.dtype) -> list[str]:
-        """Why the layers cannot evaluate inputs of ``dtype`` from their weights alone; empty: they can."""
+        """Return why the layers cannot evaluate inputs of ``dtype`` from their weights alone; empty: they can."""
         config = self._config
         if any(getattr(p.get("weight"), "dtype", None) != dtype for p in self._matrices):
             return [f"the input is {dtype} and a weight is not"]
@@ -129,7 +129,7 @@ _watched: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionar
 
 
 def watch(stack: LayerStack) -> Watch:
-    """The watch over an encoder; a new one whenever a module, parameter or buffer is another than before."""
+    """Return the watch over an encoder: a new one whenever a module, parameter or buffer was replaced."""
     found = _watched.get(stack)
     if found is None or not found.holds(stack):
         found = _watched[stack] = Watch(stack)

@@ -1,4 +1,4 @@
-"""What inference needs of each unique layer, worked out once for all loops and all calls.
+"""Packed weights: what inference needs of each unique layer, computed once for all loops and all calls.
 
 A layer's matrices become panels for csrc/cpu/simd/rows.cpp in float32; the half steps are folded into the second
 projection of the feed-forwards, an evaluated BatchNorm into the depthwise taps, and position embeddings are projected once.
@@ -174,7 +174,7 @@ def _project(pos: Matrix, frames: int) -> Tensor:
 
 
 def pack(layer: nn.Module, overrides: dict[str, Tensor]) -> PackedLayer:
-    """Of a :class:`~lcconformer.ConformerLayer` in evaluation; ``overrides`` replace parameters and buffers by name."""
+    """Pack a :class:`~lcconformer.ConformerLayer` in evaluation; ``overrides`` replace parameters and buffers by name."""
 
     def get(name: str) -> Tensor | None:
         if name in overrides:
@@ -273,7 +273,7 @@ class _Packed:
         return same and self._take_fingerprint() == self._fingerprint
 
     def layer(self, stack: LayerStack, k: int) -> PackedLayer:
-        """Of loop ``k``: one for all loops of a unique layer, unless the encoder tells its depths apart."""
+        """Return the packed layer of loop ``k``: one per unique layer, or per loop where depths have weights of their own."""
         index = stack.layer_map[k]
         key = (index, k if tells_depths_apart(stack.config) else -1)
         if key not in self.layers:
