@@ -54,3 +54,11 @@ def test_drop_in():
 
 def test_every_example_is_tested():
     assert {p.stem for p in EXAMPLES.glob("*.py")} == {"pretrain_and_probe", "serving_with_exit_rule", "drop_in"}
+
+
+def test_adding_an_op():
+    out = run("adding_an_op")
+    assert "auto: served by cpu, gradient [0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 4.0]" in out
+    assert "torch: served by torch, gradient [0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 4.0]" in out
+    assert "float64: served by torch" in out
+    assert "compiled: equal" in out
