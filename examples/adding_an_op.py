@@ -1,9 +1,8 @@
 """A new op in the way of the library, small enough to read in a minute: ``python examples/adding_an_op.py``.
 
-``squared_relu(x) = relu(x)^2`` (So et al. 2021, "Primer"), with the parts that every op in ``lcconformer/ops`` has: arguments, a
-backend behind a protocol, registration with ``torch.library``, autograd, and a public function that chooses. In the library each
-part is a file of the op's folder; here they follow one another. "Triton" is played by a function in plain PyTorch, so that the
-example runs anywhere.
+``squared_relu(x) = relu(x)^2`` (So et al. 2021, "Primer"), with the parts that every op in ``lcconformer/ops`` has: arguments,
+a backend behind a protocol, registration with ``torch.library``, autograd, and a public function that chooses.  In the library
+each part is a file of the op's folder; here they follow one another.  Plain PyTorch plays the part of the CPU kernels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The list of mutations holds, CONTRIBUTING's tables are that list, and what a run says of each is right.
+"""The list of mutations holds, the tables of MUTATIONS.md are that list, and what a run says of each is right.
 
 The run itself takes minutes: ``python tests/mutations.py``.
 """
@@ -39,7 +39,7 @@ def test_contributing_has_a_row_for_each(chosen: Sequence[Mutation], folder):
     assert all(m.test.startswith(folder) for m in chosen)
     rows = "\n".join(f"| {m.name} | `{m.test.removeprefix(folder)}` |" for m in chosen)
     table = f"\n\n| change | caught by |\n|---|---|\n{rows}\n\n"
-    assert table in (ROOT / "CONTRIBUTING.md").read_text(), f"the table is to be{table}"
+    assert table in (ROOT / "tests" / "MUTATIONS.md").read_text(), f"the table is to be{table}"
 
 
 def test_a_change_of_two_places_is_refused():
