@@ -324,6 +324,8 @@ def test_what_is_no_loss_is_not_logged(caplog, monkeypatch):
     with lcconformer.backend("torch"):
         run(encoder)
     run(encoder.train())
+    run(make(position="rotary"), grad=True)
+    run(make(conditioning=("film",)), grad=True)
     torch.func.functional_call(encoder, {}, (X, LENGTHS))
     torch.jit.trace(encoder.eval(), (X, LENGTHS), check_trace=False)
     assert not [r for r in caplog.records if "module by module" in r.message]

@@ -109,7 +109,7 @@ class _Obstacles:
     """Why no engine can stand in for the modules.
 
     Attributes:
-        passing: states of the call that a user chose for its own sake, such as a trace or a transform.
+        passing: what a user chose for its own sake, such as a trace, a transform or the architecture.
         lasting: properties of the encoder or its input, worth a warning: changing them gives the engine back.
     """
 
@@ -127,6 +127,7 @@ def _obstacles(stack: LayerStack, x: Tensor, recording: bool) -> tuple[training.
         return None, _Obstacles(passing + inference.passing(stack, x), inference.reasons(stack, x))
     if not x.numel():
         passing.append("there are no frames")
+    passing += training.architecture(stack)
     kernels, lasting = training.kernels_or_reasons(stack, x)
     return kernels, _Obstacles(passing, lasting)
 

@@ -30,7 +30,7 @@ Launch = Callable[[Any], None]  # a kernel of csrc/cpu
 
 
 def passing(stack: LayerStack, x: Tensor) -> list[str]:
-    """Return states of the call that rule this engine out; empty: there are none."""
+    """Return states of the call and the architecture that rule this engine out; empty: there are none."""
     found = []
     if watch(stack).trains():
         found.append("a module is in training mode")
@@ -38,7 +38,13 @@ def passing(stack: LayerStack, x: Tensor) -> list[str]:
         found.append("autocast is on")
     if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         found.append("a CUDA graph is being captured, which the modules become part of")
-    if x.device.type != "cuda" and forced_backend() not in ("auto", "cpu"):
+    if x.device.type == "cuda":
+        return found
+    if stack.config.activation != "silu":
+        found.append(f"activation {stack.config.activation!r} is not fused, only 'silu' is")
+    if stack.config.position == "rotary":
+        found.append("rotary positions are left to the modules")
+    if forced_backend() not in ("auto", "cpu"):
         found.append(f"backend {forced_backend()!r} is forced, and the engine is made of CPU kernels")
     return found
 
@@ -50,10 +56,6 @@ def reasons(stack: LayerStack, x: Tensor) -> list[str]:
     if x.device.type == "cuda":
         return found
     found += cpu_reasons(x.device, x.dtype)
-    if stack.config.activation != "silu":
-        found.append(f"activation {stack.config.activation!r} is not fused, only 'silu' is")
-    if stack.config.position == "rotary":
-        found.append("rotary positions are left to the modules")
     return found
 
 

@@ -26,12 +26,12 @@ from .kernels import Kernels, choose_kernels, products_dtype
 from .shared_layer import KEPT, LAST, SEEDS, Plan, SharedLayer, plan_of
 from .watch import watch
 
-__all__ = ["Kernels", "kernels_or_reasons", "run", "slower"]
+__all__ = ["Kernels", "architecture", "kernels_or_reasons", "run", "slower"]
 
 
-def kernels_or_reasons(stack: LayerStack, x: Tensor) -> tuple[Kernels | None, list[str]]:
-    """Choose the kernels for the loops of ``x [B, T, d_model]``, or say why this engine cannot run them."""
-    config, found = stack.config, watch(stack).changed()
+def architecture(stack: LayerStack) -> list[str]:
+    """Return what of the architecture this engine leaves to the modules; empty: nothing."""
+    config, found = stack.config, []
     if config.conditioning:
         found.append("depth conditioning is left to the modules")
     if config.conv_norm_statistics == "per_depth":
@@ -40,6 +40,12 @@ def kernels_or_reasons(stack: LayerStack, x: Tensor) -> tuple[Kernels | None, li
         found.append(f"position {config.position!r} is left to the modules; the engine knows 'relative'")
     if config.activation != "silu":
         found.append(f"activation {config.activation!r} is not fused, only 'silu' is")
+    return found
+
+
+def kernels_or_reasons(stack: LayerStack, x: Tensor) -> tuple[Kernels | None, list[str]]:
+    """Choose the kernels for the loops of ``x [B, T, d_model]``, or say why this engine cannot run them."""
+    found = watch(stack).changed()
     dtype = products_dtype(x)
     wrong = {p.dtype for p in stack.layers.parameters()} - {dtype}
     if dtype == x.dtype and wrong:
