@@ -110,7 +110,7 @@ class ConformerEncoder(LayerStack):
             raise ValueError(
                 f"ConformerEncoder: backprop_depth is {backprop_depth!r}; expected an integer from 1 to depth = {depth}"
             )
-        run = loop.choose(self, x, lengths, through)
+        run = loop.choose(self, x, through)
         outputs = run(self, x, lengths, depth, return_hidden_states)
         if return_hidden_states:
             return outputs[-1], lengths, [x, *outputs]
@@ -179,10 +179,13 @@ class ConformerEncoder(LayerStack):
         It holds for the present grad mode, training modes, ``with engine(...)`` and ``with backend(...)`` blocks.
 
         Args:
-            x, lengths, depth: as for :meth:`forward`.
+            x, lengths, depth: as for :meth:`forward`; the front end runs, the loops do not.
 
         Returns:
-            the explanation; ``print`` it.
+            An object with fields, which prints as a few lines to read.
+
+        Example:
+            >>> print(encoder.eval().explain(torch.randn(1, 100, 80)))
         """
         self._check_depth(depth)
         x, _ = self._enter(x, lengths)

@@ -19,11 +19,19 @@ from . import ops
 from .config import ConformerConfig
 from .ops.activations import ACTIVATIONS
 from .ops.checks import frame_mask
-from .ops.glu_depthwise_conv import normalise
-from .plain import NORMS, obstacle, readable
+from .ops.glu_depthwise_conv import depthwise_conv1d, normalise
+from .plain import LAYER_NORM, LINEAR, NORMS, obstacle, readable
 from .positions import apply_rotary, relative_sinusoids, rotary_tables
 
 __all__ = ["ConformerLayer", "ConvModule", "FeedForward", "Positions", "RelativeAttention"]
+
+# classes of the submodules that are read where they can be (plain.py)
+_FEED_FORWARD = (LAYER_NORM, LINEAR, LINEAR)
+_PROJECTION = (LINEAR,)
+_NORM_AHEAD = (LAYER_NORM,)
+_DEPTHWISE = (frozenset({nn.Conv1d}),)
+_CONV_NORM = (frozenset(NORMS),)
+_CONVOLUTION = _DEPTHWISE + _CONV_NORM
 
 # what a layer needs to know of positions: projected embeddings [2T-1, H, D], or rotary (cos, sin), or nothing
 Positions = Tensor | tuple[Tensor, Tensor] | None
@@ -49,7 +57,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         norm, up, down = self.norm, self.up, self.down
         dropout_p = self.dropout if self.training else 0.0
-        if not readable(norm, up, down):
+        if not readable(_FEED_FORWARD, norm, up, down):
             h = F.dropout(ACTIVATIONS[self.activation](up(norm(x))), dropout_p)  # [B, T, F]
             return x + 0.5 * F.dropout(down(h), dropout_p).to(x.dtype)
         return ops.feed_forward(
@@ -103,7 +111,7 @@ class RelativeAttention(nn.Module):
         if rotary is not None and self.rotary_input == "hidden":
             # queries and keys see rotated hidden states, values plain ones
             rotated = apply_rotary(h.unflatten(-1, split), *rotary).flatten(-2)
-            if readable(self.qkv):
+            if readable(_PROJECTION, self.qkv):
                 weight, bias = self.qkv.weight, self.qkv.bias
                 qk = F.linear(rotated, weight[: 2 * d], None if bias is None else bias[: 2 * d])
                 v = F.linear(h, weight[2 * d :], None if bias is None else bias[2 * d :])
@@ -153,7 +161,7 @@ class ConvModule(nn.Module):
         config, depthwise, norm = self.config, self.depthwise, self.depthwise_norm
         lengths = lengths if config.padding == "masked" else None
         y = self.pointwise1(h)  # [B, T, 2 d_model]
-        if not readable(depthwise, norm):
+        if not readable(_CONVOLUTION, depthwise, norm):
             return self.pointwise2(self._called(y, lengths))
         self._count_batch()
         bias = depthwise.bias
@@ -193,19 +201,28 @@ class ConvModule(nn.Module):
         y = F.glu(y, -1)
         if real is not None:
             y = y.masked_fill(~real, 0.0)
-        if y.dtype == torch.float16 and y.device.type == "cpu":
-            raise NotImplementedError(
-                f"ConvModule: {obstacle(self.depthwise, 'depthwise') or 'a norm or a global hook was changed'}, so that the "
-                "convolution must be called, and PyTorch's float16 convolution may never return on a CPU; use float32 or "
-                "bfloat16"
-            )
-        y = self.depthwise(y.transpose(1, 2)).transpose(1, 2)
-        if readable(self.depthwise_norm):
+        y = self._call_depthwise(y.transpose(1, 2)).transpose(1, 2)
+        if readable(_CONV_NORM, self.depthwise_norm):
             self._count_batch()
             y = normalise(y, real, **self._norm_options())
         else:
             y = self._call_norm(y, real)
         return ACTIVATIONS[self.config.activation](y)
+
+    def _call_depthwise(self, y: Tensor) -> Tensor:
+        """``[B, d_model, T] -> [B, d_model, T]``; the module is called unless its parameters may be read."""
+        depthwise = self.depthwise
+        if readable(_DEPTHWISE, depthwise):
+            bias = depthwise.bias
+            return depthwise_conv1d(y, depthwise.weight[:, 0].to(y.dtype), None if bias is None else bias.to(y.dtype))
+        device = y.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else y.dtype
+        if device == "cpu" and dtype == torch.float16:
+            raise NotImplementedError(
+                f"ConvModule: {obstacle(depthwise, 'depthwise') or 'there are global module hooks'}, so that the convolution "
+                "must be called, and PyTorch's float16 convolution may never return on a CPU; use float32 or bfloat16"
+            )
+        return depthwise(y)
 
     def _call_norm(self, y: Tensor, real: Tensor | None) -> Tensor:
         """``[B, T, d_model]``; a norm that replaces a BatchNorm or GroupNorm is called with ``[B, d_model, T]``.
@@ -263,7 +280,7 @@ class ConformerLayer(nn.Module):
         else:
             y, following = first(h, lengths, positions), second.norm
         y = y.to(x.dtype)
-        if readable(following):
+        if readable(_NORM_AHEAD, following):
             x, h = ops.residual_layer_norm(
                 x, y, following.weight, following.bias, dropout_p=dropout_p, eps=following.eps
             )

@@ -1,21 +1,21 @@
 """Which modules may be read instead of called.
 
 The fused ops and the engines of the loop take the parameters of linear maps, norms and the depthwise convolution and do what
-their forward would do.  That is right for the plain modules of PyTorch only.  One that was hooked, wrapped, parametrised,
-pruned, quantised, sharded or replaced does something else, and must be called.  The layer, the encoder, the engines and
+their forward would do.  That is right only for plain modules of PyTorch.  One that was hooked, wrapped, parametrised, pruned,
+quantised, sharded or replaced may do something else, and must be called.  The layer, the encoder, the engines and
 :func:`~lcconformer.accelerate` all ask here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules.module import _has_any_global_hook
 
-__all__ = ["NORMS", "PLAIN", "altered", "obstacle", "readable"]
+__all__ = ["LAYER_NORM", "LINEAR", "NORMS", "PLAIN", "altered", "obstacle", "readable"]
 
 NORMS: dict[type[nn.Module], str] = {
     nn.LayerNorm: "layer",
@@ -25,11 +25,13 @@ NORMS: dict[type[nn.Module], str] = {
 }
 """Class of a norm -> its name in the config and the ops."""
 
+LINEAR: frozenset[type[nn.Module]] = frozenset({nn.Linear})
+LAYER_NORM: frozenset[type[nn.Module]] = frozenset({nn.LayerNorm})
 PLAIN: frozenset[type[nn.Module]] = frozenset({nn.Linear, nn.Conv1d, *NORMS})
 """Modules whose parameters are read."""
 
-# functional_call puts plain tensors in the place of parameters
-_TENSORS = frozenset({Tensor, nn.Parameter})
+# functional_call puts plain tensors in the place of parameters; None is a bias that is not there
+_TENSORS = frozenset({Tensor, nn.Parameter, type(None)})
 # exporters and meta-data modes put these there, which stand for plain ones
 _STANDINS = (FakeTensor, FunctionalTensor)
 
@@ -47,13 +49,12 @@ def altered(module: nn.Module, name: str, known: Collection[type[nn.Module]]) ->
     """
     kind, own = type(module), module.__dict__
     if kind not in known:
-        same_name = any(
-            cls.__name__ == kind.__name__ for cls in known
-        )  # PEFT and quantisation have a Linear of their own
-        return f"{name} is a {f'{kind.__module__}.' * same_name}{kind.__name__}"
+        # PEFT and quantisation have a Linear of their own
+        clash = any(cls.__name__ == kind.__name__ for cls in known)
+        return f"{name} is a {f'{kind.__module__}.' * clash}{kind.__name__}"
     if "forward" in own or module._compiled_call_impl is not None:
         return f"{name} has a forward of its own"
-    # by length and not by truth, which Dynamo does not guard: a hook that comes after the compilation is seen
+    # Dynamo guards lengths, not truth values: a hook that is registered after compilation is seen
     if (
         len(own["_forward_hooks"])
         or len(own["_forward_pre_hooks"])
@@ -62,8 +63,9 @@ def altered(module: nn.Module, name: str, known: Collection[type[nn.Module]]) ->
     ):
         return f"{name} has hooks, which would not run"
     for tensors in (own["_parameters"], own["_buffers"]):
-        for leaf, tensor in tensors.items():
-            if tensor is not None and type(tensor) not in _TENSORS and not isinstance(tensor, _STANDINS):
+        for leaf in tensors:
+            tensor = tensors[leaf]
+            if type(tensor) not in _TENSORS and not isinstance(tensor, _STANDINS):
                 return f"{name}.{leaf} is a {type(tensor).__name__}, not a plain tensor"
     return ""
 
@@ -105,11 +107,16 @@ def _obstacle_of_norm(module: nn.Module, name: str) -> str:
     return ""
 
 
-def readable(*modules: nn.Module) -> bool:
-    """Return whether the parameters of all these modules may be read instead of calling them."""
+def readable(kinds: Iterable[Collection[type[nn.Module]]], *modules: nn.Module) -> bool:
+    """Return whether the parameters of all these modules may be read instead of calling them.
+
+    Args:
+        kinds: classes that the reader knows, for each module.
+        modules: modules that would be read.
+    """
     if _has_any_global_hook():
         return False
-    for module in modules:  # noqa: SIM110  a generator costs as much as the rest
-        if obstacle(module, ""):
+    for known, module in zip(kinds, modules):  # noqa: SIM110  a generator costs as much as the rest
+        if obstacle(module, "", known):
             return False
     return True

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from lcconformer import ConformerConfig, ConformerEncoder, ConformerLayer
-from lcconformer.plain import obstacle, readable
+from lcconformer import ConformerConfig, ConformerEncoder, ConformerLayer, plain
+from lcconformer.plain import obstacle
 
 BASE = ConformerConfig(d_model=16, num_heads=2, ffn_dim=24, num_layers=3, conv_kernel_size=5, dropout=0.0)
 NORMS = ["layer", "batch", "group", "none"]
@@ -43,6 +43,10 @@ def called(layer, *names):
 
 def equal(got, want):
     torch.testing.assert_close(got * REAL, want * REAL, rtol=1e-4, atol=1e-5)
+
+
+def readable(module):
+    return plain.readable([plain.PLAIN], module)
 
 
 class LoRA(nn.Module):
@@ -118,7 +122,8 @@ def test_the_rule():
 
 
 def test_state_of_a_batch_norm():
-    assert readable(nn.BatchNorm1d(3), nn.BatchNorm1d(3, momentum=None).eval())
+    assert readable(nn.BatchNorm1d(3))
+    assert readable(nn.BatchNorm1d(3, momentum=None).eval())
     assert "momentum=None" in obstacle(nn.BatchNorm1d(3, momentum=None), "norm")
     assert "tracks no running statistics" in obstacle(nn.BatchNorm1d(3, track_running_stats=False), "norm")
     assert "no weight" in obstacle(nn.BatchNorm1d(3, affine=False), "norm")
@@ -265,12 +270,64 @@ def test_replaced_norms_are_called(name):
     equal(got, plain(X, LENGTHS))
 
 
+@pytest.mark.parametrize(
+    ("name", "new"),
+    [
+        ("ffn1.norm", nn.Identity()),
+        ("attention.norm", nn.Identity()),
+        ("conv.norm", nn.GroupNorm(1, 9)),  # over frames and channels of [B, T = 9, D]
+        ("ffn2.norm", nn.GroupNorm(1, 9)),
+        ("norm", nn.Identity()),
+        ("ffn1", nn.Identity()),
+    ],
+    ids=lambda x: x if isinstance(x, str) else type(x).__name__,
+)
+def test_a_plain_module_of_another_class_is_called(name, new):
+    """Also one whose class is plain elsewhere: its parameters mean something else here."""
+    encoder = ConformerEncoder(BASE).eval()
+    hooked = copy.deepcopy(encoder)
+    replace(encoder.layers[0], name, new)
+    hooked.layers[0].get_submodule(name).register_forward_hook(lambda m, i, o: new(i[0]))
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            assert f"layers.0.{name} is a {type(new).__name__}" in encoder.explain(X).against[0]
+            equal(encoder(X)[0], hooked(X)[0])
+
+
 def test_a_plain_norm_of_another_kind_is_taken_for_what_it_is():
     layer = layer_of(conv_norm="layer")
     want = copy.deepcopy(layer)
     want.conv.depthwise_norm.register_forward_hook(lambda m, i, o: i[0])
     layer.conv.depthwise_norm = nn.Identity()
     equal(layer(X, LENGTHS), want(X, LENGTHS))
+
+
+@pytest.mark.parametrize(
+    ("conv_norm", "name"),
+    [*((norm, "conv.depthwise") for norm in NORMS), *((n, "conv.depthwise_norm") for n in NORMS if n != "group")],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_one_called_module_leaves_the_other_as_it_was(conv_norm, name, training):
+    """Statistics stay those of the real frames alone, and the running ones move once."""
+    layer = layer_of(conv_norm=conv_norm).train(training)
+    other = called(layer, name)
+    equal(other(X, LENGTHS), layer(X, LENGTHS))
+    for (n, p), q in zip(layer.named_buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(q, p, msg=lambda m, n=n: f"{n}: {m}")
+
+
+def test_float16_is_not_convolved_by_pytorch_on_a_cpu():
+    """oneDNN may never return."""
+    layer = called(layer_of(), "conv.depthwise")
+    with pytest.raises(NotImplementedError, match=r"depthwise has hooks.*may never return on a CPU"):
+        layer.half()(X.half(), LENGTHS)
+    layer.float()
+    with pytest.raises(NotImplementedError, match="may never return"), torch.autocast("cpu", torch.float16):
+        layer(X, LENGTHS)
+    layer = layer_of()
+    want = layer(X, LENGTHS)
+    got = called(layer, "conv.depthwise_norm").half()(X.half(), LENGTHS)
+    torch.testing.assert_close(got.float() * REAL, want * REAL, rtol=2e-2, atol=2e-2)
 
 
 def test_a_group_norm_that_must_be_called_is_refused_with_padding():

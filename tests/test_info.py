@@ -55,8 +55,8 @@ def test_the_engine_named_is_the_one_that_runs(training):
     (row,) = [r for r in info.collect()["engines"] if r["device"] == "cpu" and r["training"] == training]
     encoder = ConformerEncoder(ConformerConfig()).train(training)
     with torch.set_grad_enabled(training):
-        run = loop.choose(encoder, torch.zeros(8, 400, 256), torch.full((8,), 400), 12)
-    assert row["engine"] == ("modules" if run is None else "loop")
+        found = loop.decide(encoder, torch.zeros(8, 400, 256), 12)
+    assert row["engine"] == ("modules" if found.engine == "modules" else "loop")
 
 
 def test_a_forced_engine_is_shown(capsys):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from torch.nn.utils import parametrizations, prune
 
 import lcconformer
 from lcconformer import Conformer, ConformerConfig, ConformerEncoder
-from lcconformer.ops.registry import record
 
 BASE = dict(d_model=16, num_heads=2, ffn_dim=24, num_layers=3, conv_kernel_size=5, dropout=0.0)
 # submodules whose parameters the fused ops read
@@ -281,72 +279,8 @@ def test_sync_batch_norm_in_evaluation_is_batch_norm():
     torch.testing.assert_close(run(converted), plain, rtol=1e-4, atol=1e-5)
 
 
-def test_float16_is_not_convolved_by_pytorch_on_a_cpu():
-    encoder = make().half()
-    encoder.layers[0].conv.depthwise.register_forward_hook(lambda *_: None)
-    with torch.no_grad(), pytest.raises(NotImplementedError, match="may never return on a CPU"):
-        encoder(X.half(), LENGTHS)
-
-
 def test_conformer_with_a_hook():
     model = Conformer(16, 2, 24, 2, 5).eval()
     plain = model(X, LENGTHS)[0]
     model.encoder.layers[1].conv.depthwise_norm.register_forward_hook(lambda m, a, out: 0 * out)
     assert not torch.allclose(model(X, LENGTHS)[0], plain)
-
-
-# what is lost is said
-
-
-def test_losing_the_engine_is_logged_once_and_strict_raises(caplog, monkeypatch):
-    monkeypatch.setattr("lcconformer.loop._said", set())
-    encoder = make()
-    with record() as served:
-        run(encoder)
-    assert "shared_loop" in served
-    encoder.layers[0].ffn1.up.register_forward_hook(lambda *_: None)
-    with caplog.at_level(logging.WARNING, "lcconformer"):
-        run(encoder)
-        run(encoder)
-    lost = [r.message for r in caplog.records if "module by module" in r.message]
-    assert len(lost) == 1
-    assert "layers.0.ffn1.up has hooks" in lost[0]
-    monkeypatch.setenv("LCCONFORMER_STRICT", "1")
-    with pytest.raises(NotImplementedError, match=r"ffn1\.up has hooks.*STRICT"):
-        run(encoder)
-    with lcconformer.engine("modules"):  # asked for, hence no loss
-        run(encoder)
-
-
-def test_what_is_no_loss_is_not_logged(caplog, monkeypatch):
-    monkeypatch.setenv("LCCONFORMER_STRICT", "1")
-    encoder = make()
-    with lcconformer.backend("torch"):
-        run(encoder)
-    run(encoder.train())
-    run(make(position="rotary"), grad=True)
-    run(make(conditioning=("film",)), grad=True)
-    torch.func.functional_call(encoder, {}, (X, LENGTHS))
-    torch.jit.trace(encoder.eval(), (X, LENGTHS), check_trace=False)
-    assert not [r for r in caplog.records if "module by module" in r.message]
-
-
-def test_explain():
-    encoder = make()
-    with torch.no_grad():
-        told = encoder.explain(X, LENGTHS)
-        assert (told.engine, told.against) == ("inference", ())
-    assert encoder.explain(X).engine == "training"
-    assert {name: choice.backend for name, choice in told.ops.items()} == dict.fromkeys(
-        ("relpos_attention", "glu_depthwise_conv", "feed_forward", "residual_layer_norm"), "cpu"
-    )
-    encoder.layers[0].conv.norm.register_forward_hook(lambda *_: None)
-    told = encoder.explain(X)
-    assert told.engine == "modules"
-    assert "layers.0.conv.norm has hooks" in str(told)
-    with lcconformer.engine("loop"):
-        assert encoder.explain(X).engine is None
-    with lcconformer.backend("triton"):
-        assert "triton" in str(encoder.explain(X))
-    with pytest.raises(ValueError, match="depth is 9"):
-        encoder.explain(X, depth=9)

@@ -26,7 +26,7 @@ from lcconformer.stack import LayerStack
 from . import inference, modules, training
 from .kernels import explain_ops
 
-__all__ = ["ENGINES", "Explanation", "choose", "engine", "explain", "forced_engine"]
+__all__ = ["ENGINES", "Decision", "Explanation", "choose", "decide", "engine", "explain", "forced_engine"]
 
 ENGINES = ("modules", "loop")
 _log = logging.getLogger("lcconformer")
@@ -63,7 +63,24 @@ def engine(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def choose(stack: LayerStack, x: Tensor, lengths: Tensor | None, backprop_depth: int) -> Run:
+@dataclass(frozen=True)
+class Decision:
+    """What will run the loops of one call.
+
+    Attributes:
+        engine: ``"modules"``, ``"training"`` or ``"inference"``; None: the forced engine cannot serve.
+        run: runs them; None with ``engine``.
+        against: why no engine of the loop serves; empty if one does.
+        lost: the modules serve in the place of a faster engine because of something that the user can change.
+    """
+
+    engine: str | None
+    run: Run | None
+    against: tuple[str, ...] = ()
+    lost: bool = False
+
+
+def choose(stack: LayerStack, x: Tensor, backprop_depth: int) -> Run:
     """Return what will run the loops of ``x [B, T, d_model]``.
 
     Args:
@@ -72,31 +89,52 @@ def choose(stack: LayerStack, x: Tensor, lengths: Tensor | None, backprop_depth:
     Raises:
         NotImplementedError: ``loop`` was forced and cannot serve, or ``LCCONFORMER_STRICT=1`` and an engine is lost.
     """
-    by_modules = functools.partial(modules.run, backprop_depth=backprop_depth)
     if torch.compiler.is_compiling():
-        return by_modules
-    want = forced_engine()
-    if want == "modules":
-        return by_modules
-    recording = _records(stack, x)
-    kernels, obstacles = _obstacles(stack, x, recording)
-    against = obstacles.all() or (_slower(x, recording, kernels) if want == "auto" else [])
-    if not against:
-        if kernels is not None:
-            return functools.partial(training.run, backprop_depth=backprop_depth, kernels=kernels)
-        return inference.run
-    if want == "loop":
+        return functools.partial(modules.run, backprop_depth=backprop_depth)
+    decision = decide(stack, x, backprop_depth)
+    if decision.run is None:
         raise NotImplementedError(
-            f"ConformerEncoder: engine 'loop' was forced but cannot serve these inputs: {'; '.join(against)}. "
+            f"ConformerEncoder: engine 'loop' was forced but cannot serve these inputs: {'; '.join(decision.against)}. "
             "Change the inputs or the encoder, or let LCCONFORMER_ENGINE=auto choose"
         )
-    if obstacles.lasting and not obstacles.passing and forced_backend() == "auto":
-        _lost(obstacles.lasting)
-    return by_modules
+    if decision.lost:
+        _lost(decision.against)
+    return decision.run
 
 
-def _lost(reasons: list[str]) -> None:
-    said = f"ConformerEncoder runs module by module ({'; '.join(reasons)})"
+def decide(stack: LayerStack, x: Tensor, backprop_depth: int, *, explaining: bool = False) -> Decision:
+    """Decide what runs the loops of ``x [B, T, d_model]`` in the present grad mode.
+
+    Args:
+        backprop_depth: loops, the last ones, that gradients flow through.
+        explaining: leave no trace: ops neither log nor record what they would choose.
+    """
+    by_modules = functools.partial(modules.run, backprop_depth=backprop_depth)
+    want = forced_engine()
+    if want == "modules":
+        return Decision("modules", by_modules, ("engine 'modules' is forced",))
+    chosen, kernels = _chosen(x), None
+    if _records(stack, x):
+        chosen += training.chosen(stack, x)
+        kernels, changeable = training.kernels_or_reasons(stack, x, explaining)
+        slower = training.slower(x, kernels)
+    else:
+        chosen += inference.chosen(stack, x)
+        changeable = inference.reasons(stack, x)
+        slower = inference.slower(x)
+    against = (*chosen, *changeable, *(slower if want == "auto" else ()))
+    if against:
+        if want == "loop":
+            return Decision(None, None, against)
+        lost = bool(changeable) and not chosen and not slower and forced_backend() == "auto"
+        return Decision("modules", by_modules, against, lost)
+    if kernels is not None:
+        return Decision("training", functools.partial(training.run, backprop_depth=backprop_depth, kernels=kernels))
+    return Decision("inference", inference.run)
+
+
+def _lost(reasons: tuple[str, ...]) -> None:
+    said = f"ConformerEncoder runs module by module, which is slower ({'; '.join(reasons)})"
     if strict():
         raise NotImplementedError(f"{said}, and LCCONFORMER_STRICT=1 makes the loss of the faster engine an error")
     if said not in _said:
@@ -104,47 +142,15 @@ def _lost(reasons: list[str]) -> None:
         _log.warning(said)
 
 
-@dataclass(frozen=True)
-class _Obstacles:
-    """Why no engine can stand in for the modules.
-
-    Attributes:
-        passing: what a user chose for its own sake, such as a trace, a transform or the architecture.
-        lasting: properties of the encoder or its input, worth a warning: changing them gives the engine back.
-    """
-
-    passing: list[str]
-    lasting: list[str]
-
-    def all(self) -> list[str]:
-        return self.passing + self.lasting
-
-
-def _obstacles(stack: LayerStack, x: Tensor, recording: bool) -> tuple[training.Kernels | None, _Obstacles]:
-    """Return the kernels of the training engine, if it is the one, and what keeps the engine from serving."""
-    passing = _passing(x)
-    if not recording:
-        return None, _Obstacles(passing + inference.passing(stack, x), inference.reasons(stack, x))
-    if not x.numel():
-        passing.append("there are no frames")
-    passing += training.architecture(stack)
-    kernels, lasting = training.kernels_or_reasons(stack, x)
-    return kernels, _Obstacles(passing, lasting)
-
-
-def _slower(x: Tensor, recording: bool, kernels: training.Kernels | None) -> list[str]:
-    """Return why the modules are, or may be, faster than the engine that could serve; empty: they are not."""
-    return training.slower(kernels) if recording and kernels is not None else inference.slower(x)
-
-
 def _records(stack: LayerStack, x: Tensor) -> bool:
     """Whether autograd is to record the loops."""
     return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in stack.parameters()))
 
 
-def _passing(x: Tensor) -> list[str]:
+def _chosen(x: Tensor) -> list[str]:
+    """Return states of the call that rule out every engine, and that the user chose for their own sake."""
     reasons = []
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.jit.is_tracing():
         reasons.append("a compiler is tracing the encoder")
     if transformed() or forward_ad._current_level >= 0:
         reasons.append("a transform of torch.func or forward-mode differentiation is active")
@@ -158,12 +164,12 @@ def _passing(x: Tensor) -> list[str]:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What would serve a call of an encoder, and why nothing faster.
+    """What would serve a call of an encoder, and why nothing faster (:meth:`lcconformer.ConformerEncoder.explain`).
 
     Attributes:
-        engine: ``"modules"``, ``"training"`` or ``"inference"``; None: a forced engine cannot serve.
+        engine: ``"modules"``, ``"training"`` or ``"inference"``; None: a forced engine cannot serve, and the call raises.
         against: why no engine of the loop serves; empty if one does.
-        ops: the choice of backend of each op.  The packed inference engine on a CPU calls none of them.
+        ops: the choice of backend of each op.  The inference engine on a CPU has one for all: ``shared_loop``.
     """
 
     engine: str | None
@@ -173,11 +179,11 @@ class Explanation:
     def __str__(self) -> str:
         names = {
             "modules": "module by module",
-            "training": "the training engine",
-            "inference": "the inference engine",
-            None: "nothing: the forced engine cannot serve",
+            "training": "by the training engine",
+            "inference": "by the inference engine",
+            None: "by nothing: the call raises",
         }
-        lines = [f"loops run by {names[self.engine]}" if self.engine != "modules" else "loops run module by module"]
+        lines = [f"loops run {names[self.engine]}"]
         lines += [f"  no engine of the loop: {reason}" for reason in self.against]
         width = max(map(len, self.ops), default=0)
         for name, choice in self.ops.items():
@@ -188,14 +194,9 @@ class Explanation:
 
 def explain(stack: LayerStack, x: Tensor) -> Explanation:
     """Work out what would run the loops of ``x [B, T, d_model]`` in the present grad mode, without running or logging."""
-    recording, want = _records(stack, x), forced_engine()
-    against: list[str] = ["engine 'modules' is forced"]
-    if want != "modules":
-        kernels, obstacles = _obstacles(stack, x, recording)
-        against = obstacles.all() or (_slower(x, recording, kernels) if want == "auto" else [])
-    engine: str | None = "modules"
-    if not against:
-        engine = "training" if recording else "inference"
-    elif want == "loop":
-        engine = None
-    return Explanation(engine, tuple(against), explain_ops(stack, x))
+    decision = decide(stack, x, len(stack.layer_map), explaining=True)
+    if decision.engine == "inference" and x.device.type == "cpu":
+        ops = {inference.OP: Choice(inference.OP, "cpu")}
+    else:
+        ops = explain_ops(stack, x)
+    return Explanation(decision.engine, decision.against, ops)

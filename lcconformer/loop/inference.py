@@ -22,41 +22,38 @@ from . import graphs, weights
 from .watch import watch
 from .weights import FeedForward, PackedLayer, padded_columns
 
-__all__ = ["passing", "reasons", "run", "slower"]
+__all__ = ["chosen", "reasons", "run", "slower"]
 
 OP = "shared_loop"
 
 Launch = Callable[[Any], None]  # a kernel of csrc/cpu
 
 
-def passing(stack: LayerStack, x: Tensor) -> list[str]:
-    """Return states of the call and the architecture that rule this engine out; empty: there are none."""
+def chosen(stack: LayerStack, x: Tensor) -> list[str]:
+    """Return what rules this engine out and was chosen for its own sake: modes of the call, and the encoder's config."""
     found = []
     if watch(stack).trains():
         found.append("a module is in training mode")
     if torch.is_autocast_enabled(x.device.type):
         found.append("autocast is on")
-    if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        found.append("a CUDA graph is being captured, which the modules become part of")
     if x.device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            found.append("a CUDA graph is being captured, which the modules become part of")
         return found
+    if forced_backend() not in ("auto", "cpu"):
+        found.append(f"backend {forced_backend()!r} is forced, and the engine is made of CPU kernels")
     if stack.config.activation != "silu":
         found.append(f"activation {stack.config.activation!r} is not fused, only 'silu' is")
     if stack.config.position == "rotary":
         found.append("rotary positions are left to the modules")
-    if forced_backend() not in ("auto", "cpu"):
-        found.append(f"backend {forced_backend()!r} is forced, and the engine is made of CPU kernels")
     return found
 
 
 def reasons(stack: LayerStack, x: Tensor) -> list[str]:
-    """Return why this engine cannot run the loops of ``x [B, T, d_model]``; empty: it can."""
+    """Return what else keeps this engine from the loops of ``x [B, T, d_model]`` and could be changed; empty: nothing."""
     layers = watch(stack)
     found = layers.changed() or layers.unfit(x.dtype)
-    if x.device.type == "cuda":
-        return found
-    found += cpu_reasons(x.device, x.dtype)
-    return found
+    return found if x.device.type == "cuda" else found + cpu_reasons(x.device, x.dtype)
 
 
 # float32 engine against the bfloat16 products of oneDNN, EPYC 9004, d = 256, times as fast: 2.5 at 16 frames, 1.09 at 100,

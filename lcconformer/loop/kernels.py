@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lcconformer.layer import ConformerLayer
 from lcconformer.ops.feed_forward import arguments as feed_forward
 from lcconformer.ops.feed_forward.library import OP as FEED_FORWARD
 from lcconformer.ops.glu_depthwise_conv import arguments as glu_depthwise_conv
 from lcconformer.ops.glu_depthwise_conv.library import OP as GLU_DEPTHWISE_CONV
-from lcconformer.ops.registry import OPS, Choice
+from lcconformer.ops.registry import OPS, Choice, Op
 from lcconformer.ops.relpos_attention import arguments as relpos_attention
 from lcconformer.ops.relpos_attention.library import OP as RELPOS_ATTENTION
 from lcconformer.ops.residual_layer_norm import arguments as residual_layer_norm
 from lcconformer.ops.residual_layer_norm.library import OP as RESIDUAL_LAYER_NORM
 from lcconformer.stack import LayerStack
+
+from .watch import watch
 
 __all__ = ["Kernels", "choose_kernels", "explain_ops", "products_dtype"]
 
@@ -49,10 +50,11 @@ def products_dtype(x: Tensor) -> torch.dtype:
 
 def _traits(stack: LayerStack, x: Tensor) -> dict[str, Any]:
     """Return the traits of each op of a layer for ``x [B, T, d_model]``, as the op would find them."""
-    config, layers = stack.config, [cast(ConformerLayer, layer) for layer in stack.layers]
+    config = stack.config
     d, device, dtype, activation = x.shape[-1], x.device, products_dtype(x), config.activation
-    norm_dtype = layers[0].norm.weight.dtype
-    training = config.conv_norm == "batch" and any(layer.conv.depthwise_norm.training for layer in layers)
+    # of encoders whose norms were all replaced, which call few ops, the dtype is a guess
+    norm_dtype = next((m.weight.dtype for m in stack.layers.modules() if type(m) is nn.LayerNorm), x.dtype)
+    training = watch(stack).trains_batch_norm()
     conv_norm_dtype = None if config.conv_norm == "none" else norm_dtype
     return {
         "relpos_attention": relpos_attention.Traits(device, dtype, d // config.num_heads),
@@ -72,8 +74,18 @@ def explain_ops(stack: LayerStack, x: Tensor) -> dict[str, Choice]:
     return {name: OPS[name].explain(own) for name, own in traits.items()}
 
 
-def choose_kernels(stack: LayerStack, x: Tensor) -> Kernels:
+def _explained(op: Op[Any, Any], traits: Any) -> str:
+    choice = op.explain(traits)
+    if choice.backend is None:
+        raise NotImplementedError(choice.error)
+    return choice.backend
+
+
+def choose_kernels(stack: LayerStack, x: Tensor, explaining: bool) -> Kernels:
     """Choose what serves the layers of ``stack`` for ``x [B, T, d_model]``, as their ops choose.
+
+    Args:
+        explaining: the ops neither log nor record the choice.
 
     Raises:
         NotImplementedError: a forced backend cannot serve.
@@ -81,10 +93,11 @@ def choose_kernels(stack: LayerStack, x: Tensor) -> Kernels:
     traits = _traits(stack, x)
     # the engine has the products of the feed-forward in one dtype, residual stream and all
     traits["feed_forward"] = traits["feed_forward"]._replace(dtype=products_dtype(x))
-    attention = RELPOS_ATTENTION.choose(traits["relpos_attention"])
-    convolution = GLU_DEPTHWISE_CONV.choose(traits["glu_depthwise_conv"])
-    hidden = FEED_FORWARD.choose(traits["feed_forward"])
-    norm = RESIDUAL_LAYER_NORM.choose(traits["residual_layer_norm"])
+    ask = _explained if explaining else Op.choose
+    attention = ask(RELPOS_ATTENTION, traits["relpos_attention"])
+    convolution = ask(GLU_DEPTHWISE_CONV, traits["glu_depthwise_conv"])
+    hidden = ask(FEED_FORWARD, traits["feed_forward"])
+    norm = ask(RESIDUAL_LAYER_NORM, traits["residual_layer_norm"])
     return Kernels(
         RELPOS_ATTENTION.backends[attention],
         GLU_DEPTHWISE_CONV.backends[convolution],

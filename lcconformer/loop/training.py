@@ -1,4 +1,4 @@
-"""The training engine: one autograd.Function over all loops of an stack.
+"""The training engine: one autograd.Function over all loops of a stack.
 
 Where loops share their weights (ALBERT, arXiv 1909.11942; Conformers: arXiv 2105.00812) the gradient of a matrix is one sum
 over the frames of all its loops.  It is accumulated here in float32, by products over as many loops as fill the machine,
@@ -26,12 +26,14 @@ from .kernels import Kernels, choose_kernels, products_dtype
 from .shared_layer import KEPT, LAST, SEEDS, Plan, SharedLayer, plan_of
 from .watch import watch
 
-__all__ = ["Kernels", "architecture", "kernels_or_reasons", "run", "slower"]
+__all__ = ["Kernels", "chosen", "kernels_or_reasons", "run", "slower"]
 
 
-def architecture(stack: LayerStack) -> list[str]:
-    """Return what of the architecture this engine leaves to the modules; empty: nothing."""
+def chosen(stack: LayerStack, x: Tensor) -> list[str]:
+    """Return what rules this engine out and was chosen for its own sake: the encoder's config, or an empty input."""
     config, found = stack.config, []
+    if not x.numel():
+        found.append("there are no frames")
     if config.conditioning:
         found.append("depth conditioning is left to the modules")
     if config.conv_norm_statistics == "per_depth":
@@ -43,8 +45,12 @@ def architecture(stack: LayerStack) -> list[str]:
     return found
 
 
-def kernels_or_reasons(stack: LayerStack, x: Tensor) -> tuple[Kernels | None, list[str]]:
-    """Choose the kernels for the loops of ``x [B, T, d_model]``, or say why this engine cannot run them."""
+def kernels_or_reasons(stack: LayerStack, x: Tensor, explaining: bool) -> tuple[Kernels | None, list[str]]:
+    """Choose the kernels for the loops of ``x [B, T, d_model]``, or say what keeps this engine from them and can be changed.
+
+    Args:
+        explaining: choose without logging or recording the choice.
+    """
     found = watch(stack).changed()
     dtype = products_dtype(x)
     wrong = {p.dtype for p in stack.layers.parameters()} - {dtype}
@@ -53,18 +59,20 @@ def kernels_or_reasons(stack: LayerStack, x: Tensor) -> tuple[Kernels | None, li
     if found:
         return None, found
     try:
-        return choose_kernels(stack, x), []
+        return choose_kernels(stack, x, explaining), []
     except NotImplementedError as refused:
         return None, [str(refused)]
 
 
-def slower(kernels: Kernels) -> list[str]:
+def slower(x: Tensor, kernels: Kernels | None) -> list[str]:
     """Return why ``auto`` leaves to the modules what this engine could run.
 
     On the CPU kernels the modules took 1.29 times as long for a training step of 12 loops at (B, T) = (1, 100), 1.24 at
     (1, 400), 1.24 at (8, 400); of 4 loops 1.25, 1.23, 1.21 (float32, d_model 256, one thread of an AMD EPYC with AVX-512).
     """
-    others = set(kernels.names) - {"cpu"}
+    if x.device.type != "cpu":
+        return ["no GPU has measured the engine yet; LCCONFORMER_ENGINE=loop forces it"]
+    others = set() if kernels is None else set(kernels.names) - {"cpu"}
     return [f"not measured on the kernels of {', '.join(sorted(others))}"] if others else []
 
 

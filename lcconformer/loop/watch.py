@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Collection
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -14,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from lcconformer.layer import ConformerLayer, ConvModule, FeedForward, RelativeAttention
-from lcconformer.plain import NORMS, PLAIN, obstacle
+from lcconformer.plain import LAYER_NORM, LINEAR, NORMS, PLAIN, obstacle
 from lcconformer.stack import LayerStack
 
 __all__ = ["Watch", "watch"]
@@ -22,6 +23,15 @@ __all__ = ["Watch", "watch"]
 # what the engines know; a subclass or a wrapped module may compute something else
 _DROP = {ConformerLayer, FeedForward, RelativeAttention}
 _KNOWN = PLAIN | _DROP | {ConvModule, nn.ModuleList}
+_CLASSES_OF: dict[str, Collection[type[nn.Module]]] = {
+    "ffn1": {FeedForward},
+    "ffn2": {FeedForward},
+    "attention": {RelativeAttention},
+    "conv": {ConvModule},
+    "norm": LAYER_NORM,
+    **dict.fromkeys(("up", "down", "qkv", "out", "pos", "pointwise1", "pointwise2"), LINEAR),
+    "depthwise": {nn.Conv1d},
+}
 _version, _address = attrgetter("_version"), attrgetter("_cdata")
 
 
@@ -47,6 +57,13 @@ class Watch:
         self._written = 0
         self._ids_of_tensors = {id(t) for t in self.tensors()}
         self._names = [f"layers.{name}" if name else "layers" for name, _ in stack.layers.named_modules()]
+        self._known = [self._classes(name) for name in self._names]
+
+    @staticmethod
+    def _classes(name: str) -> Collection[type[nn.Module]]:
+        """Classes that the engines know for a module of this name, such as ``layers.0.ffn1.up``."""
+        leaf = name.rpartition(".")[2]
+        return {ConformerLayer} if leaf.isdigit() else _CLASSES_OF.get(leaf, _KNOWN)
 
     def _ids(self) -> list[int]:
         return list(map(id, chain.from_iterable(map(dict.values, self._parts))))
@@ -92,8 +109,8 @@ class Watch:
         """Return why calling the layers may differ from computing with their weights; empty: it does not."""
         if _has_any_global_hook():
             return ["global module hooks would not run"]
-        for name, module in zip(self._names, self._layers):
-            why = obstacle(module, name, _KNOWN)
+        for name, module, known in zip(self._names, self._layers, self._known):
+            why = obstacle(module, name, known)
             if why:
                 return [why]
             if type(module) is ConvModule:
@@ -112,7 +129,11 @@ class Watch:
 
     def trains(self) -> bool:
         """Whether a module would drop elements or take the statistics of a batch."""
-        return any(m.training and m.dropout > 0.0 for m in self._drop) or any(m.training for m in self._batch_norms)
+        return any(m.training and m.dropout > 0.0 for m in self._drop) or self.trains_batch_norm()
+
+    def trains_batch_norm(self) -> bool:
+        """Whether a BatchNorm would take the statistics of a batch."""
+        return any(m.training for m in self._batch_norms)
 
     def unfit(self, dtype: torch.dtype) -> list[str]:
         """Return why the layers cannot evaluate inputs of ``dtype`` from their weights alone; empty: they can."""

@@ -14,13 +14,14 @@ from ..derivatives import refuse_transforms
 from . import reference
 from .arguments import NORMS, GluDepthwiseConv, Statistics, Traits
 from .library import OP, GluDepthwiseConvFn
-from .reference import glu_depthwise_conv_reference, normalise, update_running
+from .reference import depthwise_conv1d, glu_depthwise_conv_reference, normalise, update_running
 
 __all__ = [
     "OP",
     "GluDepthwiseConv",
     "Statistics",
     "Traits",
+    "depthwise_conv1d",
     "glu_depthwise_conv",
     "glu_depthwise_conv_reference",
     "normalise",
