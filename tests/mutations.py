@@ -1,7 +1,7 @@
-"""Would the tests notice?  Lines of the kernels changed one at a time, and of each the test that must go red.
+"""Change lines of the kernels and of the dispatch to them one at a time, and require a named test to fail each time.
 
 ``python tests/mutations.py [--match TEXT]`` copies the tracked files to a temporary folder, builds the C++ extension there
-if a change of it was chosen, and runs the named tests: all must pass.  Then each change is made, built, tested and undone:
+if a chosen change needs it, and runs the named tests: all must pass.  Then each change is made, built, tested and undone:
 
   caught    an assertion of the test failed
   MISSED    the test passed
@@ -42,6 +42,11 @@ class Mutation:
     before: str
     after: str
     test: str
+
+    @property
+    def needs_extension(self) -> bool:
+        """Whether the C++ extension is changed, or loaded by the test: without one in the copy, the checkout's would be."""
+        return self.file.startswith(("csrc/cpu/", "lcconformer/"))
 
     def of(self, text: str) -> str:
         if text.count(self.before) != 1:
@@ -614,7 +619,34 @@ CUDA = (
     ),
 )
 
-MUTATIONS = (*TRITON, *CXX, *CUDA)
+REGISTRY = "lcconformer/ops/registry.py"
+ON_INFO, ON_POLICY = "tests/test_info.py", "tests/test_policy.py"
+
+DISPATCH = (
+    Mutation(
+        "backends on request chosen without a request",
+        REGISTRY,
+        "if name not in self.backends or name in self.on_request:",
+        "if name not in self.backends:",
+        f"{ON_INFO}::test_a_backend_on_request_serves_only_where_it_is_forced",
+    ),
+    Mutation(
+        "choices not kept apart by the forced backend",
+        REGISTRY,
+        "key = (traits, forced_backend(), strict())",
+        "key = (traits, strict())",
+        f"{ON_INFO}::test_a_backend_on_request_serves_only_where_it_is_forced",
+    ),
+    Mutation(
+        "`with backend(...)` leaves its backend forced",
+        REGISTRY,
+        "        _forced.reset(token)\n",
+        "",
+        f"{ON_POLICY}::test_blocks_nest_and_end_with_an_error",
+    ),
+)
+
+MUTATIONS = (*TRITON, *CXX, *CUDA, *DISPATCH)
 
 
 # pytest, and then where the package came from: behind the copy an editable install of the checkout lies in wait
@@ -719,7 +751,7 @@ def main() -> int:
     chosen = [m for m in MUTATIONS if match in f"{m.name} {m.file} {m.test}"]
     if not chosen:
         parser.error(f"no change has {match!r} in its name, file or test")
-    extension = any(m.file.startswith("csrc/cpu/") for m in chosen)
+    extension = any(m.needs_extension for m in chosen)
     if extension and (lacking := lacking_for_the_build()):
         parser.error(f"the C++ extension needs what this environment lacks: pip install {shlex.join(lacking)}")
     with tempfile.TemporaryDirectory() as folder:

@@ -99,6 +99,19 @@ def test_what_the_table_says_is_what_the_op_takes(monkeypatch, backends, want):
             assert row["against"][name] == (made.reasons or [f"could serve; LCCONFORMER_BACKEND={name} forces it"])
 
 
+def test_a_backend_on_request_serves_only_where_it_is_forced(monkeypatch):
+    monkeypatch.setitem(registry.OPS, "feed_forward", registry.OPS["feed_forward"])
+    op = registry.Op("feed_forward", {"cpu": Refusing()}, on_request=frozenset({"cpu"}))
+    row = next(r for r in info.collect()["ops"] if r["op"] == "feed_forward" and r["device"] == "cpu")
+    assert row["backend"] == "torch"
+    assert row["against"]["cpu"] == ["could serve; LCCONFORMER_BACKEND=cpu forces it"]
+    traits = TRAITS["feed_forward"](torch.device("cpu"), torch.float32, Sizes())
+    assert op.choose(traits) == "torch"
+    with backend("cpu"):
+        assert op.choose(traits) == "cpu"
+    assert op.choose(traits) == "torch"
+
+
 def test_evidence(capsys, monkeypatch):
     from lcconformer.bench.reports import evidence
 

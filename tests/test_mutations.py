@@ -1,4 +1,4 @@
-"""The list of mutations holds, the tables of MUTATIONS.md are that list, and what a run says of each is right.
+"""Every mutation applies and names a test, MUTATIONS.md agrees with the list, and a run reports each outcome correctly.
 
 The run itself takes minutes: ``python tests/mutations.py``.
 """
@@ -6,15 +6,17 @@ The run itself takes minutes: ``python tests/mutations.py``.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from . import mutations
-from .mutations import CUDA, CXX, MUTATIONS, TRITON, Mutation
+from .mutations import CUDA, CXX, DISPATCH, MUTATIONS, TRITON, Mutation
 
 ROOT = Path(__file__).parents[1]
+TABLES = (ROOT / "tests" / "MUTATIONS.md").read_text()
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.file}: {m.name}")
@@ -32,14 +34,24 @@ def test_changes_one_place_and_names_a_test(mutation):
         (TRITON, "tests/kernels/"),
         (CXX, "tests/extension/"),
         (CUDA, "tests/extension/test_cuda_glu_depthwise_conv.py::"),
+        (DISPATCH, "tests/"),
     ],
-    ids=["triton", "cxx", "cuda"],
+    ids=["triton", "cxx", "cuda", "dispatch"],
 )
-def test_contributing_has_a_row_for_each(chosen: Sequence[Mutation], folder):
+def test_the_tables_have_a_row_for_each(chosen: Sequence[Mutation], folder):
     assert all(m.test.startswith(folder) for m in chosen)
     rows = "\n".join(f"| {m.name} | `{m.test.removeprefix(folder)}` |" for m in chosen)
     table = f"\n\n| change | caught by |\n|---|---|\n{rows}\n\n"
-    assert table in (ROOT / "tests" / "MUTATIONS.md").read_text(), f"the table is to be{table}"
+    assert table in TABLES, f"the table is to be{table}"
+
+
+def test_every_test_in_the_tables_exists():
+    # the name of a file or of a function, wherever it is; the lists made by hand have no other check
+    sources = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    defined = set(re.findall(r"^def (test_\w+)", "\n".join(sources.values()), re.MULTILINE))
+    named = re.findall(r"test_\w+(?:\.py)?", TABLES)
+    assert named
+    assert not [name for name in named if name not in (sources if name.endswith(".py") else defined)]
 
 
 def test_a_change_of_two_places_is_refused():
