@@ -32,7 +32,7 @@ TRITON_DTYPE: dict[torch.dtype, str] = {
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How one kernel is launched; `blocks` are its BLOCK_* constexprs. No warps: not this kernel but the library."""
+    """How one kernel is launched; `blocks` are its BLOCK_* constexprs. No warps: use the library instead of this kernel."""
 
     num_warps: int
     num_stages: int
@@ -43,7 +43,7 @@ class LaunchConfig:
         return f"warps={self.num_warps} stages={self.num_stages}{tiles}" if self.num_warps else "the library's"
 
     def kwargs(self) -> dict[str, Any]:
-        """Keyword arguments for `kernel[grid](...)`; the fusion of a*b+c is pinned since Triton's default moves."""
+        """Return the keyword arguments for `kernel[grid](...)`; fusing a*b+c is pinned, since Triton's default varies."""
         return {
             **self.blocks,
             "num_warps": self.num_warps,
@@ -87,19 +87,19 @@ def _capability(index: int) -> int:
 
 
 def arch_of(x: torch.Tensor) -> int:
-    """Compute capability of the tensor's device (90 for an H200); the interpreter acts as 90."""
+    """Return the compute capability of the tensor's device (90 for an H200); the interpreter acts as 90."""
     if x.device.type != "cuda":
         return 90
     return _capability(x.device.index)
 
 
 def nearest_arch(arch: int) -> int:
-    """The listed architecture whose limits a device of capability `arch` has (87 -> 86, 103 -> 100, 121 -> 120)."""
+    """Return the listed architecture whose limits a device of capability `arch` has (87 -> 86, 103 -> 100, 121 -> 120)."""
     return max((a for a in SHARED_MEMORY if a <= arch), default=min(SHARED_MEMORY))
 
 
 def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launches go to the current device: make it the tensor's."""
+    """Make the tensor's device the current one, where launches go."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -114,12 +114,12 @@ def launch(
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:
-    """The tensor itself if its last dimension has stride 1, else a contiguous copy."""
+    """Return the tensor itself if its last dimension has stride 1, else a contiguous copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def dense(*vectors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Contiguous [C] or [B] parameters: kernels index them without a stride."""
+    """Return [C] or [B] parameters contiguous: kernels index them without a stride."""
     return [None if v is None else v.contiguous() for v in vectors]
 
 
@@ -133,18 +133,18 @@ DROPOUT_LEVELS = 1 << 16
 
 
 def dropout_threshold(p: float) -> int:
-    """Elements whose 16 bits are below this are dropped."""
+    """Return the threshold below which an element's 16 bits drop it."""
     return min(round(p * DROPOUT_LEVELS), DROPOUT_LEVELS - 1)
 
 
 def dropout_scale(p: float) -> float:
-    """1 / (probability of being kept), of the threshold actually used."""
+    """Return 1 / (probability of being kept) for the threshold actually used."""
     return DROPOUT_LEVELS / (DROPOUT_LEVELS - dropout_threshold(p))
 
 
 @triton.jit
 def dropout_keep(seed, stream, major, rows, col_start, threshold, BLOCK_N: tl.constexpr):
-    """Which of the [M, BLOCK_N] elements at rows [M] and columns col_start... are kept; col_start % 8 == 0.
+    """Decide which of the [M, BLOCK_N] elements at rows [M] and columns col_start... are kept; col_start % 8 == 0.
 
     seed int64; stream, major, rows, col_start, threshold int32.
     """
@@ -197,7 +197,7 @@ def add_bias(x, bias_ptr, cols, N):
 def constexpr_signature(
     kernel: Any, pointers: Mapping[str, str], scalars: Mapping[str, str], constexprs: Mapping[str, Any]
 ) -> dict[str, str]:
-    """The signature of `kernel` from its parameter names, checked: each is a pointer, a scalar or a constexpr.
+    """Return the signature of `kernel` from its parameter names, checked: each is a pointer, a scalar or a constexpr.
 
     A pointer mapped to None is absent (a constexpr None), as at run time.
     """
@@ -209,5 +209,5 @@ def constexpr_signature(
 
 
 def divisible_by_16(config: AotConfig) -> Iterable[str]:
-    """Names of the arguments Triton would specialise on at run time."""
+    """Return the names of the arguments that Triton would specialise on at run time."""
     return [n for n, t in config.signature.items() if t.startswith("*") or n in config.divisible]

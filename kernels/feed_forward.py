@@ -129,7 +129,7 @@ def _residual_bwd_kernel(
 
 
 def _rows_each(m: int) -> int:
-    """Rows of a program of a backward kernel: at most 128 partial sums, whatever the device."""
+    """Return the rows of each program of a backward kernel: at most 128 partial sums, whatever the device."""
     block_m = _CONFIG.blocks["BLOCK_M"]
     return max(1, cdiv(cdiv(m, 128), block_m)) * block_m
 
@@ -320,7 +320,7 @@ def _aot(name: str, kernel: Any, dtype: str, dropout: bool) -> AotConfig:
 
 
 def aot_configs(arch: int) -> Iterator[AotConfig]:
-    """Every kernel, with and without dropout."""
+    """Yield every kernel, with and without dropout."""
     kernels = {
         "activation_fwd": _activation_fwd_kernel,
         "activation_bwd": _activation_bwd_kernel,

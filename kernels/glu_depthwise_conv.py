@@ -47,7 +47,7 @@ NONE, RUNNING, LAYER, STATS = (tl.constexpr(i) for i in range(4))
 
 @triton.jit
 def _real_frames(lengths_ptr, b, T):
-    """How many frames of utterance b are real; never more than there are."""
+    """Return the number of real frames of utterance b, at most T."""
     if lengths_ptr is None:
         return tl.cast(T, tl.int32)
     else:

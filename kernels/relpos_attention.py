@@ -88,7 +88,7 @@ def _sequence(b, T, lengths_ptr, cu_seqlens_ptr):
 
 @triton.jit
 def _head(ptr, b, start, h, stride_b, stride_t, stride_h):
-    """Where the rows of one head of one utterance begin."""
+    """Return a pointer to the first row of one head of one utterance."""
     return ptr + tl.cast(b, tl.int64) * stride_b + start * stride_t + tl.cast(h, tl.int64) * stride_h
 
 
@@ -535,7 +535,7 @@ def _strides(name: str, x: Tensor) -> dict[str, int]:
 
 
 def _sizes(q: Tensor, pos: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
-    """Utterances, frames of the longest, frames in all."""
+    """Return (utterances, frames of the longest, frames in all)."""
     frames = (pos.shape[0] + 1) // 2
     if cu_seqlens is None:
         return q.shape[0], frames, q.shape[0] * frames
@@ -636,7 +636,7 @@ def backward(
 
 
 def _position_parts(batch: int, heads: int, tiles: int) -> int:
-    """Into how many parts the batch is cut: about four blocks for each of 132 multiprocessors."""
+    """Return how many parts to split the batch into: about four blocks for each of 132 multiprocessors."""
     return max(1, min(batch, cdiv(4 * 132, heads * tiles)))
 
 
@@ -651,7 +651,7 @@ _POINTERS = {"lse_ptr", "delta_ptr", "du_ptr", "dpos_ptr", "dv_bias_ptr"}  # flo
 
 
 def _spill_budget(name: str) -> int:
-    """Bytes a thread: next to nothing in the forward; the backward does not fit."""
+    """Return the spill budget in bytes per thread: small in the forward; the backward does not fit in registers."""
     return 64 if name in ("forward", "delta") else 640
 
 
@@ -685,7 +685,7 @@ def _aot_config(
 
 
 def aot_configs(arch: int) -> Iterable[AotConfig]:
-    """Every shipped configuration for compute capability `arch`."""
+    """Yield every shipped configuration for compute capability `arch`."""
     for name in _KERNELS:
         for dtype in ("bf16", "fp32"):
             for head_dim in (16, 32, 64, 128):

@@ -2,7 +2,7 @@
 
 One row per kernel, dtype, shape and architecture: registers a thread, bytes of stack (spills), shared memory a block,
 instructions, and how many of them are tensor-core instructions. The exit status is 1 if a row breaks its budget.
-bench/results/triton_resources.json is what `--out` wrote of all of them.
+bench/results/triton_resources.json holds the output of `--out` for all of them.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def compile_config(config: AotConfig, arch: int) -> Resources:
 
 
 def violations(config: AotConfig, arch: int, used: Resources) -> list[str]:
-    """The budgets this configuration breaks on this architecture."""
+    """Return the budgets that this configuration breaks on this architecture."""
     found = []
     if used.shared > SHARED_MEMORY[arch]:
         found.append(f"shared memory {used.shared} > {SHARED_MEMORY[arch]}")
@@ -119,7 +119,7 @@ def violations(config: AotConfig, arch: int, used: Resources) -> list[str]:
 
 
 def configs(module: str, arch: int) -> list[AotConfig]:
-    """What the module ships for an architecture."""
+    """Return what the module ships for an architecture."""
     return list(importlib.import_module(f"{PACKAGE}.{module}").aot_configs(arch))
 
 
@@ -168,7 +168,7 @@ def report(modules: Iterable[str], archs: Iterable[int], match: str = "", jobs: 
 
 
 def write(rows: Iterable[Row], path: Path) -> None:
-    """The rows and the version of Triton as JSON, a row a line, atomically."""
+    """Write the rows and the version of Triton atomically as JSON, one row per line."""
     flat = [{k: v for k, v in asdict(row).items() if k != "resources"} | asdict(row.resources) for row in rows]
     lines = ",\n  ".join(json.dumps(row) for row in flat)
     write_atomically(path, f'{{\n "triton": "{triton.__version__}",\n "kernels": [\n  {lines}\n ]\n}}\n')

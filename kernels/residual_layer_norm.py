@@ -50,7 +50,7 @@ def _layer_norm_fwd_kernel(
         if seed_ptr is not None:
             keep = dropout_keep(tl.load(seed_ptr), 0, 0, rows, 0, threshold, BLOCK_D)
             y = tl.where(keep, y * tl.cast(keep_scale, tl.float32), 0.0)
-        # the norm is that of s as stored
+        # normalise s as stored, that is, rounded
         s = (s + y).to(s_ptr.dtype.element_ty)
         tl.store(s_ptr + wide * D + offs_d[None, :], s, mask=mask)
         s = s.to(tl.float32)
@@ -164,7 +164,7 @@ def layer_norm_backward(
     weight, bias = dense(weight, bias)
     config = _config("backward", s)
     block_m = config.blocks["BLOCK_M"]
-    # at most 512 partial sums; a function of the shape alone
+    # at most 512 partial sums; depends on the shape alone, so the bits repeat
     rows_each = max(1, cdiv(cdiv(m, 512), block_m)) * block_m
     programs = cdiv(m, rows_each)
     dx = s.new_empty((m, d))

@@ -42,13 +42,13 @@ def folder() -> Path:
 
 
 def file_of(gpu: str, where: Path | None = None) -> Path:
-    """The file of a GPU, by its name as torch gives it."""
+    """Return the file of a GPU, named as torch names it."""
     slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     return (where or folder()) / f"{slug}-triton-{triton.__version__}.json"
 
 
 def candidates(heuristic: LaunchConfig, others: Others) -> list[LaunchConfig]:
-    """The heuristic's choice first; then one tile halved or doubled within its limits, warps too, or other stages."""
+    """List the heuristic's choice first, then one tile halved or doubled within its limits, warps too, or other stages."""
     if not isinstance(others, Mapping):
         return [heuristic, *others]
     tiles = [heuristic.blocks]
@@ -86,14 +86,14 @@ def watched() -> Iterator[tuple[dict[str, list[LaunchConfig]], dict[str, LaunchC
 
 
 def write(path: Path, gpu: str, table: Mapping[str, LaunchConfig]) -> None:
-    """Atomically."""
+    """Write the table of a GPU atomically."""
     entries = {k: {"num_warps": c.num_warps, "num_stages": c.num_stages, **c.blocks} for k, c in sorted(table.items())}
     write_atomically(path, json.dumps({"gpu": gpu, "triton": triton.__version__, "configs": entries}, indent=1) + "\n")
     _table.cache_clear()
 
 
 def read(path: Path) -> dict[str, LaunchConfig]:
-    """What `write` wrote.
+    """Read a table that `write` wrote.
 
     Raises:
         ValueError: the file is something else; it is named.

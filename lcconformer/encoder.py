@@ -73,7 +73,7 @@ class ConformerEncoder(LayerStack):
         super().__init__(config, FrontEnd(config) if config.input_dim is not None else None)
 
     def subsampled_lengths(self, lengths: Tensor) -> Tensor:
-        """Frames of the output for ``lengths`` input frames."""
+        """Return the number of output frames for ``lengths`` input frames."""
         return lengths if self.front_end is None else self.front_end.lengths(lengths)
 
     def forward(
@@ -118,9 +118,9 @@ class ConformerEncoder(LayerStack):
 
     @torch.no_grad()
     def adaptive(self, x: Tensor, lengths: Tensor | None, rule: ExitRule) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Run each utterance until ``rule`` lets it go; those that are done leave the batch.
+        """Run each utterance until ``rule`` stops it; finished utterances leave the batch.
 
-        Looks at values on the host after every loop: for evaluation, not for graphs or compilation.
+        Reads values on the host after every loop, so it cannot be compiled or captured in a CUDA graph.
 
         Args:
             x, lengths: as for :meth:`forward`.
@@ -134,7 +134,7 @@ class ConformerEncoder(LayerStack):
         positions: dict[int, Positions] = {}
         output, all_lengths = torch.empty_like(x), lengths
         exit_depths = torch.full((x.shape[0],), most, dtype=torch.int64, device=x.device)
-        active = torch.arange(x.shape[0], device=x.device)  # rows of the original batch still running
+        active = torch.arange(x.shape[0], device=x.device)  # rows of the original batch that still run
         for k in range(1, most + 1):
             new = self.step(k - 1, x, lengths, positions)
             done = torch.zeros(len(active), dtype=torch.bool, device=x.device)
@@ -151,7 +151,7 @@ class ConformerEncoder(LayerStack):
         return output, all_lengths, exit_depths
 
     def summary(self, frames: int = 400) -> Summary:
-        """Parameters, unique and effective, and FLOPs per depth for one utterance of ``frames`` frames at the layers.
+        """Count parameters, unique and effective, and FLOPs per depth for one utterance of ``frames`` frames at the layers.
 
         Counted: every matrix product, 6 T^2 d for relative attention (4 T^2 d without), 2 K d T for the depthwise
         convolution, the position projection once per unique layer, and the front end, whose input is

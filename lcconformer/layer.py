@@ -33,12 +33,12 @@ _DEPTHWISE = (frozenset({nn.Conv1d}),)
 _CONV_NORM = (frozenset(NORMS),)
 _CONVOLUTION = _DEPTHWISE + _CONV_NORM
 
-# what a layer needs to know of positions: projected embeddings [2T-1, H, D], or rotary (cos, sin), or nothing
+# what a layer is given as positions: projected embeddings [2T-1, H, D], or rotary (cos, sin), or nothing
 Positions = Tensor | tuple[Tensor, Tensor] | None
 
 
 def _dtype_of(linear: nn.Module, x: Tensor) -> torch.dtype:
-    """The dtype of a linear map's input: that of its weight, or of ``x`` where it keeps the weight in another form."""
+    """Return the dtype of a linear map's input: that of its weight, or of ``x`` where it keeps the weight in another form."""
     weight = linear.weight
     return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else x.dtype
 
@@ -93,7 +93,7 @@ class RelativeAttention(nn.Module):
             self.v_bias = nn.Parameter(torch.zeros(self.heads, d // self.heads))
 
     def positions(self, x: Tensor) -> Positions:
-        """What :meth:`forward` needs for ``x [B, T, d_model]``; the same for all loops of this layer."""
+        """Return the positions that :meth:`forward` needs for ``x [B, T, d_model]``; the same for all loops of this layer."""
         frames, d = x.shape[1], x.shape[2]
         if self.position == "relative":
             table = relative_sinusoids(frames, d, device=x.device, dtype=_dtype_of(self.pos, x))
@@ -143,7 +143,7 @@ class ConvModule(nn.Module):
         d, k = config.d_model, config.conv_kernel_size
         self.norm = nn.LayerNorm(d, eps=config.layer_norm_eps)
         self.pointwise1 = nn.Linear(d, 2 * d, bias=config.conv_bias)
-        # the op does the work of the modules below, unless they are not what they were (plain.py)
+        # the op does the work of the modules below, unless they were changed (plain.py)
         self.depthwise = nn.Conv1d(d, d, k, padding=k // 2, groups=d, bias=config.conv_bias)
         self.depthwise_norm: nn.Module
         if config.conv_norm == "layer":
@@ -176,7 +176,7 @@ class ConvModule(nn.Module):
         return self.pointwise2(y)
 
     def _norm_options(self) -> dict[str, Any]:
-        """The norm as the op takes it, in the state that it is in."""
+        """Return the norm's arguments for the op, in its present state."""
         norm: Any = self.depthwise_norm
         options: dict[str, Any] = {"norm": NORMS[type(norm)]}
         if type(norm) is nn.Identity:
@@ -196,7 +196,7 @@ class ConvModule(nn.Module):
             norm.num_batches_tracked.add_(1)
 
     def _called(self, y: Tensor, lengths: Tensor | None) -> Tensor:
-        """The op with its modules called: ``[B, T, 2 d_model] -> [B, T, d_model]``."""
+        """Compute the op by calling its modules: ``[B, T, 2 d_model] -> [B, T, d_model]``."""
         real = None if lengths is None else frame_mask(lengths, y.shape[1])[..., None]  # [B, T, 1]
         y = F.glu(y, -1)
         if real is not None:
@@ -225,7 +225,7 @@ class ConvModule(nn.Module):
         return depthwise(y)
 
     def _call_norm(self, y: Tensor, real: Tensor | None) -> Tensor:
-        """``[B, T, d_model]``; a norm that replaces a BatchNorm or GroupNorm is called with ``[B, d_model, T]``.
+        """Call the norm on ``[B, T, d_model]``; one that replaces a BatchNorm or GroupNorm is called with ``[B, d_model, T]``.
 
         A BatchNorm that takes statistics of the batch is called with the real frames alone, ``[M, d_model]``.
         """
@@ -253,7 +253,7 @@ class ConformerLayer(nn.Module):
     :meth:`positions`; a loop computes them once, and a single call may leave them out.
 
     Args:
-        config: the layer uses the width, heads, kernel, norms, positions, dropout and padding of it.
+        config: supplies width, heads, kernel, norms, positions, dropout and padding.
     """
 
     def __init__(self, config: ConformerConfig) -> None:
@@ -267,7 +267,7 @@ class ConformerLayer(nn.Module):
         self.dropout = config.dropout
 
     def positions(self, x: Tensor) -> Positions:
-        """Positions for inputs like ``x [B, T, d_model]``, to be passed to every call of :meth:`forward`."""
+        """Return the positions for inputs like ``x [B, T, d_model]``, to be passed to every call of :meth:`forward`."""
         return self.attention.positions(x)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None, positions: Positions = None) -> Tensor:

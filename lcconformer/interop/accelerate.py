@@ -52,7 +52,7 @@ _WHY_NOT = {
     "LasrEncoderBlock": "no adapter for this layer yet",
 }
 
-# hooks of a replaced layer go on running on ours, and their handles go on removing them
+# a replaced layer's hooks keep running on ours, and their handles still remove them
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -102,10 +102,10 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     of their own: create optimizers afterwards.
 
     Args:
-        model: a model that holds such layers at any depth.
+        model: model that contains such layers at any depth.
 
     Returns:
-        what was replaced and what was not, and why.
+        The layers replaced, and those that were not with the reasons.
 
     Example:
         >>> model = Wav2Vec2ConformerForCTC.from_pretrained(name)
@@ -157,7 +157,7 @@ def _adapt(module: nn.Module, qualified: str, places: Counter[int]) -> nn.Module
     need("forward" not in vars(module), "its forward was replaced by another tool")
     need(not module._state_dict_hooks and not module._load_state_dict_pre_hooks, "it has state-dict hooks")
     for name, child in module.named_modules():
-        # whether its class is one that ours stands in for, the peer's description tells
+        # whether ours can stand in for its class is checked by the peer's description
         why = altered(child, name, (type(child),)) if name else ""
         need(not why, f"{why}; accelerate before changing it")
     try:
@@ -213,7 +213,7 @@ def _move_weights(keys: tuple[Key, ...], module: nn.Module, layer: ConformerLaye
 
 
 def _keep_norm_state(keys: tuple[Key, ...], module: nn.Module, layer: ConformerLayer) -> None:
-    """The norm of the convolution keeps its own mode and momentum: a frozen BatchNorm stays frozen."""
+    """Copy the mode and momentum of the convolution's norm: a frozen BatchNorm stays frozen."""
     (name,) = {key.theirs[0].rpartition(".")[0] for key in keys if key.ours == "conv.depthwise_norm.weight"}
     theirs, ours = module.get_submodule(name), layer.conv.depthwise_norm
     ours.train(theirs.training)

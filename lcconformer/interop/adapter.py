@@ -46,7 +46,7 @@ class Dropouts:
     conv: float
 
     def why_not(self) -> str | None:
-        """Why our layer cannot drop in the same places, or None."""
+        """Return why our layer cannot apply dropout in the same places, or None."""
         ffn = {*self.ffn_inner, *self.ffn_outer}
         if len(ffn) > 1:
             return f"dropout differs within the feed-forward modules ({', '.join(map(str, sorted(ffn)))})"
@@ -65,8 +65,8 @@ class Described:
     """Settings of a peer's layer.
 
     Attributes:
-        config: of our layer.
-        dropouts: of the peer.
+        config: settings of our layer.
+        dropouts: dropout probabilities of the peer's layer.
         inference_only: why our layer would train differently, if it would.
     """
 
@@ -76,7 +76,7 @@ class Described:
 
 
 def need_types(layer: nn.Module, types: Mapping[str, type[nn.Module]]) -> None:
-    """The submodules are of exactly these classes: a wrapper (LoRA, quantisation, parametrisation) computes otherwise."""
+    """Require submodules of exactly these classes: a wrapper (LoRA, quantisation, parametrisation) computes otherwise."""
     for name, cls in types.items():
         found = type(layer.get_submodule(name))
         if cls is nn.Linear and found is nn.modules.linear.NonDynamicallyQuantizableLinear:
@@ -85,7 +85,7 @@ def need_types(layer: nn.Module, types: Mapping[str, type[nn.Module]]) -> None:
 
 
 def activation_of(*modules: nn.Module) -> str:
-    """Our name of the one activation that all modules compute."""
+    """Return our name of the one activation that all modules compute."""
     names = {
         "SiLU": "silu",
         "SiLUActivation": "silu",
@@ -103,7 +103,7 @@ def activation_of(*modules: nn.Module) -> str:
 
 
 def check_convolutions(layer: nn.Module, pointwise1: str, depthwise: str, pointwise2: str) -> int:
-    """Kernel size of the depthwise convolution, after making sure that the three are what their names say."""
+    """Check that the three convolutions are what their names say, and return the kernel size of the depthwise one."""
     for name in (pointwise1, depthwise, pointwise2):
         conv: nn.Conv1d = layer.get_submodule(name)  # type: ignore[assignment]
         (kernel,) = conv.kernel_size
@@ -119,7 +119,7 @@ def check_convolutions(layer: nn.Module, pointwise1: str, depthwise: str, pointw
 
 
 def common_eps(layer: nn.Module) -> float:
-    """The epsilon that all norms of the layer share."""
+    """Return the epsilon that all norms of the layer share."""
     norms = [m for m in layer.modules() if isinstance(m, (nn.LayerNorm, nn.BatchNorm1d, nn.GroupNorm))]
     eps = {norm.eps for norm in norms}
     need(len(eps) == 1, f"norms differ in epsilon ({', '.join(map(str, sorted(eps)))})")
@@ -146,7 +146,7 @@ def _insist(condition: Tensor) -> None:
 
 
 def lengths_of_padding(mask: Tensor) -> Tensor:
-    """Lengths ``[B]`` int64 from ``mask [B, T]`` bool, True at padding.
+    """Return the lengths ``[B]`` int64 of ``mask [B, T]`` bool, True at padding.
 
     Raises:
         ValueError: anything but the last frames is padding (on a CUDA device: an assertion there).
@@ -159,7 +159,7 @@ def lengths_of_padding(mask: Tensor) -> Tensor:
 
 
 def lengths_of_scores_mask(mask: Tensor, *, queries: bool) -> Tensor:
-    """Lengths ``[B]`` int64 from a mask of scores ``[B, 1, T or 1, T]``: bool (True: attend) or additive.
+    """Return the lengths ``[B]`` int64 of a mask of scores ``[B, 1, T or 1, T]``: bool (True: attend) or additive.
 
     Args:
         mask: the mask.
@@ -175,7 +175,7 @@ def lengths_of_scores_mask(mask: Tensor, *, queries: bool) -> Tensor:
         keep = mask[:, 0]
     else:
         keep = mask[:, 0] == 0
-        # a bias that neither keeps nor bans is no mask
+        # a bias that neither keeps nor excludes a score is no mask
         _insist((keep | (mask[:, 0] < -1e4)).all())
     lengths = keep.any(1).sum(-1)
     frames = frame_mask(lengths, keep.shape[-1])  # [B, T]

@@ -1,4 +1,4 @@
-"""Moving a layer's weights between our names and a peer's."""
+"""Moves a layer's weights between our names and a peer's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Key:
 
 
 def weight_and_bias(ours: str, *theirs: str, pointwise: bool = False) -> tuple[Key, Key]:
-    """Both keys of a module; several of theirs are packed into one of ours."""
+    """Return both keys of a module; several of theirs are packed into one of ours."""
     return (
         Key(f"{ours}.weight", tuple(f"{name}.weight" for name in theirs), pointwise),
         Key(f"{ours}.bias", tuple(f"{name}.bias" for name in theirs)),
@@ -39,7 +39,7 @@ def weight_and_bias(ours: str, *theirs: str, pointwise: bool = False) -> tuple[K
 
 
 def from_peer(keys: tuple[Key, ...], state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """Our state dict of one layer from the peer's entries under ``prefix``; keys the peer lacks are left out."""
+    """Return our state dict of one layer from the peer's entries under ``prefix``; keys the peer lacks are left out."""
     out = {}
     for key in keys:
         parts = [state[prefix + name] for name in key.theirs if prefix + name in state]
@@ -50,7 +50,7 @@ def from_peer(keys: tuple[Key, ...], state: Mapping[str, Tensor], prefix: str = 
 
 
 def to_peer(keys: tuple[Key, ...], state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """The peer's entries, under ``prefix``, from our state dict of one layer."""
+    """Return the peer's entries, under ``prefix``, from our state dict of one layer."""
     out = {}
     for key in keys:
         if key.ours in state:
@@ -73,7 +73,7 @@ def use_peer_names(module: nn.Module, keys: tuple[Key, ...], layers: Mapping[str
 
     Args:
         module: the module.
-        keys: of one layer.
+        keys: keys of one layer.
         layers: where each layer is, ours -> theirs, as prefixes within ``module`` that end in a dot or are empty.
     """
     module._peer_names = _PeerNames(keys, dict(layers))  # type: ignore[assignment]
@@ -104,7 +104,7 @@ def _load(module: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) ->
 
 
 def _name_missing(module: nn.Module, incompatible: Any) -> None:
-    """Missing keys under the peer's names: those are the ones that the reader's file has."""
+    """Report missing keys under the peer's names, which are those in the user's file."""
     names: Any = module._peer_names
     missing = incompatible.missing_keys
     for ours, theirs in names.layers.items():

@@ -40,7 +40,7 @@ LAYER_KEYS: tuple[Key, ...] = (
 
 
 def describe(layer: Any) -> Described:
-    """Settings of a ``torchaudio.models.conformer.ConformerLayer``."""
+    """Return the settings of a ``torchaudio.models.conformer.ConformerLayer``."""
     ffn = (nn.LayerNorm, nn.Linear, nn.SiLU, nn.Dropout, nn.Linear, nn.Dropout)
     get = layer.get_submodule
     norm = get("conv_module.sequential.3")

@@ -62,7 +62,7 @@ PARAKEET_LAYER_KEYS: tuple[Key, ...] = (
 
 
 def _check(layer: Any, keys: tuple[Key, ...], convs: tuple[str, str, str], norm: str) -> None:
-    """The submodules that hold the weights are plain ones."""
+    """Require plain submodules where weights are, and an attention that ours can stand in for."""
     for key in keys:
         for name in key.theirs:
             module, _, leaf = name.rpartition(".")
@@ -85,7 +85,7 @@ def _check(layer: Any, keys: tuple[Key, ...], convs: tuple[str, str, str], norm:
 
 
 def describe(layer: Any) -> Described:
-    """Settings of a ``Wav2Vec2ConformerEncoderLayer``."""
+    """Return the settings of a ``Wav2Vec2ConformerEncoderLayer``."""
     convs = ("conv_module.pointwise_conv1", "conv_module.depthwise_conv", "conv_module.pointwise_conv2")
     _check(layer, LAYER_KEYS, convs, "conv_module.batch_norm")
     get = layer.get_submodule
@@ -120,7 +120,7 @@ def describe(layer: Any) -> Described:
 
 
 def describe_parakeet(layer: Any) -> Described:
-    """Settings of a ``ParakeetEncoderBlock``."""
+    """Return the settings of a ``ParakeetEncoderBlock``."""
     convs = ("conv.pointwise_conv1", "conv.depthwise_conv", "conv.pointwise_conv2")
     _check(layer, PARAKEET_LAYER_KEYS, convs, "conv.norm")
     get = layer.get_submodule

@@ -35,7 +35,7 @@ def _refuse_attentions(kwargs: dict[str, Any]) -> None:
 
 
 def _project(layer: ConformerLayer, table: Tensor) -> Tensor:
-    """``[2T-1, D]`` embeddings of positions, as the model made them -> ``[2T-1, H, D/H]``."""
+    """Project the model's own position embeddings: ``[2T-1, D] -> [2T-1, H, D/H]``."""
     return layer.attention.pos(table).unflatten(-1, (layer.attention.heads, -1))
 
 

@@ -14,9 +14,9 @@ class Gradients:
     """Gradients of one layer's parameters, summed over loops in ``dtype`` (float32, or float64) and cast once.
 
     Args:
-        wanted: names of the parameters that want one; the others cost nothing.
-        dtype: of the sums.
-        loops: a matrix gets its gradient by one product over this many loops.
+        wanted: names of the parameters that need a gradient; the others cost nothing.
+        dtype: dtype of the sums.
+        loops: number of loops whose rows are joined into one GEMM for a matrix's gradient.
     """
 
     def __init__(self, wanted: set[str], dtype: torch.dtype, loops: int) -> None:
@@ -37,7 +37,7 @@ class Gradients:
             self._sums[name] = gradient.to(self._dtype, copy=True)
 
     def product(self, matrix: str, dy: Tensor, h: Tensor, *, bias: bool = True) -> None:
-        """Add one loop of ``y = h W' + b`` with rows ``dy [M, N]`` and ``h [M, K]``; without ``bias`` only of W."""
+        """Add one loop of ``y = h W' + b`` with rows ``dy [M, N]`` and ``h [M, K]``; only that of W without ``bias``."""
         if not self.wants(matrix):
             return
         pairs = self._pairs.setdefault((matrix, bias), [])
@@ -65,7 +65,7 @@ class Gradients:
         self._sums[name] = gradient if total is None else total.add_(gradient)
 
     def finish(self) -> dict[str, Tensor]:
-        """The sums over all loops, by name; a parameter that no loop used is not in there."""
+        """Return the sums over all loops by parameter name, without the parameters that no loop used."""
         for matrix, bias in list(self._pairs):
             self._flush(matrix, bias)
         return self._sums

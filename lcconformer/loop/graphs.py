@@ -1,4 +1,4 @@
-"""Inference on a GPU: one loop recorded as a CUDA graph and replayed as often as asked, at the cost of one launch a loop.
+"""Inference on a GPU: one loop recorded as a CUDA graph and replayed for each loop, at the cost of one launch.
 
 For each shape there are static buffers: the residual stream, the lengths, projected positions.  The first graph projects the
 positions; then every unique layer has a graph that turns the residual stream into that of the next loop, in place, so that
@@ -6,8 +6,8 @@ any depth is a number of replays.  (The layer's output is copied back into the s
 which ping-pong buffers could not spare, because the memory of a graph's output is the allocator's choice.)  With padding
 masked, T is rounded up to a multiple of 64 and the rest is padding.
 
-Graphs read the encoder's parameters where they lie, so that an update in place needs no new recording; they are recorded
-again when a tensor lies elsewhere.  Outputs are copies: the next call writes over the buffers.  Recording synchronises, a
+Graphs read the encoder's parameters in place, so that updating these in place needs no new recording; graphs are recorded
+again when a tensor has moved.  Outputs are copies: the next call writes over the buffers.  Recording synchronises, a
 replay does not.  Calls on several streams or threads take turns.
 """
 
@@ -35,18 +35,18 @@ BUCKET = 64  # frames
 SHAPES = 16  # recorded at a time; the one not used for longest makes room
 
 Replay = Callable[[], None]
-Record = Callable[[Callable[[], None]], Replay]  # runs a function at least once, and returns what repeats it
+Record = Callable[[Callable[[], None]], Replay]  # runs a function at least once and returns what replays it
 
 
 class CudaGraphs:
-    """Records functions as CUDA graphs in one pool of memory: none may need what another left there."""
+    """Records functions as CUDA graphs in one pool of memory: no graph relies on what another left there."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, call: Callable[[], None]) -> Replay:
-        # what runs for the first time is compiled, tuned or allocated
+        # a warm-up: the first run compiles, tunes and allocates
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             call()
@@ -84,7 +84,7 @@ class _Shape:
         self.table = table  # the graph reads it
 
     def loop(self, stack: LayerStack, k: int) -> None:
-        """Loop ``k``, recorded when it first runs."""
+        """Run loop ``k``, recording it on its first run."""
         told_apart = stack.config.conditioning or stack.config.conv_norm_statistics == "per_depth"
         key = k if told_apart else stack.layer_map[k]
         if key not in self.loops:
@@ -125,7 +125,7 @@ class _Graphs:
         return self.shapes[key]
 
     def _drop(self, most: int) -> None:
-        """All but ``most`` shapes, once no graph of them runs any more."""
+        """Drop all but ``most`` shapes, after waiting for graphs that still run."""
         if self.done is not None and len(self.shapes) > most:
             self.done.synchronize()
         while len(self.shapes) > most:
@@ -143,7 +143,7 @@ def run(
     return_hidden_states: bool,
     record: Record | None = None,
 ) -> list[Tensor]:
-    """Outputs ``[B, T, d_model]`` of each loop if ``return_hidden_states``, else of the last alone.
+    """Return the outputs ``[B, T, d_model]`` of each loop if ``return_hidden_states``, else of the last alone.
 
     Args:
         record: what records and replays; None: CUDA graphs.

@@ -62,7 +62,7 @@ _BFLOAT16_FRAMES = 192
 
 
 def slower(x: Tensor) -> list[str]:
-    """Why the modules are, or may be, faster for ``x [B, T, d_model]``; empty: they are not."""
+    """Return why the modules are, or may be, faster for ``x [B, T, d_model]``; empty: they are not."""
     if x.device.type == "cuda":
         return ["no GPU has measured the engine yet; LCCONFORMER_ENGINE=loop forces it"]
     products = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -73,7 +73,7 @@ def slower(x: Tensor) -> list[str]:
 
 @torch.no_grad()
 def run(stack: LayerStack, x: Tensor, lengths: Tensor | None, depth: int, return_hidden_states: bool) -> list[Tensor]:
-    """Outputs ``[B, T, d_model]`` of each loop if ``return_hidden_states``, else of the last alone."""
+    """Return the outputs ``[B, T, d_model]`` of each loop if ``return_hidden_states``, else of the last alone."""
     if not x.numel():
         return [x.clone() for _ in range(depth if return_hidden_states else 1)]
     if x.device.type == "cuda":
@@ -117,7 +117,7 @@ class _Loop:
         self.panels: list[Tensor | None] = []  # positions that launches hold the address of
 
     def step(self, layer: PackedLayer) -> None:
-        """One loop, in place."""
+        """Run one loop in place."""
         launches = self.launches.get(id(layer))
         if launches is None:
             launches = self.launches[id(layer)] = list(self._launches(layer))
@@ -125,7 +125,7 @@ class _Loop:
             kernel(args)
 
     def _launches(self, layer: PackedLayer) -> Iterator[tuple[Launch, Any]]:
-        """The kernels of one loop in their order, each with its arguments."""
+        """Yield the kernels of one loop in order, each with its arguments."""
         attention, conv, ffn1, ffn2 = layer.attention, layer.conv, layer.ffn1, layer.ffn2
         middle = [
             (attention.norm, attention.qkv, self._attention, attention.out),

@@ -34,7 +34,7 @@ def run(
             with torch.no_grad():
                 x = stack.step(k, x, lengths, {})
         elif stack.gradient_checkpointing and torch.is_grad_enabled():
-            stack.project_positions(k, x, positions)  # outside of what is recomputed
+            stack.project_positions(k, x, positions)  # outside of the recomputation
             options: dict[str, Any] = {}
             if not torch.compiler.is_compiling() or next(stack.buffers(), None) is not None:
                 options["context_fn"] = partial(_contexts, stack)
@@ -51,7 +51,7 @@ def _contexts(stack: LayerStack) -> tuple[AbstractContextManager[None], Abstract
 
 
 class _Recompute(AbstractContextManager[None]):
-    """A recomputed loop chooses the backends of its forward, on whatever thread, and moves no running statistics again."""
+    """Recompute a loop on the backend of its forward, on whatever thread, without updating running statistics again."""
 
     def __init__(self, stack: LayerStack) -> None:
         self._stack, self._backend = stack, backend(forced_backend())

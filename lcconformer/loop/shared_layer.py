@@ -37,7 +37,7 @@ _KEPT = {"ffn1": 1, "attention": 3, "conv": 1, "ffn2": 1}
 KEPT = (
     2 + 4 * 3 + sum(_KEPT.values())
 )  # tensors a loop keeps: statistics of n_0; x, its statistics, and those of a branch
-LAST = KEPT - 3 - _KEPT["ffn2"]  # where the last residual sum is among them
+LAST = KEPT - 3 - _KEPT["ffn2"]  # index of the last residual sum among them
 SEEDS = 8  # of a loop: inside each branch, and on each branch
 
 
@@ -72,7 +72,7 @@ class Plan:
 
 
 def plan_of(layer: ConformerLayer) -> Plan:
-    """What the modules of ``layer`` would do, in the modes they are in."""
+    """Return what the modules of ``layer`` would do in their present modes."""
     branches = (
         ("ffn1", "conv", "attention", "ffn2") if layer.convolution_first else ("ffn1", "attention", "conv", "ffn2")
     )
@@ -115,7 +115,7 @@ class Norm(NamedTuple):
 
 
 class SharedLayer:
-    """A layer in one call.
+    """A layer bound to the tensors of one call.
 
     Args:
         plan, kernels: what to do and by which kernels.
@@ -165,11 +165,11 @@ class SharedLayer:
         return matmul_transposed(dy, self._weights[f"{name}.weight"].t())
 
     def norm_out(self, x: Tensor) -> Tensor:
-        """The output of a loop from its last residual sum, both ``[M, D]``: the same bits as in :meth:`forward`."""
+        """Compute the output of a loop from its last residual sum, both ``[M, D]``: the same bits as in :meth:`forward`."""
         return self.kernels.residual_layer_norm.layer_norm(x, *self._norms[4], x.dtype)[0]
 
     def forward(self, x: Tensor, seeds: list[Tensor | None], *, update: bool) -> tuple[Tensor, list[Tensor]]:
-        """One loop: (output ``[B, T, D]``, the ``KEPT`` tensors its backward needs beside ``x``).
+        """Run one loop and return (output ``[B, T, D]``, the ``KEPT`` tensors its backward needs beside ``x``).
 
         Args:
             x: ``[B, T, D]``.
@@ -200,7 +200,7 @@ class SharedLayer:
     def backward(
         self, dout: Tensor, x: Tensor, kept: list[Tensor], seeds: list[Tensor | None], gradients: Gradients, batch: int
     ) -> Tensor:
-        """The gradient of ``x [M, D]`` from that of the output ``[M, D]``; those of parameters are added to ``gradients``."""
+        """Return the gradient of ``x [M, D]`` from that of the output ``[M, D]``; add those of parameters to ``gradients``."""
         m, d = x.shape
         shape = (batch, m // batch)
         dn, dx = dout, dout.new_zeros(1, d).expand(m, d)
@@ -243,7 +243,7 @@ class SharedLayer:
         return dx
 
     def _first_done(self, r: int, dnorm: Tensor, dfirst: Tensor | None, n: Tensor | None, gradients: Gradients) -> None:
-        """n_r is there again: gradients of its norm and of the first matrix of branch r."""
+        """Add the gradients of norm r and of the first matrix of branch r, now that n_r is recomputed."""
         gradients.add(f"{self._norm_names[r]}.weight", dnorm[0])
         gradients.add(f"{self._norm_names[r]}.bias", dnorm[1])
         if dfirst is not None and n is not None:

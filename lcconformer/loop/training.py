@@ -86,7 +86,7 @@ def run(
     backprop_depth: int,
     kernels: Kernels,
 ) -> list[Tensor]:
-    """Outputs ``[B, T, d_model]`` of each loop if ``return_hidden_states``, else of the last alone."""
+    """Return the outputs ``[B, T, d_model]`` of each loop if ``return_hidden_states``, else of the last alone."""
     layer_map, first = stack.layer_map[:depth], depth - backprop_depth
     used = sorted(set(layer_map))
     layers: list[Any] = [stack.layers[i] for i in used]

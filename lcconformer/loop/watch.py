@@ -79,7 +79,7 @@ class Watch:
         )
 
     def tensors(self) -> list[Tensor]:
-        """Every parameter and buffer of the loop, in a fixed order."""
+        """Return every parameter and buffer of the loop, in a fixed order."""
         return [t for t in chain.from_iterable(map(dict.values, self._owners)) if t is not None]
 
     def places(self) -> tuple[list, ...]:
@@ -94,11 +94,11 @@ class Watch:
         )
 
     def state(self) -> tuple[list, ...]:
-        """:meth:`places`, and how often each tensor was written as far as autograd or an optimizer tells."""
+        """Return :meth:`places` and how often each tensor was written, as far as autograd and optimizers tell."""
         return *self.places(), list(map(_version, self.tensors())), [self._written]
 
     def stepped(self, parameters: set[int]) -> None:
-        """An optimizer has written to parameters with these ids."""
+        """Record that an optimizer has written to parameters with these ids."""
         self._written += not self._ids_of_tensors.isdisjoint(parameters)
 
     def memory(self) -> list[StorageWeakRef]:
@@ -158,7 +158,7 @@ def watch(stack: LayerStack) -> Watch:
 
 
 def _after_step(optimizer: Optimizer, *_: object) -> None:
-    """The kernels of fused optimizers write without autograd's counting (seen with torch 2.13's and ``fused=True``)."""
+    """Count an optimizer step: fused kernels write without bumping autograd's version counter (seen in torch 2.13)."""
     found = list(_watched.values())
     if found:
         parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}

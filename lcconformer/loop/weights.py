@@ -8,8 +8,9 @@ saved, moved, copied or pickled with it and end with it.  At every call (:mod:`.
 with what was packed: which memory, which layout, autograd's version counter, and whether an optimizer stepped.  Other
 writes that the counter does not see (through ``p.data`` or ``p.numpy()``) are noticed if they change one of up to 64 values
 spread over the tensor, as any average or initialisation does; after such a write to a few elements alone, call
-:func:`forget`.  Tensors of ``torch.inference_mode`` have no counter, and those in shared memory can be written by another
-process: with such tensors the weights are packed at every call.
+:meth:`ConformerEncoder.forget_packed_weights <lcconformer.ConformerEncoder.forget_packed_weights>`.  Tensors of
+``torch.inference_mode`` have no counter, and those in shared memory can be written by another process: with such tensors the
+weights are packed at every call.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ __all__ = ["FeedForward", "Matrix", "Norm", "PackedLayer", "forget", "packed", "
 
 
 def padded_columns(columns: int) -> int:
-    """Columns of a matrix and of its product in whole panels."""
+    """Return ``columns`` rounded up to whole panels, for a matrix and its product."""
     return columns + -columns % cpu_kernels().PANEL_COLUMNS
 
 
@@ -80,7 +81,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """Half step included."""
+    """A feed-forward, its half step folded into ``down``."""
 
     norm: Norm
     up: Matrix
@@ -89,7 +90,7 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class Attention:
-    """``u``, ``v_bias`` ``[H, D]`` and the projection of positions, with relative positions."""
+    """An attention module; ``pos``, ``u`` and ``v_bias`` ``[H, D]`` only with relative positions."""
 
     norm: Norm
     qkv: Matrix
@@ -101,7 +102,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Convolution:
-    """Taps ``[K, C]``; a BatchNorm is part of taps and bias."""
+    """A convolution module with taps ``[K, C]``; a BatchNorm is folded into taps and bias."""
 
     norm: Norm
     pointwise1: Matrix
@@ -113,7 +114,7 @@ class Convolution:
 
 @dataclass
 class PackedLayer:
-    """One unique layer, float32."""
+    """The packed weights of one unique layer, float32."""
 
     ffn1: FeedForward
     attention: Attention
@@ -156,7 +157,7 @@ class PackedLayer:
 
 
 def _project(pos: Matrix, frames: int) -> Tensor:
-    """Not by a library: these products give a row the same bits whatever the number of rows."""
+    """Project by our own kernel: unlike a library's GEMM, it gives a row the same bits whatever the number of rows."""
     table = relative_sinusoids(frames, pos.inputs, device=torch.device("cpu"), dtype=torch.float32)
     cpu = cpu_kernels()
     out = table.new_empty(len(table) + cpu.TILE_ROWS, padded_columns(pos.columns))
@@ -245,7 +246,7 @@ def _cacheable(tensor: Tensor) -> bool:
 
 
 class _Packed:
-    """The layers of one stack, and the state of its tensors that they are of."""
+    """The packed layers of one stack, and the state of its tensors when they were packed."""
 
     def __init__(self, watch: Watch) -> None:
         self.layers: dict[tuple[int, int], PackedLayer] = {}
@@ -286,7 +287,7 @@ _kept: weakref.WeakKeyDictionary[nn.Module, _Packed] = weakref.WeakKeyDictionary
 
 @torch.no_grad()
 def packed(stack: LayerStack, depth: int) -> list[PackedLayer]:
-    """Packed weights of loops 0 ... ``depth - 1``, as the encoder's tensors are now."""
+    """Return the packed weights of loops 0 ... ``depth - 1``, repacked if the encoder's tensors have changed."""
     now, kept = watch(stack), _kept.get(stack)
     if kept is None or not kept.holds(now):
         kept = _Packed(now)
@@ -297,5 +298,5 @@ def packed(stack: LayerStack, depth: int) -> list[PackedLayer]:
 
 
 def forget(stack: LayerStack) -> None:
-    """Drop what is packed of an encoder; the next call packs it anew."""
+    """Drop the packed weights of an encoder; the next call packs them anew."""
     _kept.pop(stack, None)
