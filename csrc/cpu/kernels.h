@@ -14,7 +14,7 @@ namespace lcc::cpu {
 constexpr int64_t kPanelColumns = 64;  // of a packed matrix
 constexpr int64_t kTileRows = 6;       // kernels touch rows of their float32 inputs and outputs up to a multiple
 
-// An element is dropped if its 16 bits of Philox-4x32-7 are below the threshold; see lcconformer/kernels/_common.py.
+// An element is dropped if its 16 bits of Philox-4x32-7 are below the threshold; see kernels/common.py.
 struct Dropout {
     const int64_t* seed = nullptr;  // null: none
     uint32_t threshold = 0;
