@@ -12,9 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ProgressBar", "replacing", "write_atomically"]
+__all__ = ["ProgressBar", "RunError", "replacing", "write_atomically"]
 
 _EVERY = 10.0  # seconds between two lines where the standard error is no terminal
+
+
+class RunError(OSError):
+    """A run that cannot go on, through no fault of its options; the message says what is kept and how to continue."""
 
 
 @contextlib.contextmanager
@@ -37,8 +41,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
                 os.fchmod(file.fileno(), mode)  # safetensors puts a file of its own there, which is 0600
             os.fsync(file.fileno())  # or a power cut could leave the new name with no content
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush the new name of a file to the disk, where the system can do that for a folder."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:

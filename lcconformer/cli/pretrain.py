@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ..config import ConformerConfig
 from ..ssl.checkpoint import Checkpoint, checkpoint_path, find_checkpoints, load_checkpoint
-from ..ssl.model import FeatureSettings
+from ..ssl.model import FeatureSettings, check_model
 from ..ssl.objectives import OBJECTIVES, ObjectiveSettings
 from ..ssl.pretraining import PretrainSettings, load_speech, pretrain
 from ..ssl.pretraining.distributed import join_ranks
@@ -204,6 +204,7 @@ def resumed(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[PretrainS
     if "subsampling" in given:
         given["subsampling"] = ":".join(map(str, _subsampling(given["subsampling"])))
     settings = PretrainSettings.from_checkpoint(checkpoint.meta)
+    check_model(checkpoint)
     stored = checkpoint.meta.get("speech")
     if stored is None and not given.get("data"):
         raise ValueError(
@@ -244,6 +245,10 @@ def run_folder(args: argparse.Namespace) -> Path:
         ValueError: there is no folder, or there are two.
     """
     out, resume = vars(args).get("out"), args.resume
+    if "" in (out, resume):
+        raise ValueError(
+            f"{'--out' if out == '' else '--resume'} is empty: give the folder of the run ('.' is the present one)"
+        )
     if isinstance(resume, str):
         if out is not None and os.path.realpath(out) != os.path.realpath(resume):
             raise ValueError(f"--out is {out} but --resume is {resume}: give one of them, or the same folder")
