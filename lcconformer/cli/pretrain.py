@@ -14,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ..config import ConformerConfig
+from ..runtime import check_output
 from ..ssl.checkpoint import Checkpoint, checkpoint_path, find_checkpoints, load_checkpoint
 from ..ssl.model import FeatureSettings, check_model
 from ..ssl.objectives import OBJECTIVES, ObjectiveSettings
@@ -245,16 +246,14 @@ def run_folder(args: argparse.Namespace) -> Path:
         ValueError: there is no folder, or there are two.
     """
     out, resume = vars(args).get("out"), args.resume
-    if "" in (out, resume):
-        raise ValueError(
-            f"{'--out' if out == '' else '--resume'} is empty: give the folder of the run ('.' is the present one)"
-        )
     if isinstance(resume, str):
         if out is not None and os.path.realpath(out) != os.path.realpath(resume):
             raise ValueError(f"--out is {out} but --resume is {resume}: give one of them, or the same folder")
+        check_output("--resume", resume, folder=True)
         return Path(resume)
     if out is None:
         raise ValueError("--out is missing: give the folder for checkpoints and logs")
+    check_output("--out", out, folder=True)
     return Path(out)
 
 
