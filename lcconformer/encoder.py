@@ -12,7 +12,7 @@ from .config import ConformerConfig
 from .depth import ExitRule
 from .layer import Positions
 from .loop import weights
-from .ops.checks import check_lengths, frame_mask
+from .ops.checks import check_lengths, check_tensor, frame_mask
 from .stack import LayerStack
 from .subsampling import FrontEnd
 
@@ -208,6 +208,7 @@ class ConformerEncoder(LayerStack):
 
     def _enter(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
         width = self.config.input_dim or self.config.d_model
+        check_tensor("ConformerEncoder", "input", x)
         if x.dim() != 3 or x.shape[-1] != width:
             raise ValueError(f"ConformerEncoder: input has shape {list(x.shape)}; expected [B, T, {width}]")
         if not x.is_floating_point():
