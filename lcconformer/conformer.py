@@ -79,6 +79,8 @@ class Conformer(nn.Module):
         """
         check_tensor("Conformer", "lengths", lengths)
         # torchaudio counts the frames i < length of T, which is the longest length rounded down
-        frames = lengths.ceil().minimum(lengths.max().floor()).long() if lengths.is_floating_point() else lengths
+        frames = lengths
+        if lengths.is_floating_point():
+            frames = (lengths.ceil().minimum(lengths.max().floor()) if lengths.numel() else lengths).long()
         output, _ = self.encoder(input, frames, depth=depth)
         return output, lengths

@@ -51,6 +51,8 @@ class RunCheckpoints:
         """
         if not self._ranks.first:
             return
+        for left in self.folder.glob(".*.tmp"):
+            left.unlink(missing_ok=True)  # by a process that was killed while it wrote
         path = self.folder / "rehearsal.safetensors"
         try:
             self._write(path, learner, counters)

@@ -367,6 +367,14 @@ def test_resuming_a_damaged_checkpoint(damage: str, corpora: tuple, tmp_path: Pa
         pretrain(told, *corpora, out=tmp_path, resume=True, progress=False)
 
 
+def test_what_a_killed_run_left_behind_is_cleared(corpora: tuple, tmp_path: Path) -> None:
+    pretrain(settings(steps=2), *corpora, out=tmp_path, progress=False)
+    (tmp_path / ".step_00000003.safetensors.0123abcd.tmp").write_bytes(b"half a checkpoint")
+    (tmp_path / "notes.tmp").write_text("the user's own")
+    pretrain(settings(steps=2), *corpora, out=tmp_path, resume=True, progress=False)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == ["notes.tmp"]
+
+
 def test_two_runs_in_one_folder(corpora: tuple, tmp_path: Path) -> None:
     """While one trains, another one in the same folder is refused, resumed or not, and disturbs nothing."""
     refused = []
