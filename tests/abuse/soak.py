@@ -33,31 +33,6 @@ OPTIONS = [
     *("--batch-seconds", "5", "--crop-seconds", "2", "--workers", "1", "--keep", "2"),
     *("--checkpoint-every", "20", "--validate-every", "1000000"),
 ]
-    "--layers",
-    "2",
-    "--d-model",
-    "32",
-    "--heads",
-    "2",
-    "--kernel",
-    "5",
-    "--mel-bins",
-    "40",
-    "--batch-seconds",
-    "5",
-    "--crop-seconds",
-    "2",
-    "--workers",
-    "1",
-    "--device",
-    "cpu",
-    "--checkpoint-every",
-    "20",
-    "--keep",
-    "2",
-    "--validate-every",
-    "1000000",
-]
 DISK_MB = 8
 
 
