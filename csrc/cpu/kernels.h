@@ -212,8 +212,8 @@ struct Bytes {
     int64_t size;
 };
 
-// A hash of up to 64 words of 4 bytes of each part, first and last among them, evenly spread.
-uint64_t fingerprint(const Bytes* parts, int64_t n);
+// A hash of all words of 4 bytes of each part, or of up to 64, first and last among them, evenly spread.
+uint64_t fingerprint(const Bytes* parts, int64_t n, bool complete);
 
 // "generic", "avx2", "avx512": the level in use, those this processor runs, and a switch for tests (false: unknown).
 const char* simd_level();

@@ -79,7 +79,7 @@ def run(stack: LayerStack, x: Tensor, lengths: Tensor | None, depth: int, return
     if x.device.type == "cuda":
         return graphs.run(stack, x, lengths, depth, return_hidden_states)
     note(Choice(OP, "cpu"))
-    layers = weights.packed(stack, depth)
+    layers = weights.packed(stack, depth, x.shape[0] * x.shape[1])
     loop = _Loop(stack, x, lengths)
     outputs = []
     for k, layer in enumerate(layers):

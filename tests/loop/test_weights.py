@@ -236,6 +236,16 @@ def test_a_write_that_nothing_counts_to_one_element_is_seen_after_forget():
     check(encoder)
 
 
+def test_a_write_that_nothing_counts_to_one_element_is_seen_by_a_long_call():
+    encoder = make_encoder(ffn_dim=640)
+    frames = 256  # of two utterances, through three loops: beyond the number from which every value is compared
+    by("loop", encoder, frames)
+    weight = encoder.layers[0].ffn1.up.weight.data
+    for index in ((1, 1), (639, 14), (17, 3)):
+        weight[index] += 5.0
+        torch.testing.assert_close(by("loop", encoder, frames), by("modules", encoder, frames), rtol=0, atol=1e-4)
+
+
 def test_tensors_in_shared_memory_are_not_trusted():
     encoder = make_encoder(ffn_dim=640)
     check(encoder)
