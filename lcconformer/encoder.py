@@ -194,8 +194,8 @@ class ConformerEncoder(LayerStack):
     def forget_packed_weights(self) -> None:
         """Drop the packed copies of the weights that inference keeps; the next call packs them anew.
 
-        Needed only after writing a few elements in ways that PyTorch does not count (through ``p.data`` or ``p.numpy()``) ahead
-        of short calls; longer ones compare every value.
+        Needed only after writing a few elements in ways that PyTorch does not count (through ``p.data`` or ``p.numpy()``) and
+        ahead of short calls; longer ones compare every value.
         """
         weights.forget(self)
 

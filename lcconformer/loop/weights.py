@@ -6,9 +6,9 @@ projection of the feed-forwards, an evaluated BatchNorm into the depthwise taps,
 Packed weights belong to an encoder but are no part of it: they are kept beside it, by weak reference, so that they are not
 saved, moved, copied or pickled with it and end with it.  At every call (:mod:`.watch`) each parameter and buffer is compared
 with what was packed: which memory, which layout, autograd's version counter, and whether an optimizer stepped.  Other
-writes that the counter does not see (through ``p.data`` or ``p.numpy()``) are noticed by a fingerprint: of all values where the
-call is long enough to hide it, else of up to 64 values spread over each tensor, one of which any average or initialisation
-changes; after such a write to a few elements alone, ahead of short calls, call
+writes that the counter does not see (through ``p.data`` or ``p.numpy()``) are noticed by a fingerprint: of all values where
+the call is long enough to hide it, else of up to 64 values spread over each tensor, one of which any average or
+initialisation changes; after such a write to a few elements alone, ahead of short calls, call
 :meth:`ConformerEncoder.forget_packed_weights <lcconformer.ConformerEncoder.forget_packed_weights>`.  Tensors of
 ``torch.inference_mode`` have no counter, and those in shared memory can be written by another process: with such tensors the
 weights are packed at every call.
