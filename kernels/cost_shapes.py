@@ -34,8 +34,8 @@ class Shape:
         return 4 * self.d_model
 
 
-# (B, T) of the report: a single utterance, the usual batch, long utterances
-SHAPES = ((1, 100), (32, 400), (32, 1500))
+# (B, T) of the report: a single utterance, the usual batch
+SHAPES = ((1, 100), (32, 400))
 
 
 def _size(config: AotConfig) -> int:

@@ -7,7 +7,8 @@ bench/results/triton_resources.json holds the output of `--out` for all of them.
 `--cost` predicts instead what a launch costs (`kernels/cost.py`): per kernel, architecture and shape (B, T) the instructions
 and cycles of one trip of the main loop, then the cycles of each unit, the L2 cache and the memory for the whole launch, in
 thousands; what binds, and microseconds. They rank variants and notice regressions; they are never results.
-bench/results/triton_cost.json holds the output of `--cost --out` for every bfloat16 kernel that states its work.
+bench/results/triton_cost.json holds the output of `--cost --match bf16 --out`, on the Triton that it names; with
+`--against` it the exit status is 1 where something got over 3% costlier.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ def violations(config: AotConfig, arch: int, used: Resources) -> list[str]:
         found.append("no tensor-core instructions")
     if config.tensor_cores and arch == 90 and config.dtype in ("fp16", "bf16") and used.tensor_core_kind != "HGMMA":
         found.append(f"{used.tensor_core_kind or 'nothing'} in place of HGMMA")
-    if used.serialized and not config.serialized:
+    if used.serialized and not config.may_serialize:
         found.append("products serialised (ptxas C7515)")
     return found
 
@@ -274,9 +275,12 @@ def _jobs(modules: Iterable[str], archs: Iterable[int], match: str) -> list[tupl
     ]
 
 
-def _costs_of(job: tuple[str, int, int, tuple[tuple[int, int], ...], int]) -> list[Cost]:
+def _costs_of(job: tuple[str, int, int, tuple[tuple[int, int], ...], int]) -> list[Cost] | ValueError:
     module, arch, index, shapes, d_model = job
-    return predictions(configs(module, arch)[index], arch, shapes, d_model)
+    try:
+        return predictions(configs(module, arch)[index], arch, shapes, d_model)
+    except ValueError as error:
+        return error
 
 
 def cost(
@@ -286,11 +290,11 @@ def cost(
     jobs: int = 1,
     shapes: tuple[tuple[int, int], ...] = SHAPES,
     d_model: int = 256,
-) -> Iterator[Cost]:
-    """Predict what every configuration whose name contains `match` costs at each shape, in a fixed order."""
+) -> Iterator[Cost | ValueError]:
+    """Predict what every configuration whose name contains `match` costs at each shape, in a fixed order, or say why not."""
     todo = [(*job, shapes, d_model) for job in _jobs(modules, archs, match)]
     for found in _mapped(_costs_of, todo, jobs):
-        yield from found
+        yield from [found] if isinstance(found, ValueError) else found
 
 
 def _mapped(function: Callable[[Job], Done], todo: list[Job], jobs: int) -> Iterator[Done]:
@@ -387,8 +391,12 @@ def _print_costs(args: argparse.Namespace) -> int:
         f"| kernel | dtype | sm | B x T | regs | blocks/SM | slots | trip | mma | {' | '.join(_UNITS)} | bound | us | |"
     )
     print("|" + "---|" * (13 + len(_UNITS)))
-    rows = []
+    rows, wrong = [], 0
     for row in cost(args.op or kernel_modules(), archs, args.match, args.jobs, shapes, args.d_model):
+        if isinstance(row, ValueError):
+            print(row, file=sys.stderr)
+            wrong += 1
+            continue
         p = row.prediction
         rows.append(row)
         units = " | ".join(f"{p.cycles[u] / 1e3:.3g}" for u in _UNITS)
