@@ -18,12 +18,13 @@ __all__ = ["SHAPES", "WORK", "Shape", "shape_of", "work"]
 
 @dataclass(frozen=True)
 class Shape:
-    """B utterances of T frames, d_model wide; the kernel width of the convolution."""
+    """B utterances of T frames, d_model wide; the kernel width of the convolution; the rows of partial sums to be added."""
 
     batch: int
     frames: int
     d_model: int
     kernel: int = 31
+    partials: int = 128
 
     @property
     def rows(self) -> int:
@@ -193,8 +194,8 @@ def _conv_weight(config: AotConfig, s: Shape) -> Work:
 
 
 def _sum_rows(config: AotConfig, s: Shape) -> Work:
-    # of 128 partial sums of a hidden bias
-    return Work(cdiv(s.hidden, _b(config, "N")), (cdiv(128, _b(config, "P")),), 4.0 * 128 * s.hidden)
+    # of a hidden bias
+    return Work(cdiv(s.hidden, _b(config, "N")), (cdiv(s.partials, _b(config, "P")),), 4.0 * s.partials * s.hidden)
 
 
 # name of the kernel up to its first space and, where its uses differ, the word after -> its work
