@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .common import AotConfig, cdiv
 from .cost import Work
@@ -18,13 +18,16 @@ __all__ = ["SHAPES", "WORK", "Shape", "shape_of", "work"]
 
 @dataclass(frozen=True)
 class Shape:
-    """B utterances of T frames, d_model wide; the kernel width of the convolution; the rows of partial sums to be added."""
+    """B utterances of T frames, d_model wide; the kernel width of the convolution.
+
+    `given` are the integer arguments of a launch, where there is one.
+    """
 
     batch: int
     frames: int
     d_model: int
     kernel: int = 31
-    partials: int = 128
+    given: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -194,8 +197,9 @@ def _conv_weight(config: AotConfig, s: Shape) -> Work:
 
 
 def _sum_rows(config: AotConfig, s: Shape) -> Work:
-    # of a hidden bias
-    return Work(cdiv(s.hidden, _b(config, "N")), (cdiv(s.partials, _b(config, "P")),), 4.0 * s.partials * s.hidden)
+    # of a hidden bias, unless a launch says otherwise
+    p, n = s.given.get("P", 128), s.given.get("N", s.hidden)
+    return Work(cdiv(n, _b(config, "N")), (cdiv(p, _b(config, "P")),), 4.0 * p * n)
 
 
 # name of the kernel up to its first space and, where its uses differ, the word after -> its work

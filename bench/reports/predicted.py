@@ -5,8 +5,8 @@ Ours is what the code launches (:mod:`..core.recording`), each Triton kernel by 
 PyTorch and torch.compile; all of it in CUDA graphs.  Predictions rank variants and say where time goes; they are never
 results.
 
-Inference is one loop as the graphs engine records it, T rounded up, once for every layer; training is a step of the loop
-engine with dropout 0.1 as one graph, which nothing captures yet.
+Inference is a call of the graphs engine, T rounded up as it does; training is a step of the loop engine with dropout 0.1,
+as if it were one graph.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch import Tensor
 
 import lcconformer
 from lcconformer import ConformerConfig, ConformerEncoder
-from lcconformer.loop.graphs import BUCKET
+from lcconformer.loop import graphs
 from lcconformer.runtime import write_atomically
 
 from ..core import gpu_model
@@ -58,16 +58,14 @@ def _encoder(d: int, layers: int) -> ConformerEncoder:
 
 
 def inference(batch: int, frames: int, d: int) -> list[Event]:
-    """Record one loop of the graphs engine."""
-    encoder = _encoder(d, 1).eval()
-    t = -(-frames // BUCKET) * BUCKET
-    x = torch.empty(batch, t, d, dtype=torch.bfloat16, device="meta")
+    """Record a call of the graphs engine: what its graphs hold, and what surrounds them."""
+    encoder = _encoder(d, LAYERS).eval()
+    x = torch.empty(batch, frames, d, dtype=torch.bfloat16, device="meta")
     lengths = torch.empty(batch, dtype=torch.int64, device="meta")
-    positions = torch.empty(2 * t - 1, d // 64, 64, dtype=torch.bfloat16, device="meta")
 
     def call() -> None:
-        with torch.no_grad(), lcconformer.backend("triton"), lcconformer.engine("modules"):
-            x.copy_(encoder.step(0, x, lengths, {0: positions}))
+        with lcconformer.backend("triton"):
+            graphs.run(encoder, x, lengths, LAYERS, False, record=lambda function: function)
 
     return record(call, ARCH)
 
@@ -169,9 +167,8 @@ class _Model:
         return config.name, prediction.microseconds * 1e-6
 
     def _shape(self, event: Triton) -> Shape:
-        partials = event.arguments.get("P")
-        s = self.shape
-        return Shape(s.batch, s.frames, s.d_model, s.kernel, partials) if partials else s
+        given = {n: v for n, v in event.arguments.items() if isinstance(v, int)}
+        return replace(self.shape, given=given)
 
 
 def _group(what: str) -> str:
@@ -238,9 +235,8 @@ def predicted(mode: str, batch: int, frames: int, d: int, programs: dict[Any, An
     """Predict one case; ``programs`` keeps what was compiled from call to call."""
     run: Callable[[int, int, int], list[Event]] = inference if mode == "inference" else training
     events = run(batch, frames, d)
-    own_frames = -(-frames // BUCKET) * BUCKET if mode == "inference" else frames
+    own_frames = -(-frames // graphs.BUCKET) * graphs.BUCKET if mode == "inference" else frames
     model = _Model(Shape(batch, own_frames, d), {} if programs is None else programs)
-    layers = 1 if mode == "inference" else LAYERS  # of the recording
     seconds: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     gaps = 0.0
@@ -254,10 +250,6 @@ def predicted(mode: str, batch: int, frames: int, d: int, programs: dict[Any, An
     groups: Counter[str] = Counter({"launch gaps": gaps})
     for what, time in seconds.items():
         groups[_group(what)] += time
-    total = sum(groups.values()) / layers * LAYERS
-    if mode == "inference":
-        positions = (1, 2 * own_frames - 1, d, d)
-        total += gpu_model.product_seconds(positions, 2.0 * (4 * own_frames * d + d * d)) + gpu_model.gap_seconds()
     of_group: Counter[str] = Counter({"launch gaps": len(events)})
     for what, n in counts.items():
         of_group[_group(what)] += n
@@ -268,18 +260,18 @@ def predicted(mode: str, batch: int, frames: int, d: int, programs: dict[Any, An
         batch=batch,
         frames=frames,
         d_model=d,
-        ours=total * 1e3,
+        ours=sum(groups.values()) * 1e3,
         eager=gpu_model.baseline_seconds(e, training=train, compiled=False) * 1e3,
         compiled=gpu_model.baseline_seconds(e, training=train, compiled=True) * 1e3,
-        kernels=len(events) / layers,
-        groups=tuple(_groups(groups, of_group, layers)),
-        names=tuple(_groups(seconds, counts, layers)),
+        kernels=len(events) / LAYERS,
+        groups=tuple(_groups(groups, of_group)),
+        names=tuple(_groups(seconds, counts)),
     )
 
 
-def _groups(seconds: Counter[str], counts: Counter[str], layers: int) -> Iterable[Group]:
+def _groups(seconds: Counter[str], counts: Counter[str]) -> Iterable[Group]:
     for name, time in seconds.most_common():
-        yield Group(name, counts[name] / layers, time * 1e6 / layers)
+        yield Group(name, counts[name] / LAYERS, time * 1e6 / LAYERS)
 
 
 # --- output ------------------------------------------------------------------------------------------------------------
