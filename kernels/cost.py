@@ -331,11 +331,13 @@ class Work:
         trips: how often a block runs each loop, in the order in which the loops begin, those inside per trip of the outer one;
             an average where blocks differ.
         bytes: read and written if every tensor crosses once.
+        straight: share of the code outside of loops that a block runs, for a kernel of alternatives.
     """
 
     grid: int
     trips: tuple[float, ...]
     bytes: float
+    straight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -374,7 +376,9 @@ def blocks_per_sm(machine: Machine, warps: int, registers: int, shared: int) -> 
     return min(by_registers, machine.shared // (shared + 1024), machine.warps // warps, machine.blocks)
 
 
-def _segments(program: Program, trips: Sequence[float]) -> list[tuple[Sequence[Instruction], float, int]]:
+def _segments(
+    program: Program, trips: Sequence[float], straight: float
+) -> list[tuple[Sequence[Instruction], float, int]]:
     """(instructions, times that a block runs them, loop they belong to or -1), in the order of the code."""
     found = list(program.all_loops())
     if len(found) != len(trips):
@@ -396,6 +400,7 @@ def _segments(program: Program, trips: Sequence[float]) -> list[tuple[Sequence[I
     exits = [n for n, i in enumerate(program.code) if i.op == "EXIT"]
     end = max([exits[-1] if exits else len(program.code) - 1, *(loop.last for loop in program.loops)])
     visit(0, end, program.loops, 1.0, -1)
+    out = [(code, straight if own < 0 else times, own) for code, times, own in out]
     return [s for s in out if s[0]]
 
 
@@ -414,7 +419,7 @@ def predict(program: Program, machine: Machine, work: Work, *, warps: int, regis
     resident = blocks_per_sm(machine, warps, registers, shared)
     if resident < 1:
         raise ValueError(f"no block of {warps} warps, {registers} registers, {shared} bytes fits on a {machine.name}")
-    segments = _segments(program, work.trips)
+    segments = _segments(program, work.trips, work.straight)
     per_quarter = warps / 4  # warps of a block on each quarter, on average
     warp = _Warp(machine, max(1.0, per_quarter))
     total: Counter[str] = Counter()

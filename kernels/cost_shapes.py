@@ -202,8 +202,73 @@ def _sum_rows(config: AotConfig, s: Shape) -> Work:
     return Work(cdiv(n, _b(config, "N")), (cdiv(p, _b(config, "P")),), 4.0 * p * n)
 
 
+def _accumulate(config: AotConfig, s: Shape) -> Work:
+    # each block adds up a part of one of the tensors, each of which has a loop of its own
+    tensors = [n for n in range(len(config.signature)) if f"part{n}_ptr" in config.signature]
+    sizes = [(s.given.get(f"P{n}", 128), s.given.get(f"N{n}", s.d_model)) for n in tensors]
+    blocks = [cdiv(n, _b(config, "N")) for _, n in sizes]
+    grid = sum(blocks)
+    trips = tuple(cdiv(p, _b(config, "P")) * own / grid for (p, _), own in zip(sizes, blocks))
+    return Work(grid, trips, 4.0 * sum(p * n for p, n in sizes), 1 / len(tensors))
+
+
+# --- the inference chain ---------------------------------------------------------------------------------------------------
+
+
+def _stated(config: AotConfig, letter: str) -> int:
+    found = re.search(rf" {letter}=(\d+)", config.name)
+    return int(found[1]) if found else 0
+
+
+def _for_rows(config: AotConfig, s: Shape) -> bool:
+    """Whether this is the configuration for so many rows: up to 128, up to 512, or more (``M=128``, ``M=512``, others)."""
+    m = _stated(config, "M")
+    least, most = (0, 128) if m <= 128 else (129, 512) if m == 512 else (513, s.rows)
+    return bool(s.given) or least <= s.rows <= most
+
+
+def _norm_product(config: AotConfig, s: Shape) -> Work | None:
+    if not _for_rows(config, s):
+        return None
+    epilogue, k = config.name.split()[1], s.given.get("K", _stated(config, "K"))
+    n = s.given.get("N", {"none": 3, "silu": 4, "glu": 1}[epilogue] * k)
+    tiles, row_tiles = cdiv(n, _b(config, "N")), cdiv(s.rows, _b(config, "M"))
+    one_tile = config.constexprs["ONE_TILE"]
+    splits = tiles if one_tile else min(tiles, cdiv(264, row_tiles))
+    weights = n * k * (2 if epilogue == "glu" else 1)
+    trips = () if one_tile else (tiles / splits,)
+    return Work(row_tiles * splits, trips, float(_size(config) * (s.rows * (k + n) + weights)))
+
+
+def _residual_product(config: AotConfig, s: Shape) -> Work | None:
+    if not _for_rows(config, s):
+        return None
+    k = s.given.get("K", _stated(config, "K"))
+    n = s.given.get("N", k // 4)
+    grid = cdiv(s.rows, _b(config, "M")) * cdiv(n, _b(config, "N"))
+    # the first of the products is ahead of the loop
+    trips = cdiv(k, _b(config, "K")) - 1
+    return Work(grid, (trips,), float(_size(config) * (s.rows * (k + 2 * n) + n * k)))
+
+
+def _chain_norm(config: AotConfig, s: Shape) -> Work:
+    k = s.given.get("K", _stated(config, "K"))
+    return Work(cdiv(s.rows, _b(config, "M")), (), 2.0 * s.rows * k * _size(config))
+
+
+def _chain_depthwise(config: AotConfig, s: Shape) -> Work | None:
+    if not _for_rows(config, s):
+        return None
+    return _conv(2)(config, s)
+
+
+def _chain_taps(config: AotConfig, s: Shape) -> Work:
+    rows = cdiv(s.kernel, 8) * 8 + 1
+    return Work(rows * cdiv(s.d_model, _b(config, "C")), (), 6.0 * rows * s.d_model)
+
+
 # name of the kernel up to its first space and, where its uses differ, the word after -> its work
-WORK: Mapping[str, Callable[[AotConfig, Shape], Work]] = {
+WORK: Mapping[str, Callable[[AotConfig, Shape], Work | None]] = {
     "relpos_attention.forward": _attention_forward,
     "relpos_attention.delta": _attention_delta,
     "relpos_attention.backward_query": _attention_backward_query,
@@ -230,6 +295,12 @@ WORK: Mapping[str, Callable[[AotConfig, Shape], Work]] = {
     "glu_depthwise_conv.norm_fwd": _conv_pointwise(2),
     "glu_depthwise_conv.stats_bwd": _conv_pointwise(3),
     "partials.sum_rows": _sum_rows,
+    "partials.accumulate": _accumulate,
+    "chain_products.norm_product": _norm_product,
+    "chain_products.residual_product": _residual_product,
+    "chain_products.norm": _chain_norm,
+    "chain_convolution.depthwise": _chain_depthwise,
+    "chain_convolution.taps": _chain_taps,
 }
 
 
@@ -241,7 +312,7 @@ def shape_of(config: AotConfig, batch: int, frames: int, d_model: int = 256) -> 
 
 
 def work(config: AotConfig, shape: Shape) -> Work | None:
-    """Return the work of a launch, None for a kernel that states none."""
+    """Return the work of a launch; None for a kernel that states none, or that is not launched at this shape."""
     words = config.name.split()
     found = WORK.get(" ".join(words[:2])) or WORK.get(words[0])
     return found(config, shape) if found else None

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 __all__ = ["Encoder", "Op", "baseline", "baseline_seconds", "gap_seconds", "product_seconds", "traffic_seconds"]
 
 GEMM = 790e12  # FLOP/s in bfloat16, 8192^3, measured on an H200
+# FLOP/s of attention's products, the recomputed ones and those beside the band of positions included: a good kernel of heads
+# of 64 at T = 400 to 1500 (plain FlashAttention-3 reaches 333 to 460 on an H100); the backward ASSUMED
+ATTENTION, ATTENTION_BACKWARD = 320e12, 300e12
 FMA = 60e12  # float32 FLOP/s of the CUDA cores, of 67 on the datasheet
 DRAM = 4.3e12  # bytes/s, copy, measured on an H200
 L2 = 5.5e12  # bytes/s; published: 5.5 to 7 on an H100

@@ -12,11 +12,14 @@ as if it were one graph.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +119,16 @@ def _config(event: Triton) -> AotConfig:
     )
 
 
+@functools.cache
+def _shipped() -> list[AotConfig]:
+    return [config for module in report.kernel_modules() for config in report.configs(module, ARCH)]
+
+
 def _name(event: Triton, constexprs: dict[str, Any]) -> str:
-    """Return the name of the shipped configuration of this kernel that agrees in most constants."""
-    shipped = [
-        c for module in report.kernel_modules() for c in report.configs(module, ARCH) if c.kernel is event.kernel
-    ]
-    same = [sum(constexprs.get(n, ...) == v for n, v in c.constexprs.items()) for c in shipped]
-    return shipped[same.index(max(same))].name.split(" D=")[0].split(" C=")[0] if shipped else event.kernel.__name__
+    """Return the name, without its width, of the shipped configuration of this kernel that agrees in most constants."""
+    own = [c for c in _shipped() if c.kernel is event.kernel]
+    best = max(own, key=lambda c: sum(constexprs.get(n, ...) == v for n, v in c.constexprs.items()), default=None)
+    return re.split(" [DCKM]=", best.name)[0] if best else event.kernel.__name__
 
 
 @dataclass
@@ -131,6 +137,7 @@ class _Model:
 
     shape: Shape
     programs: dict[Any, Any]
+    times: dict[Any, float] = field(default_factory=dict)
 
     def __call__(self, event: Event) -> tuple[str, float]:
         """Return (what it is, seconds without the gap in front of it)."""
@@ -139,44 +146,32 @@ class _Model:
                 return "GEMM", gpu_model.product_seconds(event.product, event.bytes)
             return f"aten {event.name}", gpu_model.traffic_seconds(event.bytes)
         config = _config(event)
-        key = (
-            config.kernel.__name__,
-            str(config.constexprs),
-            str(config.signature),
-            str(config.launch),
-            config.divisible,
-        )
+        given = {n: v for n, v in event.arguments.items() if isinstance(v, int)}
+        stated = work(config, replace(self.shape, given=given))
+        if stated is None:
+            raise ValueError(f"{config.name} states no work: add it to WORK in kernels/cost_shapes.py")
+        return config.name, self._seconds(config, replace(stated, grid=math.prod(event.grid), bytes=event.bytes))
+
+    def _seconds(self, config: AotConfig, launched: Work) -> float:
+        own = (config.kernel.__name__, config.constexprs, config.signature, config.launch, sorted(config.divisible))
+        key = str(own)
         if key not in self.programs:
             binary = report.build(config, ARCH)
             self.programs[key] = parse(binary.sass), binary.registers, binary.shared
-        program, registers, shared = self.programs[key]
-        stated = work(config, self._shape(event))
-        if stated is None:
-            raise ValueError(f"{config.name} states no work: add it to WORK in kernels/cost_shapes.py")
-        blocks = 1
-        for size in event.grid:
-            blocks *= size
-        prediction = predict(
-            program,
-            MACHINES[ARCH],
-            Work(blocks, stated.trips, event.bytes),
-            warps=config.launch.num_warps,
-            registers=registers,
-            shared=shared,
-        )
-        return config.name, prediction.microseconds * 1e-6
-
-    def _shape(self, event: Triton) -> Shape:
-        given = {n: v for n, v in event.arguments.items() if isinstance(v, int)}
-        return replace(self.shape, given=given)
+        if (key, launched) not in self.times:
+            program, registers, shared = self.programs[key]
+            warps = config.launch.num_warps
+            predicted = predict(program, MACHINES[ARCH], launched, warps=warps, registers=registers, shared=shared)
+            self.times[key, launched] = predicted.microseconds * 1e-6
+        return self.times[key, launched]
 
 
 def _group(what: str) -> str:
-    if what == "GEMM" or what.startswith("feed_forward_products"):
+    if what == "GEMM" or what.startswith(("feed_forward_products", "chain_products")):
         return "matrix products"
     if what.startswith("relpos_attention"):
         return "attention"
-    if what.startswith("glu_depthwise_conv"):
+    if what.startswith(("glu_depthwise_conv", "chain_convolution")):
         return "convolution"
     if what.startswith("aten"):
         return "PyTorch's pointwise kernels and copies"
@@ -218,17 +213,30 @@ class Result:
         ]
         return [(g, (self.eager if g.against == "eager" else self.compiled) / self.ours) for g in found]
 
+    def _least(self, group: str) -> float:
+        """Microseconds a layer below which a term does not come: its products at the best rate of the model."""
+        rows, tokens = self.batch * self.frames, self.batch * self.frames**2
+        training = self.mode == "training"
+        if group == "matrix products":
+            return (3 if training else 1) * 46 * rows * self.d_model**2 / gpu_model.GEMM * 1e6
+        if group == "attention":
+            forward = 7 * tokens * self.d_model / gpu_model.ATTENTION
+            return (forward + (23 * tokens * self.d_model / gpu_model.ATTENTION_BACKWARD if training else 0)) * 1e6
+        return 0.0
+
     def forbids(self, goal: Goal) -> str:
-        """Name the largest terms that, left out, would meet the goal: what it takes at the least."""
+        """Name the terms with most above their least, until the goal would be met without that."""
         allowed = (self.eager if goal.against == "eager" else self.compiled) / goal.factor
-        over = (self.ours - allowed) * 1e3 / LAYERS  # microseconds a layer
-        named, left = [], over
-        for group in self.groups:
-            if left <= 0:
+        over = left = (self.ours - allowed) * 1e3 / LAYERS  # microseconds a layer
+        named = []
+        for group in sorted(self.groups, key=lambda g: self._least(g.name) - g.microseconds):
+            least = self._least(group.name)
+            if left <= 0 or group.microseconds <= least:
                 break
-            named.append(f"{group.name} {group.microseconds:.0f}")
-            left -= group.microseconds
-        return f"{over:.0f} us a layer too many; largest: {', '.join(named)}"
+            named.append(f"{group.name} {group.microseconds:.0f}" + (f" (least {least:.0f})" if least else ""))
+            left -= group.microseconds - least
+        enough = "" if left <= 0 else "; that is not enough"
+        return f"{over:.0f} us a layer too many: {', '.join(named)}{enough}"
 
 
 def predicted(mode: str, batch: int, frames: int, d: int, programs: dict[Any, Any] | None = None) -> Result:

@@ -38,7 +38,13 @@ def test_goals_of_a_case_and_what_forbids_them():
     assert (eager[0].against, eager[0].factor, eager[1]) == ("eager", 8.5, pytest.approx(5.0))
     assert (compiled[0].against, compiled[0].factor, compiled[1]) == ("compile", 2.6, pytest.approx(3.0))
     # 3000 us / 8.5 are allowed, 600 us are taken, by 12 layers
-    assert result().forbids(eager[0]) == "21 us a layer too many; largest: launch gaps 40"
+    assert result().forbids(eager[0]) == "21 us a layer too many: launch gaps 40"
+    # what a term takes at the least is none of what could be saved
+    groups = (Group("attention", 1, 500.0), Group("launch gaps", 22, 2.0))
+    long = result(batch=32, frames=1500, ours=20.0, eager=20.0, compiled=20.0, groups=groups)
+    assert long.forbids(long.goals()[0][0]) == (
+        "1374 us a layer too many: attention 500 (least 403), launch gaps 2; that is not enough"
+    )
     text = markdown([result()])
     assert "never results" in text
     lines = [line for line in text.splitlines() if line.startswith("inference (1,100) d=256")]
