@@ -58,7 +58,8 @@ class AotConfig:
 
     `signature` names the run-time arguments ("*bf16", "*fp32", "i32", "i64", "fp32"); every other parameter of the
     kernel is in `constexprs`. Pointers count as 16-byte aligned; `divisible` names the integers that are multiples of
-    16 (as strides are at run time); `spill_budget` is the bytes of stack a thread may use.
+    16 (as strides are at run time); `spill_budget` is the bytes of stack a thread may use; `may_serialize`: ptxas may
+    serialise the warpgroup products on sm_90 (C7515).
     """
 
     name: str
@@ -70,6 +71,7 @@ class AotConfig:
     divisible: frozenset[str] = frozenset()
     tensor_cores: bool = False
     spill_budget: int | None = None
+    may_serialize: bool = False
 
 
 def cdiv(a: int, b: int) -> int:

@@ -314,6 +314,7 @@ def _aot(product: str, dtype: str, launch_config: LaunchConfig, dropout: bool) -
         divisible=frozenset(integers) - set(RUNTIME),
         tensor_cores=True,
         spill_budget=64,
+        may_serialize=product == "norm_up" and launch_config.blocks["BLOCK_N"] == 32,
     )
 
 

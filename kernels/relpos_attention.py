@@ -681,6 +681,7 @@ def _aot_config(
         divisible=frozenset(n for n in scalars if n.startswith("stride_")),
         tensor_cores=name != "delta" and dtype != "fp32",
         spill_budget=_spill_budget(name),
+        may_serialize=name == "backward_query" or (name == "forward" and dropout),
     )
 
 
