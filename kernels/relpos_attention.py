@@ -553,15 +553,16 @@ def forward(
     cu_seqlens: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output, shaped like q, and the log2-sum-exp2 of the scaled scores in float32 [H, frames in all].
 
     q, k, v are [B, T, H, D], or packed [frames in all, H, D] with cu_seqlens [B+1]; `seed` is an int64 tensor of one
-    element, or None for no dropout.  Shapes have been checked.
+    element, or None for no dropout.  Shapes have been checked.  Writes to `out`, contiguous, where given.
     """
     b, t, rows = _sizes(q, pos, cu_seqlens)
     h, d = q.shape[-2:]
-    out = q.new_empty(q.shape)
+    out = q.new_empty(q.shape) if out is None else out
     lse = q.new_empty(h, rows, dtype=torch.float32)
     q, k, v, pos = (unit_stride(x) for x in (q, k, v, pos))
     config = _config("forward", q)

@@ -25,20 +25,27 @@ def unsupported(traits: Traits) -> list[str]:
     return reasons
 
 
-def forward(args: GluDepthwiseConv, save: bool) -> tuple[Tensor, Statistics]:
+def forward(args: GluDepthwiseConv, save: bool, *, out: Tensor | None = None) -> tuple[Tensor, Statistics]:
     from lcconformer.kernels import glu_depthwise_conv as kernels
 
     out, *saved = kernels.forward(
         args.x, args.weight, args.bias, args.lengths, args.norm_weight, args.norm_bias, args.running_mean, args.running_var,
-        args.norm, args.num_groups, args.training, args.eps, save,
+        args.norm, args.num_groups, args.training, args.eps, save, out,
     )  # fmt: skip
     return out, Statistics(*saved)
 
 
-def backward(dout: Tensor, args: GluDepthwiseConv, saved: Statistics) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(
+    dout: Tensor, args: GluDepthwiseConv, saved: Statistics, *, dx: Tensor | None = None, partial: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from lcconformer.kernels import glu_depthwise_conv as kernels
+    from lcconformer.kernels.partials import sum_rows
 
-    return kernels.backward(
+    dx, dweight, dbias, dnorm = kernels.backward(
         dout, args.x, args.weight, args.lengths, args.norm_weight, args.norm_bias, *saved, args.norm, args.num_groups,
-        args.training, args.eps,
+        args.training, args.eps, dx,
     )  # fmt: skip
+    if partial:
+        return dx, dweight, dbias, dnorm
+    dweight, dbias = (sum_rows(part, args.weight.dtype) for part in (dweight, dbias))
+    return dx, dweight, dbias, dnorm if args.norm_weight is None else sum_rows(dnorm, args.norm_weight.dtype)

@@ -82,9 +82,10 @@ def unsupported(traits: Traits) -> list[str]:
     return []
 
 
-def forward(args: RelposAttention) -> tuple[Tensor, Tensor]:
+def forward(args: RelposAttention, *, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     with drawn_from(args.seed):
-        return apply(args).contiguous(), args.q.new_empty((0,))
+        attended = apply(args)
+    return attended.contiguous() if out is None else out.copy_(attended), args.q.new_empty((0,))
 
 
 def backward(dout: Tensor, args: RelposAttention, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
