@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -14,7 +15,7 @@ from .common import TRITON_DTYPE, AotConfig, LaunchConfig, cdiv, constexpr_signa
 RUNTIME = ("P",)
 
 
-SEGMENTS = 16  # partial results that one launch of `accumulate` adds up
+SEGMENTS = 20  # partial results that one launch of `accumulate` adds up
 ACCUMULATE_RUNTIME = tuple(f"{name}{i}" for name in ("P", "at") for i in range(SEGMENTS))
 
 # [32, 64] floats over 4 warps: each lane adds 16 rows before the block's tree
@@ -67,6 +68,7 @@ def _accumulate_kernel(
     part4_ptr, P4, N4, at4, part5_ptr, P5, N5, at5, part6_ptr, P6, N6, at6, part7_ptr, P7, N7, at7,
     part8_ptr, P8, N8, at8, part9_ptr, P9, N9, at9, part10_ptr, P10, N10, at10, part11_ptr, P11, N11, at11,
     part12_ptr, P12, N12, at12, part13_ptr, P13, N13, at13, part14_ptr, P14, N14, at14, part15_ptr, P15, N15, at15,
+    part16_ptr, P16, N16, at16, part17_ptr, P17, N17, at17, part18_ptr, P18, N18, at18, part19_ptr, P19, N19, at19,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out[at ... at + N] += the sums over the rows of each part [P, N]; absent parts are None."""
@@ -87,18 +89,22 @@ def _accumulate_kernel(
     block = _segment(block, part13_ptr, P13, N13, out_ptr + at13, BLOCK_P, BLOCK_N)
     block = _segment(block, part14_ptr, P14, N14, out_ptr + at14, BLOCK_P, BLOCK_N)
     block = _segment(block, part15_ptr, P15, N15, out_ptr + at15, BLOCK_P, BLOCK_N)
+    block = _segment(block, part16_ptr, P16, N16, out_ptr + at16, BLOCK_P, BLOCK_N)
+    block = _segment(block, part17_ptr, P17, N17, out_ptr + at17, BLOCK_P, BLOCK_N)
+    block = _segment(block, part18_ptr, P18, N18, out_ptr + at18, BLOCK_P, BLOCK_N)
+    block = _segment(block, part19_ptr, P19, N19, out_ptr + at19, BLOCK_P, BLOCK_N)
 
 
 def accumulate(parts: Sequence[torch.Tensor], total: torch.Tensor, offsets: Sequence[int]) -> None:
     """Add the sum over the first dimension of each part ``[P, ...]`` to the flat float32 ``total``, from its offset on.
 
-    One launch for each 16 parts; bit-reproducible.
+    One launch for each 20 parts; bit-reproducible.
     """
     for first in range(0, len(parts), SEGMENTS):
         segments: list[torch.Tensor | int | None] = []
         blocks, some = 0, parts[first : first + SEGMENTS]
         for part, at in zip(some, offsets[first:]):
-            n = part[0].numel()
+            n = math.prod(part.shape[1:])
             segments += [part, part.shape[0], n, at]
             blocks += cdiv(n, _CONFIG.blocks["BLOCK_N"])
         segments += [None, 0, 0, 0] * (SEGMENTS - len(some))

@@ -384,9 +384,9 @@ def _backward_key(
     # read again: keeping it would cost registers all along the loop
     k = _load_tile(k_base, j0, keys, stride_kt, D, N, BLOCK_D)
     du = tl.sum(total[:, None] * k.to(tl.float32), 0) * grad_scale
-    # du_ptr: [B, H, tiles, D]
-    tile = bh.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(du_ptr + tile * D + d, du, mask=d < D)
+    # du_ptr: [B, tiles, H, D]
+    tile = b.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(du_ptr + (tile * H + h) * D + d, du, mask=d < D)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -469,9 +469,9 @@ def _backward_position(
     _store_tile(out, T + diagonal, 2 * T - 1, H * D, dpos * grad_scale, D, N, BLOCK_D)
     p = _load_tile(pos_base, T + diagonal, 2 * T - 1, stride_pt, D, N, BLOCK_D)
     dv_bias = tl.sum(total[:, None] * p.to(tl.float32), 0) * grad_scale
-    # dv_bias_ptr: [parts, H, 2 tiles, D]
-    tile = (part * tl.num_programs(1) + h) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(dv_bias_ptr + tile * D + d, dv_bias, mask=d < D)
+    # dv_bias_ptr: [parts, 2 tiles, H, D]
+    tile = part * tl.num_programs(0) + tl.program_id(0)
+    tl.store(dv_bias_ptr + (tile * H + h) * D + d, dv_bias, mask=d < D)
 
 
 def config_for(kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> LaunchConfig:
@@ -595,7 +595,7 @@ def backward(
     lse: Tensor,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, pos, u, v_bias, in their dtypes, from what `forward` returned."""
+    """Gradients of q, k, v, and float32 partial sums [P, ...] of those of pos, u, v_bias, from what `forward` returned."""
     b, t, rows = _sizes(q, pos, cu_seqlens)
     h, d = q.shape[-2:]
     dout, q, k, v, pos = (unit_stride(x) for x in (dout, q, k, v, pos))
@@ -621,19 +621,16 @@ def backward(
 
     config = _config("backward_key", q)
     tiles = cdiv(t, config.blocks["BLOCK_N"])
-    du = q.new_empty(b, h, tiles, d, dtype=torch.float32)
+    du = q.new_empty(b * tiles, h, d, dtype=torch.float32)
     launch(_backward_key, (tiles, b * h), config, q, dk_ptr=dk, dv_ptr=dv, du_ptr=du, **common)
 
     config = _config("backward_position", q)
     tiles = 2 * cdiv(t, config.blocks["BLOCK_N"])
     parts = _position_parts(b, h, tiles)
     dpos = q.new_empty(parts, 2 * t - 1, h, d, dtype=torch.float32)
-    dv_bias = q.new_empty(parts, h, tiles, d, dtype=torch.float32)
+    dv_bias = q.new_empty(parts * tiles, h, d, dtype=torch.float32)
     launch(_backward_position, (tiles, h, parts), config, q, dpos_ptr=dpos, dv_bias_ptr=dv_bias, B=b, **common)
-    # sums over the partial results: a fixed order, hence the same bits every time
-    return (
-        dq, dk, dv, dpos.sum(0).to(pos.dtype), du.sum((0, 2)).to(u.dtype), dv_bias.sum((0, 2)).to(v_bias.dtype),
-    )  # fmt: skip
+    return dq, dk, dv, dpos, du, dv_bias
 
 
 def _position_parts(batch: int, heads: int, tiles: int) -> int:

@@ -103,7 +103,7 @@ class Gradients:
         for names, part in self._parts.items():
             if names not in self._places:
                 self._places[names] = (self._end, part.shape[1:])
-                self._end += part[0].numel()
+                self._end += part.shape[1:].numel()
         offsets = [self._places[names][0] for names in self._parts]
         self._accumulate(list(self._parts.values()), self._total, offsets)
         self._parts.clear()

@@ -103,7 +103,9 @@ def choose_kernels(stack: LayerStack, x: Tensor, explaining: bool) -> Kernels:
     norm = ask(RESIDUAL_LAYER_NORM, traits["residual_layer_norm"])
     accumulate: Accumulate = add_partial_sums
     if norm == "triton":
-        from lcconformer.kernels.partials import accumulate
+        from lcconformer.kernels import partials
+
+        accumulate = partials.accumulate
     return Kernels(
         RELPOS_ATTENTION.backends[attention],
         GLU_DEPTHWISE_CONV.backends[convolution],

@@ -332,9 +332,9 @@ class SharedLayer:
         o = attended.view(heads.q.shape)
         do = self._linear_backward("attention.out", dy).view(o.shape)
         gradients.product("attention.out", dy, attended)
-        dq, dk, dv, *shared = self.kernels.relpos_attention.backward(do, heads, o, lse)
+        dq, dk, dv, *shared = self.kernels.relpos_attention.backward(do, heads, o, lse, partial=True)
         for name, gradient in zip(("pos", "attention.u", "attention.v_bias"), shared):
-            gradients.add(gradient[None], name)
+            gradients.add(gradient, name)
         rows = gradients.rows("attention.qkv", "dy", dy, qkv.shape[1], dy.dtype)
         dqkv = torch.cat([x.reshape(dy.shape) for x in (dq, dk, dv)], 1, out=rows)
         return self._linear_backward("attention.qkv", dqkv), dqkv

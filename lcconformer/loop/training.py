@@ -104,27 +104,31 @@ def run(
         first=first,
         every=return_hidden_states,
         checkpointing=stack.gradient_checkpointing,
-        group=_group(x),
+        group=_group(stack, x, kernels.dtype),
     )
     seeds = dropout_seed(x, max(max(plan.inside + plan.on) for plan in plans), (depth, SEEDS))
     return list(LoopFn.apply(call, x.detach() if first else x, lengths, seeds, *tensors))
 
 
-# Rows of a product for a weight gradient up to which loops are put together.
-# CPU: one loop at a time; a step of 12 loops took 1.02 times as long with all 12 together at (B, T) = (1, 100), 1.03 with
-# 12 at (1, 400), 1.09 with 2 at (8, 400); no number of rows gained more than 0.03 (d_model 256, one thread of an AMD EPYC).
-# CUDA: the operands of a loop take 28 d_model a frame, which its 18 of kept tensors make room for one loop later; with 12
-# loops of 12,800 rows two at a time need 0.34 of what eager PyTorch keeps, five 0.46 (counted).  Not measured on a GPU.
-_ROWS = {"cpu": 1, "cuda": 32768}
+# Bytes of operands of weight gradients that wait for those of other loops, so that one GEMM multiplies them all.
+# CPU: none; a step of 12 loops took 1.02 times as long with all 12 together at (B, T) = (1, 100), 1.03 with 12 at (1, 400),
+# 1.09 with 2 at (8, 400); no number of loops gained more than 0.03 (d_model 256, one thread of an AMD EPYC).
+# CUDA: what is small enough to be bound by launches; at (32, 400) in bfloat16, d_model 256, a loop has 176 MiB of them and
+# stays alone, where memory counts and a GEMM of 12,800 rows fills the machine.  Predicted, not measured on a GPU.
+_SLAB_BYTES = {"cpu": 0, "cuda": 1 << 28}
 
 
 def _on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def _group(x: Tensor) -> int:
-    """Return the number of loops whose rows go into one product for a weight gradient, of ``x [B, T, D]``."""
-    return max(1, _ROWS["cuda" if _on_gpu(x) else "cpu"] // (x.shape[0] * x.shape[1]))
+def _group(stack: LayerStack, x: Tensor, dtype: torch.dtype) -> int:
+    """Return the number of loops whose rows go into one GEMM for a weight gradient, of ``x [B, T, D]``."""
+    config = stack.config
+    # dy and h of the eight matrices but for the output of attention, which is kept anyway
+    columns = 14 * config.d_model + 4 * config.ffn_dim
+    loop = x.shape[0] * x.shape[1] * columns * dtype.itemsize
+    return max(1, _SLAB_BYTES["cuda" if _on_gpu(x) else "cpu"] // loop)
 
 
 class _Place(NamedTuple):
@@ -271,20 +275,19 @@ class LoopFn(torch.autograd.Function):
                 if call.checkpointing:
                     x = inputs.pop()
                     find_x = functools.partial(rows_of, x)
+                    rows = _attended(call, attended, place, x)
                     if dx is not None:
-                        rows = _attended(call, attended, place, x)
                         _, more = layer.forward(x, call.seeds(seeds, k), update=False, attended=rows)
                     del x
                 else:
                     more = _take(kept, KEPT, last=True)
                     find_x = functools.partial(_input, call, layers, inputs, kept, k)
-                slab = attended.pop(place.key, None) if place.last else attended.get(place.key)
-                if dx is None:
-                    continue
-                own.begin(place.slot, slab)
-                dx = layer.backward(dx, zeros, find_x, more, slab[place.slot], call.seeds(seeds, k), own, b)
+                slab = attended.pop(place.key) if place.last else attended[place.key]
+                if dx is not None:
+                    own.begin(place.slot, slab)
+                    dx = layer.backward(dx, zeros, find_x, more, slab[place.slot], call.seeds(seeds, k), own, b)
+                    own.end(last=place.last)
                 del slab, find_x
-                own.end(last=place.last)
             found = _found(call, gradients, tensors)
         into_x = dx.view(b, t, d) if dx is not None and ctx.needs_input_grad[1] else None
         return None, into_x, None, None, *found

@@ -103,7 +103,7 @@ def backward(
     inverse, scale, shift = _fold(norm_weight, args.norm_bias, saved.mean, saved.var, args.eps)
     daffine = x.new_empty((2, c), dtype=torch.float32)  # of shift, of scale
     slots = kernels.glu_depthwise_conv_slots(b, t, c)
-    partial = x.new_empty((slots, k + 2, c), dtype=torch.float32)
+    scratch = x.new_empty((slots, k + 2, c), dtype=torch.float32)
     launch = kernels.GluDepthwiseConvBackward(
         **_inputs(kernels, x, weight, lengths, scale, shift),
         dout=pointer(dout),
@@ -115,7 +115,7 @@ def backward(
         dbias=pointer(dbias),
         dshift=pointer(daffine[0]),
         dscale=pointer(daffine[1]),
-        partial=pointer(partial),
+        partial=pointer(scratch),
         slots=slots,
     )
     kernels.glu_depthwise_conv_backward(launch)

@@ -69,5 +69,11 @@ class Backend(Protocol):
         to ``out``, which is contiguous, if that is given.
         """
 
-    def backward(self, dout: Tensor, args: RelposAttention, out: Tensor, lse: Tensor, /) -> tuple[Tensor, ...]:
-        """Return the gradients of q, k, v and, with positions, of pos, u and v_bias, in their dtypes."""
+    def backward(
+        self, dout: Tensor, args: RelposAttention, out: Tensor, lse: Tensor, /, *, partial: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Return the gradients of q, k, v and, with positions, of pos, u and v_bias, in their dtypes.
+
+        Args:
+            partial: return the last three as partial sums, ``[P, ...]``, whose sum over the first dimension they are.
+        """

@@ -25,10 +25,16 @@ def forward(args: RelposAttention, *, out: Tensor | None = None) -> tuple[Tensor
     )
 
 
-def backward(dout: Tensor, args: RelposAttention, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+def backward(
+    dout: Tensor, args: RelposAttention, out: Tensor, lse: Tensor, *, partial: bool = False
+) -> tuple[Tensor, ...]:
     from lcconformer.kernels import relpos_attention as kernels
+    from lcconformer.kernels.partials import sum_rows
 
-    return kernels.backward(
+    dq, dk, dv, *parts = kernels.backward(
         dout, args.q, args.k, args.v, *args.positions(), args.lengths, args.cu_seqlens, args.seed, out, lse,
         args.dropout_p,
     )  # fmt: skip
+    if not partial:
+        parts = [sum_rows(part, x.dtype) for part, x in zip(parts, args.positions())]
+    return dq, dk, dv, *parts

@@ -59,7 +59,7 @@ def layer_norm_backward(
     n_out, dy_out = (x if x is None or x.dtype == s.dtype else torch.empty_like(s) for x in (n, dy))
     dx, dparams = _backward(dn.to(s.dtype), ds, s, mean, rstd, weight, bias, n_out, dy_out, seed, alpha, dropout_p)
     for wanted, out in ((n, n_out), (dy, dy_out)):
-        if wanted is not None and out is not wanted:
+        if wanted is not None and out is not None and out is not wanted:
             wanted.copy_(out)
     return dx, dparams[None]
 
