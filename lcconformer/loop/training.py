@@ -28,7 +28,7 @@ from .kernels import Kernels, choose_kernels, products_dtype
 from .shared_layer import KEPT, LAST, SEEDS, Plan, SharedLayer, plan_of
 from .watch import watch
 
-__all__ = ["Kernels", "chosen", "kernels_or_reasons", "run", "slower"]
+__all__ = ["Kernels", "chosen", "draw_seeds", "kernels_or_reasons", "plans_of", "run", "slower"]
 
 
 def chosen(stack: LayerStack, x: Tensor) -> list[str]:
@@ -89,12 +89,19 @@ def run(
     *,
     backprop_depth: int,
     kernels: Kernels,
+    seeds: Tensor | None = None,
 ) -> list[Tensor]:
-    """Return the outputs ``[B, T, d_model]`` of each loop if ``return_hidden_states``, else of the last alone."""
+    """Return the outputs ``[B, T, d_model]`` of each loop if ``return_hidden_states``, else of the last alone.
+
+    Args:
+        backprop_depth: loops, the last ones, that gradients flow through.
+        kernels: as :func:`kernels_or_reasons` chose them.
+        seeds: of dropout, as :func:`draw_seeds` returns them; None: they are drawn.
+    """
     layer_map, first = stack.layer_map[:depth], depth - backprop_depth
     used = sorted(set(layer_map))
     layers: list[Any] = [stack.layers[i] for i in used]
-    plans = tuple(plan_of(layer) for layer in layers)
+    plans = plans_of(stack, depth)
     tensors: list[Tensor] = []
     for layer, plan in zip(layers, plans):
         own = dict(layer.named_parameters(remove_duplicate=False)) | dict(layer.named_buffers())
@@ -108,8 +115,24 @@ def run(
         checkpointing=stack.gradient_checkpointing,
         group=_group(stack, x, kernels.dtype),
     )
-    seeds = dropout_seed(x, max(max(plan.inside + plan.on) for plan in plans), (depth, SEEDS))
+    if seeds is None:
+        seeds = _seeds(x, plans, depth)
     return list(LoopFn.apply(call, x.detach() if first else x, lengths, seeds, *tensors))
+
+
+def plans_of(stack: LayerStack, depth: int) -> tuple[Plan, ...]:
+    """Return the plans of the unique layers that ``depth`` loops use."""
+    layers: list[Any] = [stack.layers[i] for i in sorted(set(stack.layer_map[:depth]))]
+    return tuple(plan_of(layer) for layer in layers)
+
+
+def draw_seeds(stack: LayerStack, x: Tensor, depth: int) -> Tensor | None:
+    """Draw the dropout seeds of each loop, int64 ``[depth, SEEDS]``; None where no module drops anything."""
+    return _seeds(x, plans_of(stack, depth), depth)
+
+
+def _seeds(x: Tensor, plans: tuple[Plan, ...], depth: int) -> Tensor | None:
+    return dropout_seed(x, max(max(plan.inside + plan.on) for plan in plans), (depth, SEEDS))
 
 
 # Bytes of operands of weight gradients that wait for those of other loops, so that one GEMM multiplies them all.
