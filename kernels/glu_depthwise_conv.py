@@ -619,9 +619,14 @@ def backward(
     num_groups: int,
     training: bool,
     eps: float,
+    *,
     dx: torch.Tensor | None = None,
+    partial: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx [B, T, 2C], and partial sums of dweight [P, K, C], dbias [P, C], (dnorm_bias, dnorm_weight) [P, 2, C] or [0])."""
+    """(dx [B, T, 2C], dweight [K, C] (transposed), dbias [C], (dnorm_bias, dnorm_weight) [2, C] or empty); dx where given.
+
+    With `partial`, the last three are float32 partial sums [P, ...] to be added up over the first dimension.
+    """
     b, t, c = y.shape
     k = weight.shape[1]
     lengths, norm_weight, norm_bias = dense(lengths, norm_weight, norm_bias)
@@ -674,7 +679,14 @@ def backward(
         _weight_bwd_kernel, (b * chunks, channel_blocks, tap_blocks), config, x, dy, g, part_weight, part_bias,
         t, c, k, chunks, chunk // blocks["BLOCK_S"],
     )  # fmt: skip
-    return dx, part_weight, part_bias, x.new_empty((0,)) if part is None else part
+    if part is None or norm_weight is None:
+        part, norm_dtype = x.new_empty((0, 0), dtype=torch.float32), x.dtype
+    else:
+        norm_dtype = norm_weight.dtype
+    if partial:
+        return dx, part_weight, part_bias, part
+    dweight, dbias = (sum_rows(each, weight.dtype) for each in (part_weight, part_bias))
+    return dx, dweight, dbias, sum_rows(part, norm_dtype)
 
 
 # --- ahead of time ---------------------------------------------------------------------------------------------------

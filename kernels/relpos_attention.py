@@ -594,8 +594,13 @@ def backward(
     out: Tensor,
     lse: Tensor,
     dropout_p: float,
+    *,
+    partial: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, and float32 partial sums [P, ...] of those of pos, u, v_bias, from what `forward` returned."""
+    """Gradients of q, k, v, pos, u, v_bias, in their dtypes, from what `forward` returned.
+
+    With `partial`, the last three are float32 partial sums [P, ...] to be added up over the first dimension.
+    """
     b, t, rows = _sizes(q, pos, cu_seqlens)
     h, d = q.shape[-2:]
     dout, q, k, v, pos = (unit_stride(x) for x in (dout, q, k, v, pos))
@@ -630,7 +635,10 @@ def backward(
     dpos = q.new_empty(parts, 2 * t - 1, h, d, dtype=torch.float32)
     dv_bias = q.new_empty(parts * tiles, h, d, dtype=torch.float32)
     launch(_backward_position, (tiles, h, parts), config, q, dpos_ptr=dpos, dv_bias_ptr=dv_bias, B=b, **common)
-    return dq, dk, dv, dpos, du, dv_bias
+    if partial:
+        return dq, dk, dv, dpos, du, dv_bias
+    # sums over the partial results: a fixed order, hence the same bits every time
+    return dq, dk, dv, dpos.sum(0).to(pos.dtype), du.sum(0).to(u.dtype), dv_bias.sum(0).to(v_bias.dtype)
 
 
 def _position_parts(batch: int, heads: int, tiles: int) -> int:

@@ -56,7 +56,8 @@ def kernels_or_reasons(stack: LayerStack, x: Tensor, explaining: bool) -> tuple[
     found = watch(stack).changed()
     dtype = products_dtype(x)
     wrong = {p.dtype for p in stack.layers.parameters()} - {dtype}
-    if dtype == x.dtype and wrong:
+    # autocast casts them, whatever the dtype in which a front end leaves x
+    if wrong and not torch.is_autocast_enabled(x.device.type):
         found.append(f"the input is {x.dtype} and weights are {', '.join(sorted(map(str, wrong)))}")
     if found:
         return None, found

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from lcconformer import ConformerConfig, ConformerEncoder, captured_training, engine
 from lcconformer.loop import captured
@@ -227,6 +230,42 @@ def test_no_more_steps_than_fit(recorder, monkeypatch):
     for depth, recorded in ((1, 1), (2, 2), (1, 2), (3, 3), (1, 3), (2, 4)):
         by_replay(encoder, data(), depth=depth)
         assert recorder.recorded == 2 * recorded
+
+
+def test_inside_of_ddp(recorder, tmp_path):
+    """DDP's hooks see the gradients: in a world of one they leave them as they are."""
+    encoder, x = make_encoder(), data()
+    want = eagerly(copy.deepcopy(encoder), x, LENGTHS)[1][1:]
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        replica = DistributedDataParallel(encoder)
+        for _ in range(2):
+            encoder.zero_grad()
+            with engine("loop"), captured_training():
+                states = replica(x, LENGTHS, return_hidden_states=True)[2]
+            loss_of(states[1:], LENGTHS).backward()
+            assert all(torch.equal(p.grad, w) for p, w in zip(encoder.parameters(), want, strict=True))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert (recorder.recorded, recorder.replayed) == (2, 4)
+
+
+def test_recordings_end_with_the_encoder(monkeypatch, recorder):
+    """As CUDA graphs do, this recorder keeps nothing of the functions."""
+
+    def record(self, call):
+        call()
+        return lambda: None
+
+    monkeypatch.setattr(Recorder, "__call__", record)
+    encoder = make_encoder()
+    by_replay(encoder, data())
+    steps = captured._kept[encoder]
+    dead = weakref.ref(encoder), weakref.ref(steps)
+    del encoder, steps
+    gc.collect()
+    assert [reference() for reference in dead] == [None, None]
 
 
 def test_where_it_changes_nothing():

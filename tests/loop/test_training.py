@@ -168,8 +168,8 @@ def test_fused(name, norm, padded, assert_close, monkeypatch):
         assert_close(p, gradient, exact_gradients[p], low_gradients[p], 3, 0.0 if p == "x" else scale)
 
 
-def check_low(got, plain, exact, dtype):
-    """(outputs, gradients): as close to float32's as those of the modules are, in the dtype wanted."""
+def check_low(got, plain, exact, dtype, of_gradients=None):
+    """(outputs, gradients): as close to float32's as those of the modules are, in the dtypes wanted."""
     lengths = LENGTHS.to(got[0][0].device)
     real = torch.arange(9, device=lengths.device) < lengths[:, None]
     for h, p, e in zip(got[0], plain[0], exact[0]):
@@ -177,10 +177,21 @@ def check_low(got, plain, exact, dtype):
         assert (h.float() - e)[real].norm() <= 2 * (p.float() - e)[real].norm() + 1e-3 * e[real].norm()
     whole = torch.stack([g.norm() for g in exact[1].values()]).norm()
     for name, gradient in got[1].items():
-        assert gradient.dtype == dtype, name
+        assert gradient.dtype == (of_gradients or dtype), name
         want = exact[1][name]
         error, others = (gradient.float() - want).norm(), (plain[1][name].float() - want).norm()
         assert error <= 2 * others + 0.01 * want.norm() + 1e-3 * whole, name
+
+
+def test_autocast_behind_a_front_end():
+    """A front end leaves the stream in the dtype of autocast; the parameters are float32 all the same."""
+    encoder, x = make_encoder(num_layers=2, input_dim=10), torch.randn(3, 9, 10)
+    exact = step(copy.deepcopy(encoder), x, LENGTHS, "modules")
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = step(copy.deepcopy(encoder), x, LENGTHS, "modules")
+        got = step(encoder, x, LENGTHS, "loop")
+    # the gradient of the front end's input is float32
+    check_low(got, plain, exact, torch.bfloat16, torch.float32)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("cpu", torch.bfloat16), ("triton", torch.float16)], ids=str)

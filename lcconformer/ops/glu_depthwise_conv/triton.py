@@ -39,13 +39,8 @@ def backward(
     dout: Tensor, args: GluDepthwiseConv, saved: Statistics, *, dx: Tensor | None = None, partial: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from lcconformer.kernels import glu_depthwise_conv as kernels
-    from lcconformer.kernels.partials import sum_rows
 
-    dx, dweight, dbias, dnorm = kernels.backward(
+    return kernels.backward(
         dout, args.x, args.weight, args.lengths, args.norm_weight, args.norm_bias, *saved, args.norm, args.num_groups,
-        args.training, args.eps, dx,
+        args.training, args.eps, dx=dx, partial=partial,
     )  # fmt: skip
-    if partial:
-        return dx, dweight, dbias, dnorm
-    dweight, dbias = (sum_rows(part, args.weight.dtype) for part in (dweight, dbias))
-    return dx, dweight, dbias, dnorm if args.norm_weight is None else sum_rows(dnorm, args.norm_weight.dtype)

@@ -29,12 +29,8 @@ def backward(
     dout: Tensor, args: RelposAttention, out: Tensor, lse: Tensor, *, partial: bool = False
 ) -> tuple[Tensor, ...]:
     from lcconformer.kernels import relpos_attention as kernels
-    from lcconformer.kernels.partials import sum_rows
 
-    dq, dk, dv, *parts = kernels.backward(
+    return kernels.backward(
         dout, args.q, args.k, args.v, *args.positions(), args.lengths, args.cu_seqlens, args.seed, out, lse,
-        args.dropout_p,
+        args.dropout_p, partial=partial,
     )  # fmt: skip
-    if not partial:
-        parts = [sum_rows(part, x.dtype) for part, x in zip(parts, args.positions())]
-    return dq, dk, dv, *parts
