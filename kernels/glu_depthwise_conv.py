@@ -542,6 +542,7 @@ def forward(
     training: bool,
     eps: float,
     save: bool,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(out [B, T, C], y, mean, var, count): what the backward needs is filled if `save`, else empty.
 
@@ -553,7 +554,7 @@ def forward(
     running_mean, running_var = dense(running_mean, running_var)
     mode = _mode(norm, training)
     stats = mode == STATS
-    out = x.new_empty((b, t, c))
+    out = x.new_empty((b, t, c)) if out is None else out
     y = x.new_empty((b, t, c) if save or stats else (0,))
     mean, var, count = (x.new_empty((0,), dtype=torch.float32) for _ in range(3))
 
@@ -618,14 +619,20 @@ def backward(
     num_groups: int,
     training: bool,
     eps: float,
+    *,
+    dx: torch.Tensor | None = None,
+    partial: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx [B, T, 2C], dweight [K, C] (transposed), dbias [C], (dnorm_bias, dnorm_weight) [2, C] or empty)."""
+    """(dx [B, T, 2C], dweight [K, C] (transposed), dbias [C], (dnorm_bias, dnorm_weight) [2, C] or empty); dx where given.
+
+    With `partial`, the last three are float32 partial sums [P, ...] to be added up over the first dimension.
+    """
     b, t, c = y.shape
     k = weight.shape[1]
     lengths, norm_weight, norm_bias = dense(lengths, norm_weight, norm_bias)
     mode = _mode(norm, training)
     dy, g = torch.empty_like(y), torch.empty_like(y)
-    dx = x.new_empty(x.shape)
+    dx = x.new_empty(x.shape) if dx is None else dx
 
     config = tuned("glu_depthwise_conv.backward_norm", x, norm_config(c, norm == "layer"), _NORM_LIMITS)
     blocks = config.blocks
@@ -637,32 +644,19 @@ def backward(
         _norm_bwd_kernel, (b * chunks, channel_blocks), config, x, dout, *dout.stride(), y, mean, var, *stat_strides,
         norm_weight, norm_bias, dy, part, t, c, chunks, chunk, eps, NORM=mode,
     )  # fmt: skip
-    if part is None or norm_weight is None:
-        dnorm = x.new_empty((0,))
-    else:
-        dnorm = sum_rows(part, torch.float32)  # [2, C]
-        sums = dnorm
-        if norm == "group":
+    if mode == STATS:
+        if norm == "batch":
+            sums = sum_rows(part, torch.float32)  # [2, C]
+        else:
             sums = x.new_empty((b, num_groups, 2), dtype=torch.float32)
             launch(
-                _group_sums_kernel,
-                (b, num_groups),
-                _MERGE_GROUP,
-                x,
-                part,
-                norm_weight,
-                sums,
-                c,
-                chunks,
-                c // num_groups,
-            )
-        if mode == STATS:
-            tiles = cdiv(t, blocks["BLOCK_T"])
-            launch(
-                _stats_bwd_kernel, (b * tiles, channel_blocks), config, x, dout, *dout.stride(), y, mean, var,
-                *stat_strides, norm_weight, norm_bias, lengths, sums, count, dy, t, c, tiles, eps, BATCH=norm == "batch",
+                _group_sums_kernel, (b, num_groups), _MERGE_GROUP, x, part, norm_weight, sums, c, chunks, c // num_groups,
             )  # fmt: skip
-        dnorm = dnorm.to(norm_weight.dtype)
+        tiles = cdiv(t, blocks["BLOCK_T"])
+        launch(
+            _stats_bwd_kernel, (b * tiles, channel_blocks), config, x, dout, *dout.stride(), y, mean, var,
+            *stat_strides, norm_weight, norm_bias, lengths, sums, count, dy, t, c, tiles, eps, BATCH=norm == "batch",
+        )  # fmt: skip
 
     config = tuned("glu_depthwise_conv.backward_input", x, conv_config(c, t, False), _CONV_LIMITS)
     blocks = config.blocks
@@ -685,7 +679,14 @@ def backward(
         _weight_bwd_kernel, (b * chunks, channel_blocks, tap_blocks), config, x, dy, g, part_weight, part_bias,
         t, c, k, chunks, chunk // blocks["BLOCK_S"],
     )  # fmt: skip
-    return dx, sum_rows(part_weight, weight.dtype), sum_rows(part_bias, weight.dtype), dnorm
+    if part is None or norm_weight is None:
+        part, norm_dtype = x.new_empty((0, 0), dtype=torch.float32), x.dtype
+    else:
+        norm_dtype = norm_weight.dtype
+    if partial:
+        return dx, part_weight, part_bias, part
+    dweight, dbias = (sum_rows(each, weight.dtype) for each in (part_weight, part_bias))
+    return dx, dweight, dbias, sum_rows(part, norm_dtype)
 
 
 # --- ahead of time ---------------------------------------------------------------------------------------------------

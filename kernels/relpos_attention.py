@@ -384,9 +384,9 @@ def _backward_key(
     # read again: keeping it would cost registers all along the loop
     k = _load_tile(k_base, j0, keys, stride_kt, D, N, BLOCK_D)
     du = tl.sum(total[:, None] * k.to(tl.float32), 0) * grad_scale
-    # du_ptr: [B, H, tiles, D]
-    tile = bh.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(du_ptr + tile * D + d, du, mask=d < D)
+    # du_ptr: [B, tiles, H, D]
+    tile = b.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(du_ptr + (tile * H + h) * D + d, du, mask=d < D)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -469,9 +469,9 @@ def _backward_position(
     _store_tile(out, T + diagonal, 2 * T - 1, H * D, dpos * grad_scale, D, N, BLOCK_D)
     p = _load_tile(pos_base, T + diagonal, 2 * T - 1, stride_pt, D, N, BLOCK_D)
     dv_bias = tl.sum(total[:, None] * p.to(tl.float32), 0) * grad_scale
-    # dv_bias_ptr: [parts, H, 2 tiles, D]
-    tile = (part * tl.num_programs(1) + h) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(dv_bias_ptr + tile * D + d, dv_bias, mask=d < D)
+    # dv_bias_ptr: [parts, 2 tiles, H, D]
+    tile = part * tl.num_programs(0) + tl.program_id(0)
+    tl.store(dv_bias_ptr + (tile * H + h) * D + d, dv_bias, mask=d < D)
 
 
 def config_for(kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> LaunchConfig:
@@ -553,15 +553,16 @@ def forward(
     cu_seqlens: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output, shaped like q, and the log2-sum-exp2 of the scaled scores in float32 [H, frames in all].
 
     q, k, v are [B, T, H, D], or packed [frames in all, H, D] with cu_seqlens [B+1]; `seed` is an int64 tensor of one
-    element, or None for no dropout.  Shapes have been checked.
+    element, or None for no dropout.  Shapes have been checked.  Writes to `out`, contiguous, where given.
     """
     b, t, rows = _sizes(q, pos, cu_seqlens)
     h, d = q.shape[-2:]
-    out = q.new_empty(q.shape)
+    out = q.new_empty(q.shape) if out is None else out
     lse = q.new_empty(h, rows, dtype=torch.float32)
     q, k, v, pos = (unit_stride(x) for x in (q, k, v, pos))
     config = _config("forward", q)
@@ -593,8 +594,13 @@ def backward(
     out: Tensor,
     lse: Tensor,
     dropout_p: float,
+    *,
+    partial: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, pos, u, v_bias, in their dtypes, from what `forward` returned."""
+    """Gradients of q, k, v, pos, u, v_bias, in their dtypes, from what `forward` returned.
+
+    With `partial`, the last three are float32 partial sums [P, ...] to be added up over the first dimension.
+    """
     b, t, rows = _sizes(q, pos, cu_seqlens)
     h, d = q.shape[-2:]
     dout, q, k, v, pos = (unit_stride(x) for x in (dout, q, k, v, pos))
@@ -620,19 +626,19 @@ def backward(
 
     config = _config("backward_key", q)
     tiles = cdiv(t, config.blocks["BLOCK_N"])
-    du = q.new_empty(b, h, tiles, d, dtype=torch.float32)
+    du = q.new_empty(b * tiles, h, d, dtype=torch.float32)
     launch(_backward_key, (tiles, b * h), config, q, dk_ptr=dk, dv_ptr=dv, du_ptr=du, **common)
 
     config = _config("backward_position", q)
     tiles = 2 * cdiv(t, config.blocks["BLOCK_N"])
     parts = _position_parts(b, h, tiles)
     dpos = q.new_empty(parts, 2 * t - 1, h, d, dtype=torch.float32)
-    dv_bias = q.new_empty(parts, h, tiles, d, dtype=torch.float32)
+    dv_bias = q.new_empty(parts * tiles, h, d, dtype=torch.float32)
     launch(_backward_position, (tiles, h, parts), config, q, dpos_ptr=dpos, dv_bias_ptr=dv_bias, B=b, **common)
+    if partial:
+        return dq, dk, dv, dpos, du, dv_bias
     # sums over the partial results: a fixed order, hence the same bits every time
-    return (
-        dq, dk, dv, dpos.sum(0).to(pos.dtype), du.sum((0, 2)).to(u.dtype), dv_bias.sum((0, 2)).to(v_bias.dtype),
-    )  # fmt: skip
+    return dq, dk, dv, dpos.sum(0).to(pos.dtype), du.sum(0).to(u.dtype), dv_bias.sum(0).to(v_bias.dtype)
 
 
 def _position_parts(batch: int, heads: int, tiles: int) -> int:

@@ -159,7 +159,7 @@ def layer_norm_backward(
     alpha: float = 1.0,
     dropout_p: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dx [M, D], (dweight, dbias) [2, D]) of rows; fills `n` (needs `bias`) and `dy` where given."""
+    """(dx [M, D], partial sums [P, 2, D] of dweight and dbias) of rows; fills `n` (needs `bias`) and `dy` where given."""
     m, d = s.shape
     weight, bias = dense(weight, bias)
     config = _config("backward", s)
@@ -174,7 +174,7 @@ def layer_norm_backward(
         weight, bias, seed, dx, dy, n, part, m, d, rows_each, alpha,
         dropout_threshold(dropout_p), dropout_scale(dropout_p),
     )  # fmt: skip
-    return dx, sum_rows(part, weight.dtype)
+    return dx, part
 
 
 def forward(
@@ -186,12 +186,13 @@ def forward(
     alpha: float,
     dropout_p: float,
     eps: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(s, n) shaped like x, and mean, rstd: float32 [M]."""
+    """(s, n) shaped like x, n in `dtype` or that of x, and mean, rstd: float32 [M]."""
     x2, y2 = rows_of(x), rows_of(y)
     weight, bias = dense(weight, bias)
     m, d = x2.shape
-    s, n = x.new_empty(x.shape), x.new_empty(x.shape)
+    s, n = x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype)
     mean, rstd = (x.new_empty((m,), dtype=torch.float32) for _ in range(2))
     config = _config("forward", x)
     launch(
@@ -214,11 +215,11 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dx, dy, (dweight, dbias) [2, D]); dy is empty where it equals dx (alpha = 1, no dropout)."""
     dy = s.new_empty(s.shape if seed is not None or alpha != 1.0 else (0,))
-    dx, dparams = layer_norm_backward(
+    dx, part = layer_norm_backward(
         rows_of(dn), rows_of(ds), rows_of(s), mean, rstd, weight,
         dy=dy if dy.dim() > 1 else None, seed=seed, alpha=alpha, dropout_p=dropout_p,
     )  # fmt: skip
-    return dx.view(s.shape), dy, dparams
+    return dx.view(s.shape), dy, sum_rows(part, weight.dtype)
 
 
 _INTEGERS = ("M", "D", "rows_each", "threshold", "stride_xm", "stride_ym", "stride_dnm", "stride_dsm", "stride_sm")

@@ -23,10 +23,21 @@ from lcconformer.ops.derivatives import transformed
 from lcconformer.ops.registry import Choice, forced_backend, strict
 from lcconformer.stack import LayerStack
 
-from . import inference, modules, training
+from . import captured, inference, modules, training
+from .captured import captured_training
 from .kernels import explain_ops
 
-__all__ = ["ENGINES", "Decision", "Explanation", "choose", "decide", "engine", "explain", "forced_engine"]
+__all__ = [
+    "ENGINES",
+    "Decision",
+    "Explanation",
+    "captured_training",
+    "choose",
+    "decide",
+    "engine",
+    "explain",
+    "forced_engine",
+]
 
 ENGINES = ("modules", "loop")
 _log = logging.getLogger("lcconformer")
@@ -129,7 +140,8 @@ def decide(stack: LayerStack, x: Tensor, backprop_depth: int, *, explaining: boo
         lost = bool(changeable) and not chosen and not slower and forced_backend() == "auto"
         return Decision("modules", by_modules, against, lost)
     if kernels is not None:
-        return Decision("training", functools.partial(training.run, backprop_depth=backprop_depth, kernels=kernels))
+        train = captured.run if captured.wanted(x) else training.run
+        return Decision("training", functools.partial(train, backprop_depth=backprop_depth, kernels=kernels))
     return Decision("inference", inference.run)
 
 

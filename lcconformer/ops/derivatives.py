@@ -46,6 +46,8 @@ class _Refuse(torch.autograd.Function):
 def differentiable_once(name: str, instead: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate ``backward(ctx, saved_tensors, *douts)`` of an ``autograd.Function``: its gradients have none of their own.
 
+    The list of saved tensors is the backward's own, to be emptied as it goes.
+
     Unlike with ``torch.autograd.function.once_differentiable`` the error gives advice, and comes also where the incoming
     gradients are constants, and where the gradients of the gradients are asked for inputs by name: there the engine would
     never get to PyTorch's node that raises, and ``allow_unused=True`` would make zeros of them.
@@ -59,12 +61,13 @@ def differentiable_once(name: str, instead: str) -> Callable[[Callable[..., Any]
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(backward)
         def once(ctx: Any, *douts: Any) -> Any:
-            saved = ctx.saved_tensors  # once: checkpointing hands them out no second time
+            saved = list(ctx.saved_tensors)  # once: checkpointing hands them out no second time
+            twice = not torch.compiler.is_compiling() and torch.is_grad_enabled()
+            sources = [t for t in (*saved, *douts) if t is not None and t.requires_grad] if twice else []
             with torch.no_grad():
                 gradients = backward(ctx, saved, *douts)
-            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            if not twice:
                 return gradients
-            sources = [t for t in (*saved, *douts) if t is not None and t.requires_grad]
             return tuple(None if g is None else _Refuse.apply(g, message, *sources) for g in gradients)
 
         return once

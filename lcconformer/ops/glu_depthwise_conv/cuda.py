@@ -70,13 +70,13 @@ def _fold(norm_weight, norm_bias, mean, var, eps) -> tuple[Tensor | None, Tensor
     return inverse, scale, norm_bias.float() - mean.float() * scale
 
 
-def forward(args: GluDepthwiseConv, save: bool) -> tuple[Tensor, Statistics]:
+def forward(args: GluDepthwiseConv, save: bool, *, out: Tensor | None = None) -> tuple[Tensor, Statistics]:
     kernels = _kernels()
     x, weight, lengths = unit_stride(args.x), args.weight.contiguous(), i64(args.lengths)
     shape = (*x.shape[:2], weight.shape[0])
     bias = None if args.bias is None else args.bias.contiguous()
     _, scale, shift = _fold(args.norm_weight, args.norm_bias, args.running_mean, args.running_var, args.eps)
-    out, y = x.new_empty(shape), x.new_empty(shape if save else (0,))
+    out, y = x.new_empty(shape) if out is None else out, x.new_empty(shape if save else (0,))
     launch = kernels.GluDepthwiseConvForward(
         **_inputs(kernels, x, weight, lengths, scale, shift),
         bias=pointer(bias),
@@ -90,17 +90,20 @@ def forward(args: GluDepthwiseConv, save: bool) -> tuple[Tensor, Statistics]:
     return out, Statistics(y, mean, var, count)
 
 
-def backward(dout: Tensor, args: GluDepthwiseConv, saved: Statistics) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(
+    dout: Tensor, args: GluDepthwiseConv, saved: Statistics, *, dx: Tensor | None = None, partial: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernels = _kernels()
     x, weight, norm_weight = args.x, args.weight, args.norm_weight
     b, t, _ = x.shape
     c, k = weight.shape
-    dx, dtaps, dbias = x.new_empty(x.shape), weight.new_empty((k, c)), weight.new_empty((c,))
+    dx = x.new_empty(x.shape) if dx is None else dx
+    dtaps, dbias = weight.new_empty((k, c)), weight.new_empty((c,))
     x, weight, dout, lengths = unit_stride(x), weight.contiguous(), unit_stride(dout), i64(args.lengths)
     inverse, scale, shift = _fold(norm_weight, args.norm_bias, saved.mean, saved.var, args.eps)
     daffine = x.new_empty((2, c), dtype=torch.float32)  # of shift, of scale
     slots = kernels.glu_depthwise_conv_slots(b, t, c)
-    partial = x.new_empty((slots, k + 2, c), dtype=torch.float32)
+    scratch = x.new_empty((slots, k + 2, c), dtype=torch.float32)
     launch = kernels.GluDepthwiseConvBackward(
         **_inputs(kernels, x, weight, lengths, scale, shift),
         dout=pointer(dout),
@@ -112,11 +115,15 @@ def backward(dout: Tensor, args: GluDepthwiseConv, saved: Statistics) -> tuple[T
         dbias=pointer(dbias),
         dshift=pointer(daffine[0]),
         dscale=pointer(daffine[1]),
-        partial=pointer(partial),
+        partial=pointer(scratch),
         slots=slots,
     )
     kernels.glu_depthwise_conv_backward(launch)
     if norm_weight is None or inverse is None:
-        return dx, dtaps, dbias, x.new_empty((0,))
-    daffine[1].sub_(saved.mean * daffine[0]).mul_(inverse)
-    return dx, dtaps, dbias, daffine.to(norm_weight.dtype)
+        dnorm = x.new_empty((0,))
+    else:
+        daffine[1].sub_(saved.mean * daffine[0]).mul_(inverse)
+        dnorm = daffine if partial else daffine.to(norm_weight.dtype)
+    if partial:
+        return dx, dtaps[None], dbias[None], dnorm[None]
+    return dx, dtaps, dbias, dnorm
