@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,11 +32,19 @@ TRITON_DTYPE: dict[torch.dtype, str] = {
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How one kernel is launched; `blocks` are its BLOCK_* constexprs. No warps: use the library instead of this kernel."""
+    """How one kernel is launched; `blocks` are its BLOCK_* constexprs. No warps: use the library instead of this kernel.
+
+    `pdl`: programmatic dependent launch: the kernel may start before the previous one has ended, and waits for it inside.
+    """
 
     num_warps: int
     num_stages: int
     blocks: Mapping[str, int] = field(default_factory=dict)
+    pdl: bool = False
+
+    def with_pdl(self, pdl: bool) -> LaunchConfig:
+        """Return this configuration with or without programmatic dependent launch."""
+        return replace(self, pdl=True) if pdl else self
 
     def __str__(self) -> str:
         tiles = "".join(f" {name}={size}" for name, size in self.blocks.items())
@@ -49,6 +57,7 @@ class LaunchConfig:
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": True,
+            **({"launch_pdl": True} if self.pdl else {}),
         }
 
 
@@ -96,6 +105,17 @@ def arch_of(x: torch.Tensor) -> int:
 def nearest_arch(arch: int) -> int:
     """Return the listed architecture whose limits a device of capability `arch` has (87 -> 86, 103 -> 100, 121 -> 120)."""
     return max((a for a in SHARED_MEMORY if a <= arch), default=min(SHARED_MEMORY))
+
+
+def supports_pdl(x: torch.Tensor) -> bool:
+    """Whether kernels on the tensor's device can be launched with programmatic dependent launch."""
+    return x.device.type == "cuda" and arch_of(x) >= 90
+
+
+def product_precision(dtype: torch.dtype) -> str:
+    """Return `input_precision` of tl.dot: float32 products as PyTorch's own, exact, or TF32 where that is allowed."""
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
 
 
 def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
