@@ -31,6 +31,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lcconformer.architectures import SHARED_MEMORY
+
 from .common import (
     AotConfig,
     LaunchConfig,
@@ -40,16 +42,15 @@ from .common import (
     constexpr_signature,
     dense,
     launch,
+    nearest_arch,
     next_power_of_2,
     product_precision,
     sigmoid,
     supports_pdl,
 )
 
-__all__ = ["MAX_WIDTH", "aot_configs", "norm", "norm_product", "residual_product"]
+__all__ = ["FEW", "aot_configs", "max_width", "norm", "norm_product", "residual_product"]
 
-# a program holds whole rows of the residual stream
-MAX_WIDTH = 768
 # what changes with T or B: specialised on ones and multiples of 16 it would compile again for new lengths
 RUNTIME = ("M", "splits")
 
@@ -252,8 +253,16 @@ def _norm_kernel(
 # --- launching -------------------------------------------------------------------------------------------------------
 
 FEW = 512  # rows, up to which a program has one tile of columns
-MAX_WIDTH_OF_MANY = 512  # of more rows than that; wider ones spill
+# widths of whole rows that a program can hold without spilling; of more than FEW rows, and there with less shared memory
+_WIDEST, _WIDEST_OF_MANY, _WIDEST_OF_MANY_IN_99_KIB = 768, 512, 256
 _PROGRAMS = 264  # two for each of 132 multiprocessors
+
+
+def max_width(arch: int, m: int) -> int:
+    """Return the width of the widest of `m` rows that the products serve."""
+    if m <= FEW:
+        return _WIDEST
+    return _WIDEST_OF_MANY if SHARED_MEMORY[nearest_arch(arch)] > 128 * 1024 else _WIDEST_OF_MANY_IN_99_KIB
 
 
 def row_chunks(width: int, largest: int = 256) -> tuple[int, int]:
@@ -276,7 +285,7 @@ def norm_product_config(arch: int, dtype: torch.dtype, m: int, k: int, glu: bool
     width = block_k * chunks
     blocks = {"BLOCK_K": block_k, "CHUNKS": chunks}
     if m <= FEW:
-        warps = 4 if width <= 512 else 8
+        warps = 4 if width <= (512 if m <= 128 else 256) else 8
         # 16384 weights of 16 bits are 64 registers a thread of four warps
         weights = 4096 * warps // (2 if glu else 1)
         block_n = min(64, max(16, next_power_of_2(weights // width + 1) // 2))
@@ -429,16 +438,16 @@ def aot_configs(arch: int) -> Iterator[AotConfig]:
     for m in (128, FEW, FEW + 1):
         for epilogue in ("none", "silu"):
             yield _norm_products(arch, "bf16", m, 256, epilogue, True)
-        for k in (256, 512):
+        for k in dict.fromkeys((256, min(512, max_width(arch, m)))):
             yield _norm_products(arch, "bf16", m, k, "glu", True)
             yield _norm_products(arch, "bf16", m, k, "silu", False)
         yield _residual_products(arch, "bf16", m, 1024)
-    for m, k in ((128, 144), (FEW + 1, 144), (128, MAX_WIDTH)):
+    for m, k in ((128, 144), (FEW + 1, 144), (128, _WIDEST)):
         yield _norm_products(arch, "bf16", m, k, "glu", True)
         yield _norm_products(arch, "bf16", m, k, "silu", False)
     for dtype in ("fp16", "fp32"):
         yield _norm_products(arch, dtype, 128, 256, "glu", True)
         yield _norm_products(arch, dtype, 128, 256, "silu", False)
         yield _residual_products(arch, dtype, 128, 1024)
-    for k in (256, MAX_WIDTH):
+    for k in (256, _WIDEST):
         yield _aot(f"norm K={k}", _norm_kernel, arch, "bf16", norm_config(k), {})

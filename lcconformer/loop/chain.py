@@ -42,6 +42,7 @@ def reasons(stack: LayerStack, x: Tensor, rows: int) -> list[str]:
     if found:
         return found
     from lcconformer.kernels import chain_products as products
+    from lcconformer.kernels.common import arch_of
 
     config, d = stack.config, x.shape[-1]
     if config.activation != "silu":
@@ -54,10 +55,9 @@ def reasons(stack: LayerStack, x: Tensor, rows: int) -> list[str]:
         found.append("conditioning is left to the modules")
     if d // config.num_heads > MAX_HEAD_DIM:
         found.append(f"heads are fused up to D = {MAX_HEAD_DIM}, got D = {d // config.num_heads}")
-    if d > products.MAX_WIDTH:
-        found.append(f"rows are fused up to d_model = {products.MAX_WIDTH}, got {d}")
-    elif rows > products.FEW and d > products.MAX_WIDTH_OF_MANY:
-        found.append(f"more than {products.FEW} rows are fused up to d_model = {products.MAX_WIDTH_OF_MANY}, got {d}")
+    widest = products.max_width(arch_of(x), rows)
+    if d > widest:
+        found.append(f"{rows} rows are fused up to d_model = {widest} on this GPU, got {d}")
     if rows > products.FEW and x.dtype == torch.float32:
         found.append(f"products of more than {products.FEW} float32 rows are left to the library")
     return found

@@ -176,7 +176,7 @@ def test_ten_kernels_a_layer(monkeypatch):
         ({"activation": "gelu"}, "activation 'gelu' is not fused"),
         ({"conditioning": ("step",)}, "conditioning is left"),
         ({"d_model": 512, "num_heads": 2}, r"heads are fused up to D = 128, got D = 256"),
-        ({"d_model": 1024, "num_heads": 16}, "rows are fused up to d_model = 768, got 1024"),
+        ({"d_model": 1024, "num_heads": 16}, "5 rows are fused up to d_model = 768 on this GPU, got 1024"),
     ],
     ids=str,
 )
@@ -190,14 +190,21 @@ def test_what_it_does_not_serve(changes, reason):
             assert chain.reasons(make_encoder(), torch.randn(1, 5, 16), 5)
 
 
-def test_many_wide_or_float32_rows_are_left_to_the_library():
+def test_many_wide_or_float32_rows_are_left_to_the_library(monkeypatch):
     encoder = make_encoder(d_model=576, num_heads=8)
     half, single = torch.float16, torch.float32
     with backend("triton"):
         assert chain.reasons(encoder, torch.empty(1, 1, 576), 512) == []
-        assert "more than 512 rows" in chain.reasons(encoder, torch.empty(1, 1, 576, dtype=half), 513)[0]
+        assert (
+            "513 rows are fused up to d_model = 512"
+            in chain.reasons(encoder, torch.empty(1, 1, 576, dtype=half), 513)[0]
+        )
         assert "512 float32 rows" in chain.reasons(make_encoder(), torch.empty(1, 1, 16, dtype=single), 513)[0]
         assert chain.reasons(make_encoder(), torch.empty(1, 1, 16, dtype=half), 513) == []
+        # a smaller GPU has less shared memory
+        monkeypatch.setattr(common, "arch_of", lambda x: 89)
+        assert chain.reasons(encoder, torch.empty(1, 1, 576), 512) == []
+        assert "up to d_model = 256" in chain.reasons(encoder, torch.empty(1, 1, 576, dtype=half), 513)[0]
 
 
 def test_runs_where_triton_is_forced_and_is_told(monkeypatch):
