@@ -238,7 +238,7 @@ def _residual_product_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _norm_kernel(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, M, K, eps,
+    x_ptr, norm_weight_ptr, norm_bias_ptr, out_ptr, M, K, eps,
     PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """out = LN(x), [M, K]"""
@@ -246,7 +246,7 @@ def _norm_kernel(
     valid = row + tl.arange(0, BLOCK_M) < M
     wait_for_previous(PDL)
     x = _load_rows(_rows_from(x_ptr, row, K), valid, K, BLOCK_M, BLOCK_K, CHUNKS)
-    out = _normalised(x, weight_ptr, bias_ptr, K, eps, BLOCK_K, CHUNKS, out_ptr.dtype.element_ty)
+    out = _normalised(x, norm_weight_ptr, norm_bias_ptr, K, eps, BLOCK_K, CHUNKS, out_ptr.dtype.element_ty)
     _store_rows(_rows_from(out_ptr, row, K), out, valid, K, BLOCK_M, BLOCK_K, CHUNKS)
 
 
