@@ -164,7 +164,9 @@ def violations(config: AotConfig, arch: int, used: Resources) -> list[str]:
         found.append(f"stack {used.stack} > {config.spill_budget}")
     if config.tensor_cores and not used.tensor_core:
         found.append("no tensor-core instructions")
-    if config.tensor_cores and arch == 90 and config.dtype in ("fp16", "bf16") and used.tensor_core_kind != "HGMMA":
+    # a warpgroup's product has 64 rows
+    wide = config.launch.blocks.get("BLOCK_M", 64) >= 64 and config.dtype in ("fp16", "bf16")
+    if config.tensor_cores and arch == 90 and wide and used.tensor_core_kind != "HGMMA":
         found.append(f"{used.tensor_core_kind or 'nothing'} in place of HGMMA")
     if used.serialized and not config.may_serialize:
         found.append("products serialised (ptxas C7515)")

@@ -60,6 +60,8 @@ LAYER_NORM, ON_LAYER_NORM = "kernels/residual_layer_norm.py", "tests/kernels/tes
 FEED_FORWARD, ON_FEED_FORWARD = "kernels/feed_forward.py", "tests/kernels/test_feed_forward.py"
 PRODUCTS, ON_PRODUCTS = "kernels/feed_forward_products.py", "tests/kernels/test_feed_forward_products.py"
 ON_STRIDES = "tests/kernels/test_strides.py"
+CHAIN_PRODUCTS, ON_CHAIN_PRODUCTS = "kernels/chain_products.py", "tests/kernels/test_chain_products.py"
+CHAIN_CONVOLUTION, ON_CHAIN_CONVOLUTION = "kernels/chain_convolution.py", "tests/kernels/test_chain_convolution.py"
 
 TRITON = (
     Mutation(
@@ -318,6 +320,104 @@ TRITON = (
         "zero + stream, 7)",
         "zero + stream, 6)",
         f"{ON_ATTENTION}::test_dropout_is_the_same_in_forward_and_backward[9-2-lengths1-dtype1]",
+    ),
+    Mutation(
+        "chain: columns beyond K in the variance",
+        CHAIN_PRODUCTS,
+        "tl.where((k < K)[None, :], x[c] - mean[:, None], 0.0)",
+        "x[c] - mean[:, None]",
+        f"{ON_CHAIN_PRODUCTS}::test_norm[(9, 144)]",
+    ),
+    Mutation(
+        "chain: the previous loop's LayerNorm is not filed by all rows",
+        CHAIN_PRODUCTS,
+        "        if split == 0:  # every",
+        "        if split == 0 and row == 0:  # every",
+        f"{ON_CHAIN_PRODUCTS}::test_norm_product[silu-True-(35, 24, 16)-fp32]",
+    ),
+    Mutation(
+        "chain: one LayerNorm where there are two",
+        CHAIN_PRODUCTS,
+        "        x = ()\n        for c in tl.static_range(CHUNKS):\n            x = x + (entered[c].to(tl.float32),)\n",
+        "",
+        f"{ON_CHAIN_PRODUCTS}::test_norm_product[silu-True-(7, 144, 40)-fp32]",
+    ),
+    Mutation(
+        "chain: gates of a GLU from the rows of its values",
+        CHAIN_PRODUCTS,
+        "    w_gate = w_ptr + N * stride_wn\n",
+        "    w_gate = w_ptr\n",
+        f"{ON_CHAIN_PRODUCTS}::test_norm_product[glu-False-(1, 16, 24)-fp32]",
+    ),
+    Mutation(
+        "chain: biases of a GLU's gates from its values",
+        CHAIN_PRODUCTS,
+        "tl.load(bias_ptr + N + cols",
+        "tl.load(bias_ptr + cols",
+        f"{ON_CHAIN_PRODUCTS}::test_norm_product[glu-False-(1, 16, 24)-fp32]",
+    ),
+    Mutation(
+        "chain: programs of the same rows do the same columns",
+        CHAIN_PRODUCTS,
+        "for col in range(split * BLOCK_N, N, splits * BLOCK_N):",
+        "for col in range(0, N, splits * BLOCK_N):",
+        f"{ON_CHAIN_PRODUCTS}::test_several_tiles_of_columns_a_program[2-glu]",
+    ),
+    Mutation(
+        "chain: first chunk of a product along K left out",
+        CHAIN_PRODUCTS,
+        "    acc = tl.dot(a, w, input_precision=PRECISION)\n",
+        "    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)\n",
+        f"{ON_CHAIN_PRODUCTS}::test_residual_product[(35, 200, 40)-fp16]",
+    ),
+    Mutation(
+        "chain: half step left out",
+        CHAIN_PRODUCTS,
+        "residual + tl.cast(scale, tl.float32) * z",
+        "residual + z",
+        f"{ON_CHAIN_PRODUCTS}::test_residual_product[(1, 16, 24)-fp32]",
+    ),
+    Mutation(
+        "chain: a frame beyond the length is read",
+        CHAIN_CONVOLUTION,
+        "inside = t.to(tl.uint32, bitcast=True) < tl.cast(n, tl.uint32)",
+        "inside = t.to(tl.uint32, bitcast=True) <= tl.cast(n, tl.uint32)",
+        f"{ON_CHAIN_CONVOLUTION}::test_depthwise[16-5-7-none-True]",
+    ),
+    Mutation(
+        "chain: window of frames not moved",
+        CHAIN_CONVOLUTION,
+        "        window = frames[TAPS:]\n",
+        "",
+        f"{ON_CHAIN_CONVOLUTION}::test_depthwise[24-15-12-none-True]",
+    ),
+    Mutation(
+        "chain: running mean left out of the folded BatchNorm",
+        CHAIN_CONVOLUTION,
+        "bias = (bias - tl.load(mean_ptr + c, mask=mask, other=0.0).to(tl.float32)) * scale",
+        "bias = bias * scale",
+        f"{ON_CHAIN_CONVOLUTION}::test_depthwise[16-5-7-batch-True]",
+    ),
+    Mutation(
+        "chain: channels beyond C in the variance",
+        CHAIN_CONVOLUTION,
+        "centred = tl.where(mask_c[None, :], y - mean[:, None], 0.0)",
+        "centred = y - mean[:, None]",
+        f"{ON_CHAIN_CONVOLUTION}::test_depthwise[24-15-12-layer-True]",
+    ),
+    Mutation(
+        "launching: 16-byte alignment not told apart",
+        "kernels/common.py",
+        "key += value.dtype, not value.data_ptr() & 15",
+        "key.append(value.dtype)",
+        "tests/kernels/test_common.py::test_a_bound_launch_is_what_triton_would_launch",
+    ),
+    Mutation(
+        "launching: an integer of one not told apart",
+        "kernels/common.py",
+        "0 if not specialised else 1 if value == 1 else 16 if",
+        "0 if not specialised else 16 if",
+        "tests/kernels/test_common.py::test_a_bound_launch_is_what_triton_would_launch",
     ),
 )
 

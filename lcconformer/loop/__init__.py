@@ -181,7 +181,8 @@ class Explanation:
     Attributes:
         engine: ``"modules"``, ``"training"`` or ``"inference"``; None: a forced engine cannot serve, and the call raises.
         against: why no engine of the loop serves; empty if one does.
-        ops: the choice of backend of each op.  The inference engine on a CPU has one for all: ``shared_loop``.
+        ops: the choice of backend of each op.  The inference engine has one for all, ``shared_loop``: ``"cpu"``, ``"triton"``,
+            or ``"modules"``, whose ops follow.
     """
 
     engine: str | None
@@ -207,8 +208,5 @@ class Explanation:
 def explain(stack: LayerStack, x: Tensor) -> Explanation:
     """Work out what would run the loops of ``x [B, T, d_model]`` in the present grad mode, without running or logging."""
     decision = decide(stack, x, len(stack.layer_map), explaining=True)
-    if decision.engine == "inference" and x.device.type == "cpu":
-        ops = {inference.OP: Choice(inference.OP, "cpu")}
-    else:
-        ops = explain_ops(stack, x)
+    ops = inference.explain(stack, x) if decision.engine == "inference" else explain_ops(stack, x)
     return Explanation(decision.engine, decision.against, ops)

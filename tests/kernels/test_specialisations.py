@@ -21,6 +21,8 @@ import torch
 pytest.importorskip("triton")
 
 from lcconformer.kernels import (
+    chain_convolution,
+    chain_products,
     feed_forward,
     glu_depthwise_conv,
     partials,
@@ -30,7 +32,16 @@ from lcconformer.kernels import (
 from lcconformer.kernels import feed_forward_products as products
 from lcconformer.kernels.common import AotConfig, LaunchConfig
 
-MODULES = (feed_forward, glu_depthwise_conv, partials, products, relpos_attention, residual_layer_norm)
+MODULES = (
+    chain_convolution,
+    chain_products,
+    feed_forward,
+    glu_depthwise_conv,
+    partials,
+    products,
+    relpos_attention,
+    residual_layer_norm,
+)
 OPTIONAL = ("lengths_ptr", "bias_ptr", "seed_ptr")
 # unrolled loops, as short as they go
 SHORT = {"BLOCK_R": 2, "TAPS": 2, "STEP": 2}
@@ -149,6 +160,18 @@ def calls(b: int, t: int) -> Iterator[tuple[str, Callable[[], object]]]:
         out, lse = relpos_attention.forward(*given, p)
         relpos_attention.backward(torch.zeros_like(out), *given, out, lse, p)
 
+    def chain() -> None:
+        norm, rows, taps = (vector, vector), x.view(b * t, d).bfloat16(), torch.zeros(33, d)
+        for epilogue, previous in (("silu", norm), ("none", None), ("glu", None)):
+            weight = torch.zeros(2 * f if epilogue == "glu" else f, d, dtype=torch.bfloat16)
+            out, given = torch.zeros(b * t, f), {"epilogue": epilogue, "previous": previous}
+            chain_products.norm_product(rows, norm, weight, None, out, 1e-5, entered=rows, **given)
+        chain_products.residual_product(rows, torch.zeros(d, d, dtype=torch.bfloat16), vector, rows, rows)
+        chain_products.norm(rows, vector, vector, rows, 1e-5)
+        for layer_norm in (norm, None):
+            chain_convolution.depthwise(x, taps, 31, lengths, layer_norm, 1e-5, x)
+
+    yield "chain", chain
     yield "feed_forward", feed
     yield "feed_forward by products", feed_by_products
     yield "residual_layer_norm", residual
