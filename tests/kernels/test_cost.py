@@ -254,6 +254,12 @@ def test_the_report_predicts(tmp_path):
     assert "write the file again by --out" in done.stderr
 
 
+def test_the_report_says_what_it_does_not_model(capsys):
+    with pytest.raises(SystemExit):
+        report.main(["--cost", "--arch", "100"])
+    assert "knows no sm_100; give one of sm_80" in capsys.readouterr().err
+
+
 SLOWER = """
 import dataclasses, pathlib, sys
 from lcconformer.kernels import partials, report
