@@ -442,6 +442,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     if args.cost:
+        if unknown := set(args.arch or ()) - set(MACHINES):
+            known = ", ".join(f"sm_{a}" for a in MACHINES)
+            parser.error(f"--cost knows no sm_{min(unknown)}; give one of {known}")
         return _print_costs(args)
     print("| kernel | dtype | sm | warps | stages | registers | stack | shared KiB | instructions | tensor core | |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")

@@ -142,6 +142,13 @@ def test_a_warp_waits_for_products():
     assert walk(product, product, "WARPGROUP.DEPBAR.LE gsb0, 0x1") == 64 + 40 + 2
 
 
+def test_a_block_may_run_a_share_of_the_straight_code():
+    program = parse(listing("FADD R0, R0, R1", ".L_x_0:", "FADD R0, R0, R1", "@P1 BRA `(.L_x_0)", "EXIT"))
+    whole = predict(program, H200, Work(132, (3,), 0.0), warps=4, registers=32, shared=0)
+    half = predict(program, H200, Work(132, (3,), 0.0, straight=0.5), warps=4, registers=32, shared=0)
+    assert (whole.cycles["issue"], half.cycles["issue"]) == (2 + 6, 1 + 6)
+
+
 @pytest.mark.parametrize(
     ("arch", "warps", "registers", "shared", "blocks"),
     [
@@ -190,11 +197,12 @@ def test_memory_binds_what_does_not_fit_in_the_cache():
 
 
 def test_every_bfloat16_kernel_states_its_work():
+    shapes = ((1, 100), (1, 300), (32, 400))  # a configuration may be for few rows, or for many
     missing = [
         config.name
         for module in report.kernel_modules()
         for config in report.configs(module, 90)
-        if config.dtype == "bf16" and work(config, shape_of(config, 32, 400)) is None
+        if config.dtype == "bf16" and all(work(config, shape_of(config, b, t)) is None for b, t in shapes)
     ]
     assert not missing, f"add to WORK in kernels/cost_shapes.py: {', '.join(missing)}"
 
@@ -244,6 +252,12 @@ def test_the_report_predicts(tmp_path):
     assert done.returncode == 1
     assert "partials.sum_rows fp32 sm_90 (1, 100): microseconds" in done.stderr
     assert "write the file again by --out" in done.stderr
+
+
+def test_the_report_says_what_it_does_not_model(capsys):
+    with pytest.raises(SystemExit):
+        report.main(["--cost", "--arch", "100"])
+    assert "knows no sm_100; give one of sm_80" in capsys.readouterr().err
 
 
 SLOWER = """
