@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -97,3 +101,39 @@ def test_norm(shape, assert_close):
 def test_rows_as_tiles():
     expected = {16: (16, 1), 24: (32, 1), 64: (64, 1), 144: (64, 3), 256: (256, 1), 384: (128, 3), 512: (256, 2)}
     assert {width: products.row_chunks(width) for width in expected} == expected
+
+
+EARLY = """
+import re
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from lcconformer.kernels import chain_convolution, chain_products
+from lcconformer.kernels.common import divisible_by_16
+
+def order(module, name):
+    config = next(c for c in module.aot_configs(90) if c.name.endswith(name))
+    names = config.kernel.arg_names
+    signature = {n: config.signature.get(n, "constexpr") for n in names}
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in divisible_by_16(config)}
+    source = ASTSource(config.kernel, signature, dict(config.constexprs), attributes)
+    options = {k: v for k, v in config.launch.kwargs().items() if k not in config.launch.blocks}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert compiled.metadata.launch_pdl
+    ptx = compiled.asm["ptx"]
+    ahead, waited, rest = ptx.partition("griddepcontrol.wait")
+    started = rest.index("griddepcontrol.launch_dependents")
+    assert waited and "ld.global" in ahead and "st.global" not in ahead and "cp.async" not in ahead
+    assert not re.search("global|cp.async", rest[:started])
+    assert "ld.global" in rest and "st.global" in rest
+
+order(chain_products, "norm_product silu of two norms K=256 M=128")
+order(chain_products, "residual_product K=1024 M=128")
+order(chain_convolution, "depthwise none C=256 M=128")
+"""
+
+
+def test_compiled_kernels_load_weights_then_wait_then_let_the_next_start():
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", EARLY], env=env, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-3000:]
