@@ -1,17 +1,18 @@
-"""Transformer-XL relative attention as a flash kernel, forward and backward; no score ever reaches global memory.
+"""Transformer-XL relative attention: a flash kernel forward, a scratch of weights and score gradients backward.
 
 S[i, j] = ((q_i + u) . k_j + (q_i + v_bias) . pos[T-1-i+j]) / sqrt(D).  The second term needs, for a tile of M queries
 from i0 and N keys from j0, a parallelogram of products (i, position), not a rectangle.
 
-The shift is a rotation.  Let R_t[i, c] = (q_i + v_bias) . pos[T-i0+j0 + c], c < N, a dense product for the key tile t at
-j0.  Element (i, j) of the tile (indices local to it) is in column j-i-1 of R_t, or, where that is negative, in column
-j-i-1+N of R_{t-1}, or j-i-1+2N of R_{t-2}: always column (j-i-1) mod N.  So the rows of each R are rotated once, and the
+The shift is a rotation.  Let R_t[i, c] = (q_i + v_bias) . pos[T-1-i0+j0 + c], c < N, a dense product for the key tile t at
+j0.  Element (i, j) of the tile (indices local to it) is in column j-i of R_t, or, where that is negative, in column
+j-i+N of R_{t-1}, or j-i+2N of R_{t-2}: always column (j-i) mod N.  So the rows of each R are rotated once, and the
 result serves this tile and the next M/N: walking along the keys costs one product and one rotation a tile, no more
-MMA work than the content term.  The inverse rotation carries dS back to the coordinates of R.
+MMA work than the content term.
 
-What else was compiled (sm_90, bf16, D = 64, 4 warps; instructions in the loop are for 64 x 64 scores; not timed):
+Alternatives for the forward (sm_90, bf16, D = 64, 4 warps, Triton 3.6, every tile masked; instructions in the loop are for
+64 x 64 scores; compiled, not timed):
 
-  forward                                            registers  spilled  shared KiB  instructions
+                                                     registers  spilled  shared KiB  instructions
   no positions at all                                      120     0 B          40           436
   rotation, 64 x 32 tiles (this file)                      183     0 B          40           782
   rotation, 64 x 64 tiles                                  255   0-88 B         72           765
@@ -19,19 +20,30 @@ What else was compiled (sm_90, bf16, D = 64, 4 warps; instructions in the loop a
   rotation, 64 x 128 tiles                                 255  1168 B         144             -
   gather through shared memory by flat index               255    40 B          72           740, with bank conflicts
   the whole band again for every tile (64 x 128, gather)   255   136 B         112          1215
-  scores from a scratch in global memory (pitch 2T-2)      122     0 B          48           580, and a GEMM; 4 T^2 bytes
-                                                                                  written and 2 T^2 read a head
 
-The narrow tile costs 2% more instructions than the square one and leaves room for two blocks on a multiprocessor
-with registers to spare, for dropout (221 registers) and for D = 128 (255, 8 B).  The scratch has the shortest loop, but is
-the traffic that a flash kernel is there to avoid.
+Dropout is drawn by a kernel of its own, one bit a score: Philox inside the loop takes 50% more instructions there and a
+barrier for each rearrangement of its words.  The backward draws again; saved, the bits of a loop at (32, 1500) with four
+heads are 38 MB.
 
-Backward, three kernels, none of which writes to another's rows: no atomics, and the same bits every time.
-  _backward_query     one program per query tile, walks the keys:          dq
-  _backward_key       one program per key tile, walks the queries:         dk, dv, partial du
-  _backward_position  one program per N rows of pos, walks the diagonal:   partial dpos, partial dv_bias
-du is the sum of dS[i, j] k_j: a key tile has the column sums of dS, so du needs no pass of its own; dv_bias likewise from
-the column sums in the coordinates of R.
+Backward, chunk by chunk of heads, no atomics, and the same bits every time:
+  _backward_scores    one program per query tile, walks the keys:  W (dropped weights) and dS, [T, T] each, to a scratch
+  _backward_query     dq = dS k + dR pos; column sums of the two parts: partial du, dv_bias
+  _backward_key       dk = dS' (q + u), dv = W' dout
+  _backward_position  dpos = sum over utterances of dR' (q + v_bias)
+dR[i, T-1-i+j] = dS[i, j] is the scratch read with a pitch one larger: the relative shift backwards costs unaligned loads and
+no instructions.  A chunk is what fits the L2, or more heads where those would not fill the GPU (`_heads_at_a_time`).
+
+The loops as compiled (sm_90, bf16, D = 64, Triton 3.9; instructions, tensor-core units and barriers for 64 x 32 scores), and
+those of the flash kernels that recomputed S for each of dq, dk and dpos:
+
+                                  with dropout           without
+  forward                      468   10 MMA   5 bar    403   10 MMA   5 bar
+  _backward_scores             500   12        8       391   12        8
+  _backward_query               81 + 148, 2 + 2, 2 + 2, content and position
+  _backward_key                124    4        2
+  _backward_position           155    2        2
+  before: forward              707   10       14       442   10        5
+  before: backward, dq alone   917   16       18       630   16        9
 """
 
 from __future__ import annotations
@@ -214,13 +226,15 @@ def _first_scores(
 
 @triton.jit
 def _scores(
-    qu, qv, k, pos_base, older, latest, i0, j0, T, stride_pt, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    qu, qv, k_base, pos_base, older, latest, i0, j0, keys, stride_kt, stride_pt, T,
+    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """S [M, N] from (i0, j0) without 1/sqrt(D), and what the next key tile takes over."""
     age = _age(M, N)
     r = _rotated_scores(qv, pos_base, T - 1 - i0 + j0, T, stride_pt, D, M, N, BLOCK_D, PRECISION, MASKED)
     s = tl.where(age == 0, r, older)
+    k = _load_tile(k_base, j0, keys, stride_kt, D, N, BLOCK_D, MASKED)
     s = tl.dot(qu, tl.trans(k), s, input_precision=PRECISION)
     return s, tl.where(age == 2, latest, r), r
 
@@ -233,10 +247,10 @@ def _forward_tile(
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """One key tile of the online softmax; not MASKED: all of its keys are there."""
-    k = _load_tile(k_base, j0, keys, stride_kt, D, N, BLOCK_D, MASKED)
     s, older, latest = _scores(
-        qu, qv, k, pos_base, older, latest, i0, j0, T, stride_pt, D, M, N, BLOCK_D, PRECISION, MASKED
-    )
+        qu, qv, k_base, pos_base, older, latest, i0, j0, keys, stride_kt, stride_pt, T,
+        D, M, N, BLOCK_D, PRECISION, MASKED,
+    )  # fmt: skip
     if MASKED:
         s = tl.where(_inside(j0, keys, N)[None, :], s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, 1) * scale)
@@ -263,8 +277,8 @@ def _forward(
     M: tl.constexpr = 2 * BLOCK_N
     N: tl.constexpr = BLOCK_N
     HAS_DROPOUT: tl.constexpr = keep_ptr is not None
-    # a second copy of the loop: in float32 wide heads would spill for it
-    FULL_TILES: tl.constexpr = q_ptr.dtype.element_ty != tl.float32
+    # a second copy of the loop, for which float32 and wide heads would spill
+    FULL_TILES: tl.constexpr = q_ptr.dtype.element_ty != tl.float32 and BLOCK_D <= 64
     tiles = tl.cdiv(T, M)
     i0 = tl.program_id(0) % tiles * M
     bh = tl.program_id(0) // tiles
@@ -332,10 +346,10 @@ def _backward_tile(
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """Write the dropped weights and dS, up to the factor 1/sqrt(D), of one key tile; not MASKED: all keys are there."""
-    k = _load_tile(k_base, j0, keys, stride_kt, D, N, BLOCK_D, MASKED)
     s, older, latest = _scores(
-        qu, qv, k, pos_base, older, latest, i0, j0, T, stride_pt, D, M, N, BLOCK_D, PRECISION, MASKED
-    )
+        qu, qv, k_base, pos_base, older, latest, i0, j0, keys, stride_kt, stride_pt, T,
+        D, M, N, BLOCK_D, PRECISION, MASKED,
+    )  # fmt: skip
     v = _load_tile(v_base, j0, keys, stride_vt, D, N, BLOCK_D, MASKED)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     w = tl.math.exp2(s * scale - lse[:, None])
@@ -371,8 +385,8 @@ def _backward_scores(
     M: tl.constexpr = 2 * BLOCK_N
     N: tl.constexpr = BLOCK_N
     HAS_DROPOUT: tl.constexpr = keep_ptr is not None
-    # a second copy of the loop: in float32 wide heads would spill for it
-    FULL_TILES: tl.constexpr = q_ptr.dtype.element_ty != tl.float32
+    # a second copy of the loop, for which float32 and wide heads would spill
+    FULL_TILES: tl.constexpr = q_ptr.dtype.element_ty != tl.float32 and BLOCK_D <= 64
     tiles = tl.cdiv(T, M)
     i0 = tl.program_id(0) % tiles * M
     slot = tl.program_id(0) // tiles
