@@ -42,7 +42,7 @@ MODULES = (
     relpos_attention,
     residual_layer_norm,
 )
-OPTIONAL = ("lengths_ptr", "bias_ptr", "seed_ptr")
+OPTIONAL = ("lengths_ptr", "bias_ptr", "seed_ptr", "keep_ptr")
 # unrolled loops, as short as they go
 SHORT = {"BLOCK_R": 2, "TAPS": 2, "STEP": 2}
 
@@ -51,8 +51,11 @@ def variants(config: AotConfig) -> Iterator[AotConfig]:
     fixed = {p.name for p in config.kernel.params if p.do_not_specialize}
     integers = [n for n, kind in config.signature.items() if kind == "i32" and n not in fixed]
     ones = dict.fromkeys(integers, 1)
-    # LayerNorm always has its bias
-    absent = [n for n in OPTIONAL if n in config.signature and not (n == "bias_ptr" and "layer_norm" in config.name)]
+    # LayerNorm always has its bias, and what draws a seed
+    always = (("bias_ptr", "layer_norm"), ("seed_ptr", "draw"), ("keep_ptr", "draw"))
+    absent = [
+        n for n in OPTIONAL if n in config.signature and not any(n == a and op in config.name for a, op in always)
+    ]
     changes = [{}, ones, *({n: None} for n in absent), {**ones, **dict.fromkeys(absent)}]
     # in attention all integers but H are strides, and all are used alike
     changes += [{n: 1} for n in integers if "attention" not in config.name or n == "H"]
@@ -100,6 +103,13 @@ def lower_all() -> int:
     return count
 
 
+def specialised_on(parameter: object, value: object) -> tuple[bool, ...]:
+    """What Triton looks at in an argument."""
+    if isinstance(value, torch.Tensor):
+        return () if parameter.do_not_specialize_on_alignment else (value.data_ptr() % 16 == 0,)
+    return (value == 1, value % 16 == 0) if isinstance(value, int) else ()
+
+
 def specialisations() -> dict[str, int]:
     """Op, kernel and tiles -> how many specialisations batches of many shapes ask for; nothing is launched."""
     found: dict[str, set[tuple[object, ...]]] = {}
@@ -110,8 +120,8 @@ def specialisations() -> dict[str, int]:
     ) -> None:
         given = inspect.signature(kernel.fn).bind(*args, **kwargs, **config.blocks).arguments
         tiles = [str(given[p.name]) for p in kernel.params if p.is_constexpr]
-        looked_at = [given[p.name] for p in kernel.params if not p.is_constexpr and not p.do_not_specialize]
-        key = tuple((v == 1, v % 16 == 0) for v in looked_at if isinstance(v, int))
+        looked_at = [p for p in kernel.params if not p.is_constexpr and not p.do_not_specialize]
+        key = tuple(specialised_on(p, given[p.name]) for p in looked_at)
         found.setdefault(" ".join([op, kernel.__name__, *tiles]), set()).add(key)
 
     for module in MODULES:
@@ -156,6 +166,7 @@ def calls(b: int, t: int) -> Iterator[tuple[str, Callable[[], object]]]:
 
     def attention(shape: tuple[int, ...], *where: torch.Tensor | None) -> None:
         qkv = torch.zeros(*shape, 3, 4, d).unbind(-3)
+        seed = torch.zeros(2, dtype=torch.int64)[b % 2 :][:1]  # those of several loops are one tensor
         given = (*qkv, torch.zeros(2 * t - 1, 4, d), torch.zeros(4, d), torch.zeros(4, d), *where, seed)
         out, lse = relpos_attention.forward(*given, p)
         relpos_attention.backward(torch.zeros_like(out), *given, out, lse, p)
