@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lcconformer.ops.samples import Sizes
 from lcconformer.tune import LayerShape
 
 from ..core.case import Case
 
-__all__ = ["Timed", "layer_shapes", "timed"]
+__all__ = ["DOCTOR", "Timed", "layer_shapes", "odd_shapes", "timed"]
 
+# a batch with padding that fills no tile
+DOCTOR = Sizes(batch=3, frames=203)
 OURS = "lcconformer:triton,lcconformer:triton+graphs,lcconformer:triton+loop,lcconformer:triton+loop+graphs"
 LOOP = "lcconformer:triton+loop,lcconformer:triton+loop+graphs"
 PEERS = "eager,sdpa,torchaudio,transformers,lcconformer:triton+loop,lcconformer:triton+loop+graphs"
@@ -73,3 +76,10 @@ def layer_shapes(small: bool) -> Sequence[LayerShape]:
     if small:
         return [LayerShape(2, 8, 32, heads=1, kernel_size=7, dropout=0.1, dtype="float32")]
     return [LayerShape(b, t, dropout=p) for b, t in ((32, 400), (32, 1500), (1, 100)) for p in (0.1, 0.0)]
+
+
+def odd_shapes(small: bool) -> Sequence[LayerShape]:
+    """Shapes that fill no tile, for the sanitizers."""
+    if small:
+        return [LayerShape(3, 7, 32, heads=1, dropout=0.1, dtype="float32")]
+    return [LayerShape(3, frames, dropout=0.1) for frames in (77, 203)]

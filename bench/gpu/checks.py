@@ -23,6 +23,8 @@ from ..core.case import Case
 from ..providers.registry import build, choose
 from ..runs.gate import Gate
 from ..runs.runner import Runner
+from .cases import DOCTOR
+from .items import Items
 
 __all__ = ["errors", "replayed", "same_bits"]
 
@@ -38,7 +40,7 @@ def errors(op: str, small: bool) -> dict[str, float]:
     """
     # the interpreter's bfloat16 is wrong
     device, dtype, sizes = (
-        ("cpu", torch.float32, Sizes(2, 9, 32, 1, 64, 7)) if small else ("cuda", torch.bfloat16, Sizes(3, 203))
+        ("cpu", torch.float32, Sizes(2, 9, 32, 1, 64, 7)) if small else ("cuda", torch.bfloat16, DOCTOR)
     )
     found = {}
     for finding in doctor.check(op, device, sizes, (dtype,)):
@@ -133,8 +135,6 @@ def _items(phase: int, out: Path, small: bool) -> dict[str, Callable[[], object]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from .items import Items
-
     parser = argparse.ArgumentParser(prog="python -m lcconformer.bench.gpu.checks", description=__doc__)
     parser.add_argument("out", type=Path, help="folder of the results")
     parser.add_argument("--phase", type=int, choices=(2, 8), required=True)

@@ -13,10 +13,10 @@ from typing import Any
 from lcconformer.runtime import write_atomically
 
 from ..core.rows import Results, Row
-from ..providers.registry import choose
-from ..runs.gate import Gate
+from ..providers.registry import build, choose
 from ..runs.ladder import ladder
-from ..runs.suite import prepare, run_case
+from ..runs.runner import Runner
+from ..runs.suite import run_case
 from .cases import Timed, timed
 from .items import Items
 from .profiles import kernels_of, table
@@ -48,7 +48,10 @@ def time_and_profile(one: Timed, out: Path, small: bool) -> dict[str, float] | N
 
 def _profile(one: Timed, row: Row, out: Path) -> None:
     (provider,) = choose(f"{row.provider}:{row.backend}")
-    kernels = kernels_of(prepare(provider, one.case, Gate(one.case)), one.case.device)
+    case = one.case
+    runner = Runner(provider, case, build(provider, case, None))
+    runner.prepare()
+    kernels = kernels_of(runner, case.device, 3 if case.device == "cuda" else 1)
     print(f"\n{one}, {provider}: {row.median_ms:.3f} ms, of these in kernels:\n{table(kernels)}", flush=True)
     path = out / "profiles.json"
     known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}

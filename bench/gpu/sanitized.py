@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
-from lcconformer.tune import LayerShape, calls
+from lcconformer.tune import calls
 
+from .cases import odd_shapes
 from .convolution import cuda_convolutions
 
 __all__ = ["main"]
@@ -23,19 +24,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="tiny shapes on the CPU, to try the code")
     args = parser.parse_args(argv)
     device = torch.device("cpu" if args.small else "cuda")
-    dtype = "float32" if args.small else "bfloat16"
-    for frames in (7,) if args.small else (1, 77, 203):
-        layer = LayerShape(3, frames, 32 if args.small else 128, heads=1 if args.small else 2, dropout=0.1, dtype=dtype)
+    for layer in odd_shapes(args.small):
         for name, call in calls(layer, device):
             call()
-            print(f"{name}, T = {frames}", flush=True)
+            print(f"{name}, T = {layer.frames}", flush=True)
         if device.type == "cpu":
             continue
         for name, call in cuda_convolutions(layer, device):
             try:
                 call()
                 torch.cuda.synchronize()
-                print(f"{name}, T = {frames}", flush=True)
+                print(f"{name}, T = {layer.frames}", flush=True)
             except NotImplementedError as error:
                 print(f"missing: {name}: {error}")
     return 0

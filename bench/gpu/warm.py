@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from lcconformer.kernels import tuning
 
-from lcconformer.tune import calls
+from lcconformer.doctor import check
+from lcconformer.ops.samples import CALLS
+from lcconformer.tune import LayerShape, calls
 
 from ..providers.registry import build, choose
 from ..runs.runner import Runner
-from .cases import layer_shapes, timed
+from .cases import DOCTOR, layer_shapes, odd_shapes, timed
 
 __all__ = ["Share", "specialisation"]
 
@@ -105,23 +107,22 @@ def kernels(phase: int, share: Share) -> None:
         for one in timed(4 if phase == 1 else phase, False):
             for name in ("lcconformer:triton", "lcconformer:triton+loop"):
                 _try(f"{name} on {one}", _runner(name, one.case.replace(layers=2, depth=2)))
-        if phase == 1:
-            _layers(lambda call: call())
+        if phase != 1:
+            return
+        for op in CALLS:
+            _try(f"the doctor's {op}", lambda op=op: list(check(op, "cuda", DOCTOR, (torch.bfloat16,))))
+        _layers([*layer_shapes(False), *odd_shapes(False)], lambda call: call())
 
 
 def variants(phase: int, share: Share) -> None:
     """Compile the share's launch candidates of the kernels alone."""
     with compiling(share):
-        _layers(_every)
+        _layers([layer for layer in layer_shapes(False) if layer.dropout], _every)
 
 
-def _layers(visit: Callable[[Callable[[], object]], object]) -> None:
-    for layer in layer_shapes(False):
-        if visit is not _every or layer.dropout:
-            _try(
-                f"kernels at {layer}",
-                lambda layer=layer: [visit(call) for _, call in calls(layer, torch.device("cuda"))],
-            )
+def _layers(layers: Sequence[LayerShape], visit: Callable[[Callable[[], object]], object]) -> None:
+    for layer in layers:
+        _try(f"kernels at {layer}", lambda layer=layer: [visit(call) for _, call in calls(layer, torch.device("cuda"))])
 
 
 def inductor(phase: int, share: Share) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -73,6 +76,69 @@ def test_launches_only_compile_while_shares_are_compiled(monkeypatch):
     with warm.compiling(_nobody()):
         JITFunction.run(Kernel(), 1, grid=(1,), warmup=False)
     assert calls == [("k", True)]
+
+
+COMPILES = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+class Utils:
+    def load_binary(self, *args):
+        return None, 1, 32, 0, 1024
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
+
+class Launcher:
+    def __init__(self, *args):
+        pass
+    def __call__(self, *args):
+        raise AssertionError("a kernel was launched")
+
+class Driver:
+    utils, launcher_cls = Utils(), Launcher
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+    def get_current_device(self):
+        return 0
+    def get_current_stream(self, device):
+        return 0
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+    def map_python_to_cpp_type(self, name):
+        return name
+
+driver.set_active(Driver())
+from lcconformer.bench.gpu import warm
+from lcconformer.kernels import residual_layer_norm
+
+run = JITFunction.run
+def told(self, *args, **kwargs):
+    compiled = run(self, *args, **kwargs)
+    print(self.__name__, compiled.metadata.target.arch)
+    return compiled
+JITFunction.run = told
+for share in ("0/2", "1/2"):
+    print("share")
+    with warm.compiling(warm.Share(share)):
+        for dtype in (torch.float32, torch.bfloat16):
+            x, w = torch.zeros(16, 64, dtype=dtype), torch.zeros(64, dtype=dtype)
+            residual_layer_norm.forward(x, x, w, w, None, 1.0, 0.0, 1e-5)
+"""
+
+
+def test_kernels_are_compiled_once_by_all_shares_together_and_never_launched(tmp_path):
+    """By Triton itself for sm_90, over a driver that refuses to launch."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILES], env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    shares = [part.split("\n")[1:-1] for part in done.stdout.split("share")[1:]]
+    assert len(shares) == 2
+    assert shares[0] + shares[1] == ["_layer_norm_fwd_kernel 90"] * 2
 
 
 def _nobody() -> warm.Share:
