@@ -9,6 +9,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from ..core.timing import quiet
 from ..reports.table import grid, number
 
 __all__ = ["kernels_of", "table"]
@@ -21,7 +22,7 @@ def kernels_of(call: Callable[[], object], device: str, repeats: int = 3) -> lis
     """
     gpu = device == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
-    with profile(activities=activities) as profiler:
+    with quiet(), profile(activities=activities) as profiler:
         for _ in range(repeats):
             call()
         if gpu:
