@@ -125,7 +125,7 @@ def plan(out: Path, work: Path, repo: Path, gpu: bool) -> list[Phase]:
     # tests want to see the fallbacks that the rest must not use
     free = ("env", "-u", "LCCONFORMER_STRICT")
     tests = Job(
-        "GPU tests", module("gpu_tests", out / "gpu_tests.xml", repo, "--seconds", 90), cost(tests=1), prefix=free
+        "GPU tests", module("gpu_tests", out / "gpu_tests.xml", repo, "--seconds", 95), cost(tests=1), prefix=free
     )
     kernels = (
         (items("kernels", 3, "kernels alone", cost(kernels=110)),),
@@ -137,11 +137,11 @@ def plan(out: Path, work: Path, repo: Path, gpu: bool) -> list[Phase]:
             2,
             "numbers, and kernel variants compiled",
             105,
-            ((items("checks", 2, "checks", cost(check=11)), *warm(2, 150, 0)),),
+            ((items("checks", 2, "checks", cost(check=11)), build, *warm(2, 150, 0)),),
         ),
         Phase(3, "each kernel alone", 118, kernels),
         Phase(4, "encoders", 112, ((items("encoders", 4, "encoders", cost(case=5)),),)),
-        Phase(5, "tests, sanitizers", 148, ((tests,), *((job,) for job in sanitizers))),
+        Phase(5, "sanitizers, tests", 148, (tuple(sanitizers), (tests,))),
         Phase(
             6,
             "encoders, d = 512 and 768, and long",
@@ -292,8 +292,10 @@ def build(repo: Path, work: Path) -> int:
         print("built already")
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        # without pyproject.toml, whose metadata an old setuptools refuses, and away from a checkout that may be read-only
-        source = Path(folder) / "source"
+        # without pyproject.toml, whose metadata an old setuptools refuses, and away from a checkout that may be read-only; at
+        # the same place each time, so that ninja goes on where a build was stopped
+        source = work / "source"
+        shutil.rmtree(source, ignore_errors=True)
         shutil.copytree(repo / "csrc", source / "csrc")
         shutil.copy(repo / "setup.py", source)
         (source / "lcconformer").mkdir()
@@ -330,8 +332,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    # so that a driver that is stopped stops its processes
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     phases = [p for p in plan(args.out, args.work, args.repo, bool(args.gpu)) if p.number in chosen]
     if args.plan:
         print(table(phases))
@@ -339,8 +339,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if 1 not in chosen:
         first = phases[0]
-        build_first = plan(args.out, args.work, args.repo, bool(args.gpu))[0].stages[0][:1]
+        build_first = plan(args.out, args.work, args.repo, bool(args.gpu))[0].stages[0][
+            :1
+        ]  # at once where it was built
         phases[0] = Phase(first.number, first.name, first.limit, (build_first, *first.stages))
+    # so that a driver that is stopped stops its processes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     # without a GPU times mean nothing, and a busy laptop may take longer
     driver = Driver(args.out, CALL if args.gpu else 3600)
     driver.run(phases)

@@ -23,6 +23,7 @@ from lcconformer.doctor import check
 from lcconformer.ops.samples import CALLS
 from lcconformer.tune import LayerShape, calls
 
+from ..core.case import Case
 from ..providers.registry import build, choose
 from ..runs.runner import Runner
 from .cases import DOCTOR, layer_shapes, odd_shapes, timed
@@ -92,13 +93,13 @@ def _every(call: Callable[[], object]) -> None:
         for key, candidates in list(seen.items()):
             for config in candidates[1:]:
                 forced[key] = config
-                call()
+                _try(f"{key} as {config}", call)
             forced.pop(key, None)
 
 
-def _runner(name: str, case: Any) -> Runner:
+def _encoder(name: str, case: Case) -> None:
     (provider,) = choose(name)
-    return Runner(provider, case, build(provider, case, None))
+    _try(f"{name} on {case}", lambda: Runner(provider, case, build(provider, case, None))())
 
 
 def kernels(phase: int, share: Share) -> None:
@@ -106,7 +107,7 @@ def kernels(phase: int, share: Share) -> None:
     with compiling(share):
         for one in timed(4 if phase == 1 else phase, False):
             for name in ("lcconformer:triton", "lcconformer:triton+loop"):
-                _try(f"{name} on {one}", _runner(name, one.case.replace(layers=2, depth=2)))
+                _encoder(name, one.case.replace(layers=2, depth=2))
         if phase != 1:
             return
         for op in CALLS:
@@ -128,7 +129,7 @@ def _layers(layers: Sequence[LayerShape], visit: Callable[[Callable[[], object]]
 def inductor(phase: int, share: Share) -> None:
     """Compile one layer for the share's cases."""
     for one in share.some(timed(4 if phase == 1 else phase, False)):
-        _try(f"torch.compile on {one}", _runner("compile:inductor", one.case.replace(layers=1, depth=1)))
+        _encoder("compile:inductor", one.case.replace(layers=1, depth=1))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
