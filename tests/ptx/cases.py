@@ -65,10 +65,22 @@ def quick_cases() -> Iterator[Case]:
     yield {**residual(200, "fp32", dropout=0.3), "arch": 80}
 
 
+def cuda_cases() -> Iterator[Case]:
+    """Channels odd and even, taps of one group and of four, tails; every dtype; with and without a folded norm."""
+    yield convolution("none", 66, "fp32", 67)
+    yield convolution("batch", 66, "bf16", 131, 3)
+    yield convolution("batch", 130, "fp16", 37)
+    yield convolution("none", 5, "bf16", 1, 63)
+    yield convolution("batch", 5, "fp32", 65, 47)
+
+
+SHOWN = ("t", "d", "f", "c", "k", "dtype", "norm", "dropout", "packed", "tf32", "products")
+
+
 def name_of(case: Case) -> str:
     """A name with the op in it, by which the table of evidence counts."""
-    words = [f"{k}={v}" if not isinstance(v, str) else v for k, v in case.items() if k not in ("op", "b", "h", "lengths")]
-    return f"{case['op']}-sm{case['arch']}-" + "-".join(w for w in words if not w.startswith("arch"))
+    words = [f"{k}={v}" if not isinstance(v, str) else v for k, v in case.items() if k in SHOWN]
+    return f"{case['op']}-sm{case['arch']}-" + "-".join(words)
 
 
 EVERYTHING = [{**case, "arch": arch} for arch in ARCHITECTURES for case in all_cases(arch)]

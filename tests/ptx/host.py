@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
+import gc
+import importlib.util
 import inspect
 import json
 import re
+import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,7 @@ from triton.compiler.compiler import make_backend
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lcconformer import ops
+from lcconformer import extension, ops
 from lcconformer.kernels.common import TRITON_DTYPE, AotConfig, divisible_by_16, dropout_scale, dropout_threshold
 from lcconformer.kernels.report import configs, kernel_modules
 from lcconformer.ops import availability
@@ -41,6 +44,7 @@ from tests.ptx.interpreter import Memory, launch
 SEED = 2**35 + 17
 MODULES = [importlib.import_module(f"lcconformer.kernels.{name}") for name in kernel_modules()]
 Key = tuple[Any, ...]
+TEXTS: dict[Any, tuple[str, int]] = {}  # specialisation -> (PTX, bytes of shared memory)
 
 
 # --- compiling
@@ -71,12 +75,12 @@ def plain(value: Any) -> Any:
     return getattr(value, "value", value)
 
 
-def key_of(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], config: Any) -> Key:
+def key_of(kernel: Any, kinds: Mapping[str, str], constants: Mapping[str, Any], config: Any) -> Key:
     """What tells one shipped configuration from another; sizes of tensors and strides do not."""
     sizes = {n: plain(v) for n, v in constants.items() if n.isupper() or v is None}
     integers = {p.name for p in kernel.params if not p.is_constexpr and sizes.get(p.name, 0) is not None}
     sizes = {n: v for n, v in sizes.items() if n not in integers}
-    pointers = {n: t for n, t in types.items() if t.startswith("*")}
+    pointers = {n: t for n, t in kinds.items() if t.startswith("*")}
     return kernel.fn.__name__, tuple(sorted(pointers.items())), tuple(sorted(map(str, sizes.items()))), config.num_warps, config.num_stages  # fmt: skip
 
 
@@ -94,8 +98,6 @@ class Launcher:
         self.arch, self.only_note, self.change = arch, only_note, change
         self.asked: set[Key] = set()
         self.conflicts: dict[str, list[int]] = {}
-        self.programs: dict[Any, tuple[ptx.Program, int]] = {}
-        self.texts: dict[str, str] = {}
 
     def __call__(self, kernel: Any, grid: tuple[int, ...], config: Any, x: Tensor, *args: Any, **kwargs: Any) -> None:
         if 0 in grid:
@@ -103,18 +105,18 @@ class Launcher:
         options = {n: v for n, v in config.kwargs().items() if n not in config.blocks}
         given = inspect.signature(kernel.fn).bind(*args, **{n: v for n, v in kwargs.items() if n in kernel.arg_names}, **config.blocks).arguments
         options |= {n: v for n, v in kwargs.items() if n not in kernel.arg_names}
-        types, constants, hints, values = specialise(kernel, given)
-        self.asked.add(key_of(kernel, types, constants, config))
+        kinds, constants, hints, values = specialise(kernel, given)
+        self.asked.add(key_of(kernel, kinds, constants, config))
         if self.only_note:
             return
         names = kernel.arg_names
-        key = kernel.fn.__name__, *(tuple(map(str, d.items())) for d in (types, constants, hints, options))
-        if key not in self.programs:
-            source = ASTSource(kernel, {n: types.get(n, "constexpr") for n in names}, constants, hints)
-            text, shared = to_ptx(source, self.arch, options)
-            self.texts[kernel.fn.__name__] = text
-            self.programs[key] = ptx.parse(self.change(text)), shared
-        program, shared = self.programs[key]
+        key = kernel.fn.__name__, *(tuple(map(str, d.items())) for d in (kinds, constants, hints, options))
+        key = self.arch, *key
+        if key not in TEXTS:
+            source = ASTSource(kernel, {n: kinds.get(n, "constexpr") for n in names}, constants, hints)
+            TEXTS[key] = to_ptx(source, self.arch, options)
+        text, shared = TEXTS[key]
+        program = parsed(self.change(text))
         memory, raw = Memory(), []
         bases: dict[int, int] = {}
         for value in values:
@@ -144,6 +146,58 @@ class Launcher:
             yield self
 
 
+class CudaLauncher:
+    """The launchers of csrc/cuda, built from ``launches/``, with the PTX that nvcc makes of the same sources.
+
+    A launch names its kernel by an address, and ``nm`` names the addresses.
+    """
+
+    def __init__(self, module: str, texts: list[str]):
+        spec = importlib.util.spec_from_file_location("launches", module)
+        assert spec is not None
+        assert spec.loader is not None
+        self.module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.module)
+        symbols = subprocess.run(["nm", "-C", module], check=True, capture_output=True, text=True).stdout
+        self.names = {int(at, 16): name for at, name in re.findall(r"^(\w+) [tTwW] (.*)$", symbols, re.MULTILINE)}
+        self.kernels: dict[str, tuple[str, str]] = {}
+        for text in texts:
+            mangled = list(ptx.kernels(text))
+            plain_names = subprocess.run(["c++filt", *mangled], check=True, capture_output=True, text=True).stdout
+            self.kernels |= {name: (text, m) for name, m in zip(plain_names.splitlines(), mangled)}
+        self.asked: set[str] = set()
+        self.conflicts: dict[str, list[int]] = {}
+
+    def listener(self, offset: int, grid: tuple[int, ...], shared: int, params: list[bytes]) -> None:
+        name = self.names[offset]
+        self.asked.add(name)
+        memory, seen = Memory(), set()
+        # a kernel's arguments are structures: it may reach whatever tensor there is, where it really is
+        for tensor in [x for x in gc.get_objects() if isinstance(x, Tensor)]:
+            whole = tensor.untyped_storage()
+            if whole.nbytes() and whole.data_ptr() not in seen and tensor.device.type == "cpu":
+                seen.add(whole.data_ptr())
+                memory.add(torch.empty(0, dtype=torch.uint8).set_(whole).numpy(), whole.data_ptr())
+        text, mangled = self.kernels[name]
+        for line, counts in launch(parsed(text, mangled), grid, params, memory, shared).items():
+            old = self.conflicts.setdefault(f"{name}: {line}", [0, 0, 0])
+            old[:] = [a + b for a, b in zip(old, counts)]
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[CudaLauncher]:
+        """The project's ops on CPU tensors take the CUDA kernels."""
+        self.module.listener = self.listener
+        with (
+            mock.patch.object(extension, "load", lambda: types.SimpleNamespace(cuda=self.module)),
+            mock.patch.object(availability, "_cuda_missing", lambda *device: []),
+            backend("cuda"),
+        ):
+            yield self
+
+
+parsed = functools.cache(ptx.parse)
+
+
 def storage(tensor: Tensor, memory: Memory, bases: dict[int, int]) -> int:
     """Map the storage of a tensor once; what to add to an address in it."""
     whole = tensor.untyped_storage()
@@ -156,7 +210,7 @@ def storage(tensor: Tensor, memory: Memory, bases: dict[int, int]) -> int:
 
 def specialise(kernel: Any, given: Mapping[str, Any]) -> tuple[dict, dict, dict, list]:
     """(types, constants, hints of divisibility, values of the run-time arguments), as Triton's launcher decides them."""
-    types, constants, hints, values = {}, {}, {}, []
+    kinds, constants, hints, values = {}, {}, {}, []
     for i, p in enumerate(kernel.params):
         value = plain(given.get(p.name)) if p.is_constexpr else given.get(p.name)
         if p.is_constexpr or value is None:
@@ -164,19 +218,19 @@ def specialise(kernel: Any, given: Mapping[str, Any]) -> tuple[dict, dict, dict,
             continue
         free = not p.do_not_specialize
         if isinstance(value, Tensor):
-            types[p.name] = f"*{TRITON_DTYPE[value.dtype]}"
+            kinds[p.name] = f"*{TRITON_DTYPE[value.dtype]}"
             divisible = value.data_ptr() % 16 == 0
         elif isinstance(value, float):
-            types[p.name], divisible = "fp32", False
+            kinds[p.name], divisible = "fp32", False
         elif free and value == 1:
             constants[p.name] = 1
             continue
         else:
-            types[p.name], divisible = "i32" if -(2**31) <= value < 2**31 else "i64", free and value % 16 == 0
+            kinds[p.name], divisible = "i32" if -(2**31) <= value < 2**31 else "i64", free and value % 16 == 0
         values.append(value)
         if divisible:
             hints[(i,)] = [["tt.divisibility", 16]]
-    return types, constants, hints, values
+    return kinds, constants, hints, values
 
 
 # --- the oracle
@@ -325,7 +379,11 @@ def run(case: Mapping[str, Any]) -> dict[str, Any]:
     measure = torch.float16 if case.get("tf32") else dtype
     with counted_dropout():
         low = call(case, reference, measure, rounded)
-    launcher = Launcher(case["arch"], change=functools.partial(mutated, case.get("mutation")))
+    launcher: Launcher | CudaLauncher
+    if "module" in case:
+        launcher = CudaLauncher(case["module"], [Path(path).read_text() for path in case["texts"]])
+    else:
+        launcher = Launcher(case["arch"], change=functools.partial(mutated, case.get("mutation")))
     with settings(case), launcher.active():
         found = call(case, getattr(ops, case["op"]), dtype, rounded)
     errors = {name: relative_error(value, exact[name]) for name, value in found.items()}

@@ -403,11 +403,13 @@ class Machine:
             self.shared.meet(np.arange(self.blocks * self.warps), self.blocks)
             return None
         arrived = np.ones(self.n, bool) if lanes is None else lanes
-        waiting, _ = self.at_barrier.setdefault(number, (np.zeros(self.n, bool), count))
-        waiting |= arrived
         # who only arrives goes on at once, and is not released
         self.resume[arrived] = self.pc + 1 if wait else -1
-        self.release()
+        # a barrier of some warps may be complete before all that arrive now have arrived
+        for some in [arrived] if count is None else [arrived & (self.warp == w) for w in np.unique(self.warp[arrived])]:
+            self.at_barrier.setdefault(number, (np.zeros(self.n, bool), count))
+            self.at_barrier[number][0][some] = True
+            self.release()
         return self.leave(arrived) if wait else None
 
     def release(self) -> None:
