@@ -19,6 +19,8 @@ def ask(tmp_path_factory: pytest.TempPathFactory):
     pytest.importorskip("triton")
     folder = tmp_path_factory.mktemp("ptx")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    worker = Worker([sys.executable, str(HOST)], env | {"TRITON_CACHE_DIR": str(folder / "cache")}, folder / "stderr.txt")
+    worker = Worker(
+        [sys.executable, str(HOST)], env | {"TRITON_CACHE_DIR": str(folder / "cache")}, folder / "stderr.txt"
+    )
     yield worker
     worker.close()

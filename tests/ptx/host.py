@@ -103,7 +103,11 @@ class Launcher:
         if 0 in grid:
             return
         options = {n: v for n, v in config.kwargs().items() if n not in config.blocks}
-        given = inspect.signature(kernel.fn).bind(*args, **{n: v for n, v in kwargs.items() if n in kernel.arg_names}, **config.blocks).arguments
+        given = (
+            inspect.signature(kernel.fn)
+            .bind(*args, **{n: v for n, v in kwargs.items() if n in kernel.arg_names}, **config.blocks)
+            .arguments
+        )
         options |= {n: v for n, v in kwargs.items() if n not in kernel.arg_names}
         kinds, constants, hints, values = specialise(kernel, given)
         self.asked.add(key_of(kernel, kinds, constants, config))
@@ -282,7 +286,11 @@ def attention(case: Mapping[str, Any], tensor: Callable[..., Tensor]) -> dict[st
 
 def convolution(case: Mapping[str, Any], tensor: Callable[..., Tensor]) -> dict[str, Any]:
     b, t, c, k, norm = case["b"], case["t"], case["c"], case["k"], case["norm"]
-    inputs: dict[str, Any] = {"x": tensor("x", b, t, 2 * c), "weight": tensor("weight", c, k), "bias": tensor("bias", c)}
+    inputs: dict[str, Any] = {
+        "x": tensor("x", b, t, 2 * c),
+        "weight": tensor("weight", c, k),
+        "bias": tensor("bias", c),
+    }
     inputs |= {"lengths": torch.tensor(case["lengths"]), "norm": norm.removesuffix("-training")}
     if norm != "none":
         inputs |= {"norm_weight": tensor("norm_weight", c), "norm_bias": tensor("norm_bias", c)}
@@ -308,7 +316,12 @@ def residual(case: Mapping[str, Any], tensor: Callable[..., Tensor]) -> dict[str
     return inputs | {"weight": tensor("weight", d), "bias": tensor("bias", d), "alpha": 0.5}
 
 
-INPUTS = {"relpos_attention": attention, "glu_depthwise_conv": convolution, "feed_forward": feed_forward, "residual_layer_norm": residual}
+INPUTS = {
+    "relpos_attention": attention,
+    "glu_depthwise_conv": convolution,
+    "feed_forward": feed_forward,
+    "residual_layer_norm": residual,
+}
 
 
 def call(case: Mapping[str, Any], function: Callable, dtype: torch.dtype, rounded: torch.dtype) -> dict[str, Tensor]:
@@ -418,7 +431,12 @@ def uncovered(cases: list[Mapping[str, Any]]) -> dict[str, list[str]]:
         for case in cases:
             if case["arch"] == arch:
                 with settings(case), launcher.active():
-                    call(case, getattr(ops, case["op"]), {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[case["dtype"]], torch.float32)
+                    call(
+                        case,
+                        getattr(ops, case["op"]),
+                        {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[case["dtype"]],
+                        torch.float32,
+                    )
         found[str(arch)] = [
             f"{c.name} {c.dtype}"
             for module in kernel_modules()

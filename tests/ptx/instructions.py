@@ -8,7 +8,24 @@ from typing import Any
 
 import numpy as np
 
-from .interpreter import F32, F64, GROUP, HINTS, MATRIX, SMALL_FLOATS, U8, U16, U32, U64, WARP, Array, Machine, to_bf16, to_f16, word
+from .interpreter import (
+    F32,
+    F64,
+    GROUP,
+    HINTS,
+    MATRIX,
+    SMALL_FLOATS,
+    U8,
+    U16,
+    U32,
+    U64,
+    WARP,
+    Array,
+    Machine,
+    to_bf16,
+    to_f16,
+    word,
+)
 from .program import Fault, Instruction, dtype_of
 
 Step = Callable[[Any], Any]  # lanes (None: all) -> None, or where to go on
@@ -104,10 +121,14 @@ def permute(a: Array, b: Array, selector: Array) -> Array:
 
 def extract(a: Array, start: Array, count: Array) -> Array:
     start, count = start.astype(U32) & U32(255), np.minimum(count.astype(U32) & U32(255), U32(32))
-    bits = np.where(start < 32, a.view(U32) >> np.minimum(start, U32(31)), U32(0)).astype(U64) & ((U64(1) << count.astype(U64)) - U64(1))
+    bits = np.where(start < 32, a.view(U32) >> np.minimum(start, U32(31)), U32(0)).astype(U64) & (
+        (U64(1) << count.astype(U64)) - U64(1)
+    )
     if a.dtype.kind == "i":
         up = U64(64) - np.maximum(count, 1).astype(U64)
-        return np.where(count > 0, ((bits << up).view(np.int64) >> up.astype(np.int64)).astype(np.int32), 0).astype(np.int32)
+        return np.where(count > 0, ((bits << up).view(np.int64) >> up.astype(np.int64)).astype(np.int32), 0).astype(
+            np.int32
+        )
     return bits.astype(U32)
 
 
@@ -292,7 +313,9 @@ def convert(m: Machine, i: Instruction) -> Step:
         if a.dtype.kind == "f":
             limits = np.iinfo(target)
             a = np.nan_to_num(whole(a.astype(F64)), nan=0.0)
-            return np.where(a >= limits.max, limits.max, np.where(a <= limits.min, limits.min, a).astype(np.int64)).astype(target)
+            return np.where(
+                a >= limits.max, limits.max, np.where(a <= limits.min, limits.min, a).astype(np.int64)
+            ).astype(target)
         if "sat" in i.parts:
             raise Fault("a saturation that is not known")
         return a.astype(target)
@@ -409,7 +432,9 @@ def access(m: Machine, i: Instruction) -> Step:
     kind = "b16" if kind in SMALL_FLOATS else kind
     where, what = i.operands[:2] if i.op == "st" else i.operands[1::-1]
     pieces = what if isinstance(what, tuple) else (what,)
-    space = next((p.split("::")[0] for p in i.parts if p.split("::")[0] in ("param", "shared", "global", "local")), "global")
+    space = next(
+        (p.split("::")[0] for p in i.parts if p.split("::")[0] in ("param", "shared", "global", "local")), "global"
+    )
     if space == "local" or i.op == "st" and space == "param":
         raise Fault(f"stores to {space} memory")
     if space == "param":
@@ -538,7 +563,14 @@ def vote(m: Machine, i: Instruction) -> Step:
             return
         values = here if read is None else np.broadcast_to(read(), (m.n,)).reshape(-1, WARP)
         if i.op == "redux":
-            join = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}[mode]
+            join = {
+                "add": np.add,
+                "min": np.minimum,
+                "max": np.maximum,
+                "and": np.bitwise_and,
+                "or": np.bitwise_or,
+                "xor": np.bitwise_xor,
+            }[mode]
             found = np.stack([join.reduce(v[h], dtype=v.dtype) if h.any() else v[0] for v, h in zip(values, here)])
         elif mode in ("ballot", "activemask"):
             found = ((values & here).astype(U64) << np.arange(WARP, dtype=U64)).sum(1).astype(U32)
@@ -578,7 +610,9 @@ def matrix(m: Machine, i: Instruction) -> Step:
             if loads:
                 data = m.load_shared(source, at, np.dtype(U16), 8, i.text).reshape(-1, 8, 8)
                 values = np.zeros((m.n // WARP, WARP), U32)
-                values[warps] = np.ascontiguousarray(data.transpose(0, 2, 1) if trans else data).view(U32).reshape(-1, WARP)
+                values[warps] = (
+                    np.ascontiguousarray(data.transpose(0, 2, 1) if trans else data).view(U32).reshape(-1, WARP)
+                )
                 port(values.reshape(-1), lanes)
             else:
                 data = np.ascontiguousarray(port().reshape(-1, WARP)[warps]).view(U16).reshape(-1, 8, 8)
@@ -671,7 +705,9 @@ def wgmma(m: Machine, i: Instruction) -> Step:
         descriptors = np.broadcast_to(read(), (m.n,)).reshape(-1, GROUP)[ids]
         if (descriptors != descriptors[:, :1]).any():
             raise Fault(f"the threads of a warpgroup have different descriptors: {i.text}")
-        each = {int(x): operand_places(int(x), rows, k, unit.itemsize, bool(trans)) for x in np.unique(descriptors[:, 0])}
+        each = {
+            int(x): operand_places(int(x), rows, k, unit.itemsize, bool(trans)) for x in np.unique(descriptors[:, 0])
+        }
         return np.stack([each[int(x)] for x in descriptors[:, 0]])
 
     def issue(lanes: Any) -> None:
@@ -793,7 +829,9 @@ def copy(m: Machine, i: Instruction) -> Step:
         m.shared.bytes[places[:, None] + np.arange(size)] = 0xFF
         m.shared.landing[granules] = True
         group = m.copy_group[some].copy()
-        m.copies.append({"lanes": some, "offsets": offsets, "places": places, "data": data, "group": group, "text": i.text})
+        m.copies.append(
+            {"lanes": some, "offsets": offsets, "places": places, "data": data, "group": group, "text": i.text}
+        )
 
     return step
 
@@ -916,7 +954,11 @@ def mbarrier(m: Machine, i: Instruction) -> Step:
             if passed[some].any() or action == "test_wait":
                 done = passed if action == "try_wait" else (np.ones(m.n, bool) if lanes is None else lanes)
                 result(passed, done)
-            blocked = np.zeros(m.n, bool) if action == "test_wait" else ~passed & (np.ones(m.n, bool) if lanes is None else lanes)
+            blocked = (
+                np.zeros(m.n, bool)
+                if action == "test_wait"
+                else ~passed & (np.ones(m.n, bool) if lanes is None else lanes)
+            )
             if blocked.any():  # until a phase ends
                 m.parked[m.pc] = m.parked.get(m.pc, np.zeros(m.n, bool)) | blocked
                 return m.leave(blocked)

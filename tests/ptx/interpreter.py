@@ -26,7 +26,17 @@ U8, U16, U32, U64, F32, F64 = np.uint8, np.uint16, np.uint32, np.uint64, np.floa
 WARP, GROUP = 32, 128
 MAX_STEPS = 5_000_000
 # instructions that order nothing in a run of one kernel whose every access is seen at once
-HINTS = ("griddepcontrol", "setmaxnreg", "prefetch", "prefetchu", "membar", "nanosleep", "applypriority", "discard", "pmevent")
+HINTS = (
+    "griddepcontrol",
+    "setmaxnreg",
+    "prefetch",
+    "prefetchu",
+    "membar",
+    "nanosleep",
+    "applypriority",
+    "discard",
+    "pmevent",
+)
 SPECIAL = {f"%{n}.{a}" for n in ("tid", "ntid", "ctaid", "nctaid") for a in "xyz"} | {"%laneid", "%warpid"}
 
 
@@ -196,7 +206,9 @@ class Shared:
         seen[0] += 1
         lanes = WARP * 4 // max(size, 4)
         for start in range(0, len(offsets), lanes):
-            words = np.unique((offsets[start : start + lanes].astype(np.int64)[:, None] // 4) + np.arange(max(1, size // 4)))
+            words = np.unique(
+                (offsets[start : start + lanes].astype(np.int64)[:, None] // 4) + np.arange(max(1, size // 4))
+            )
             seen[1] += int(np.bincount(words % 32).max())
             seen[2] += -(-len(words) // 32)
 
@@ -205,7 +217,13 @@ class Machine:
     """Some blocks of a launch, in lockstep; ``run`` until all their threads have returned."""
 
     def __init__(
-        self, program: Program, grid: Sequence[int], blocks: np.ndarray, params: Sequence[bytes], memory: Memory, dynamic: int
+        self,
+        program: Program,
+        grid: Sequence[int],
+        blocks: np.ndarray,
+        params: Sequence[bytes],
+        memory: Memory,
+        dynamic: int,
     ):
         self.program, self.memory, self.blocks = program, memory, len(blocks)
         self.threads = program.threads
@@ -221,7 +239,12 @@ class Machine:
         self.index: dict[Any, int] = {}
         zero = np.zeros(n, U32)
         x, y, z = (blocks // grid[0] ** 0 % grid[0], blocks // grid[0] % grid[1], blocks // (grid[0] * grid[1]))
-        values = {"%tid.x": self.thread, "%ntid.x": zero + U32(self.threads), "%laneid": self.lane, "%warpid": self.thread // WARP}
+        values = {
+            "%tid.x": self.thread,
+            "%ntid.x": zero + U32(self.threads),
+            "%laneid": self.lane,
+            "%warpid": self.thread // WARP,
+        }
         values |= {f"%ctaid.{a}": np.repeat(v, self.threads) for a, v in zip("xyz", (x, y, z))}
         values |= {f"%nctaid.{a}": zero + U32(v) for a, v in zip("xyz", grid)}
         for name in sorted(SPECIAL):
@@ -257,7 +280,9 @@ class Machine:
             with np.errstate(all="ignore"):
                 while self.groups or self.parked or self.at_barrier:
                     if not self.groups:
-                        where = [self.program.code[pc].text for pc in self.parked] + [f"barrier {n}" for n in self.at_barrier]
+                        where = [self.program.code[pc].text for pc in self.parked] + [
+                            f"barrier {n}" for n in self.at_barrier
+                        ]
                         raise Fault(f"deadlock: threads wait for ever at {'; '.join(where)}")
                     pc = min(self.groups)
                     mask = self.groups.pop(pc)

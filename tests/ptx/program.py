@@ -118,7 +118,9 @@ def parse(text: str, name: str | None = None, threads: int = 0) -> Program:
 
 def _body(program: Program, body: str) -> None:
     scope, scopes, at = (0,), 1, 0
-    statement = re.compile(r"\s*(?:(?P<open>\{)|(?P<close>\})|(?P<label>[$\w]+):(?!:)|(?P<text>[^;{}]*(?:\{[^}]*\}[^;{}]*)*);)")
+    statement = re.compile(
+        r"\s*(?:(?P<open>\{)|(?P<close>\})|(?P<label>[$\w]+):(?!:)|(?P<text>[^;{}]*(?:\{[^}]*\}[^;{}]*)*);)"
+    )
     while found := statement.match(body, at):
         at = found.end()
         if found["open"]:

@@ -210,7 +210,11 @@ def test_faults(body, reason, monkeypatch):
 
 @pytest.mark.parametrize(("step", "passes"), [(4, 1), (8, 2), (128, 32), (132, 1)])
 def test_bank_conflicts_are_counted(step, passes):
-    found = run(f"mul.lo.s32 %r5, %r0, {step}; add.s32 %r5, %r2, %r5; st.shared.b32 [%r5], %r0;", np.zeros(32, np.int32), shared=8192)
+    found = run(
+        f"mul.lo.s32 %r5, %r0, {step}; add.s32 %r5, %r2, %r5; st.shared.b32 [%r5], %r0;",
+        np.zeros(32, np.int32),
+        shared=8192,
+    )
     assert list(found.values()) == [[1, passes, 1]]
 
 
@@ -402,7 +406,13 @@ def descriptor(start: int, swizzle: int, lead: int, stride: int) -> int:
 def test_a_descriptor_reaches_every_chunk_of_a_tile_once(swizzle, transposed):
     """64 rows by as many columns as a swizzled line holds: 16-byte chunks permuted within 8 lines, nothing twice."""
     columns = swizzle // 2
-    at = operand_places(descriptor(1024, swizzle, 8 * swizzle * 8, 8 * swizzle), 64 if not transposed else columns, columns if not transposed else 64, 2, transposed)
+    at = operand_places(
+        descriptor(1024, swizzle, 8 * swizzle * 8, 8 * swizzle),
+        64 if not transposed else columns,
+        columns if not transposed else 64,
+        2,
+        transposed,
+    )
     assert sorted(at.reshape(-1).tolist()) == list(range(1024, 1024 + 64 * swizzle, 2))
     line = (at[1] if not transposed else at[:, 1]) - 1024
     # the second line of 128 bytes has its chunks exchanged in pairs
