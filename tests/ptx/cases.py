@@ -30,7 +30,7 @@ def residual(d: int, dtype: str, **more: Any) -> Case:
 
 def all_cases(arch: int) -> Iterator[Case]:
     for dtype in ("bf16", "fp32"):
-        for d, t in ((16, 131), (32, 67), (64, 67), (128, 37)):
+        for d, t in ((16, 131 if dtype == "bf16" else 67), (32, 67), (64, 67), (128, 37)):
             yield attention(d, dtype, t)
         for dropout in (0.0, 0.3):
             yield feed_forward(dtype, dropout=dropout)

@@ -23,7 +23,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-import triton
 from torch import Tensor
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
@@ -32,9 +31,10 @@ from triton.compiler.compiler import make_backend
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lcconformer import extension, ops
-from lcconformer.kernels.common import TRITON_DTYPE, AotConfig, divisible_by_16, dropout_scale, dropout_threshold
+from lcconformer.kernels.common import TRITON_DTYPE, AotConfig, dropout_scale, dropout_threshold
 from lcconformer.kernels.report import configs, kernel_modules
+
+from lcconformer import extension, ops
 from lcconformer.ops import availability
 from lcconformer.ops.registry import backend
 from lcconformer.tolerance import GRADIENT_FACTOR, OUTPUT_FACTOR, allowed_error, passes, relative_error
@@ -81,7 +81,8 @@ def key_of(kernel: Any, kinds: Mapping[str, str], constants: Mapping[str, Any], 
     integers = {p.name for p in kernel.params if not p.is_constexpr and sizes.get(p.name, 0) is not None}
     sizes = {n: v for n, v in sizes.items() if n not in integers}
     pointers = {n: t for n, t in kinds.items() if t.startswith("*")}
-    return kernel.fn.__name__, tuple(sorted(pointers.items())), tuple(sorted(map(str, sizes.items()))), config.num_warps, config.num_stages  # fmt: skip
+    tiles = tuple(sorted(map(str, sizes.items())))
+    return kernel.fn.__name__, tuple(sorted(pointers.items())), tiles, config.num_warps, config.num_stages
 
 
 def shipped_key(config: AotConfig) -> Key:
@@ -145,7 +146,7 @@ class Launcher:
                 for name, value in (("launch", self), ("arch_of", lambda x: self.arch)):
                     if hasattr(module, name):
                         stack.enter_context(mock.patch.object(module, name, value))
-            stack.enter_context(mock.patch.object(availability, "_triton_missing", lambda *device: ""))
+            stack.enter_context(mock.patch.object(availability, "_triton_missing", return_value=""))
             stack.enter_context(backend("triton"))
             yield self
 
@@ -192,8 +193,8 @@ class CudaLauncher:
         """The project's ops on CPU tensors take the CUDA kernels."""
         self.module.listener = self.listener
         with (
-            mock.patch.object(extension, "load", lambda: types.SimpleNamespace(cuda=self.module)),
-            mock.patch.object(availability, "_cuda_missing", lambda *device: []),
+            mock.patch.object(extension, "load", return_value=types.SimpleNamespace(cuda=self.module)),
+            mock.patch.object(availability, "_cuda_missing", return_value=[]),
             backend("cuda"),
         ):
             yield self

@@ -267,7 +267,7 @@ JOIN = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 @handles("setp")
 def compare(m: Machine, i: Instruction) -> Step:
     kind, test = i.parts[-1], COMPARE[i.parts[0]]
-    join = JOIN[i.parts[1]] if i.parts[1] in JOIN else None
+    join = JOIN.get(i.parts[1])
     targets = [m.writer(t, "pred", i.scope) for t in str(i.operands[0]).split("|")]
     a, b = (m.reader(o, kind, i.scope) for o in i.operands[1:3])
     c = m.reader(i.operands[3], "pred", i.scope) if join else None
@@ -435,7 +435,7 @@ def access(m: Machine, i: Instruction) -> Step:
     space = next(
         (p.split("::")[0] for p in i.parts if p.split("::")[0] in ("param", "shared", "global", "local")), "global"
     )
-    if space == "local" or i.op == "st" and space == "param":
+    if space == "local" or (i.op == "st" and space == "param"):
         raise Fault(f"stores to {space} memory")
     if space == "param":
         name, _, offset = str(where)[1:-1].partition("+")

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .program import Fault, Instruction, Program, dtype_of
+from .program import Fault, Program, dtype_of
 
 __all__ = ["Fault", "Memory", "launch"]
 
@@ -321,7 +321,7 @@ class Machine:
             self.index[key] = len(self.R)
             width = self.program.registers[key]
             # of what is never written, as of what only some threads write, the others read NaN
-            self.R.append(np.full(self.n, False if width == bool else ~width.type(0)))
+            self.R.append(np.full(self.n, False if width.kind == "b" else ~width.type(0)))
         return self.index[key]
 
     def find(self, name: str, scope: tuple[int, ...]) -> tuple[int, np.dtype] | None:
@@ -495,7 +495,7 @@ def constant(program: Program, text: str, dtype: np.dtype) -> Any:
     if text in program.shared:
         return dtype.type(program.shared[text])
     bits = np.dtype(f"u{dtype.itemsize}")
-    if dtype == bool:
+    if dtype.kind == "b":
         return np.bool_(text == "true" or int(text, 0) != 0)
     if text[:2] in ("0f", "0F"):
         return np.array(int(text[2:], 16), U32).astype(bits).view(dtype)[()]

@@ -97,10 +97,8 @@ def parse(text: str, name: str | None = None, threads: int = 0) -> Program:
     name = name or next(iter(found))
     head, _, body = found[name].partition("{")
     fixed = re.search(r"\.(?:req|max)ntid\s+(\d+)", head)
-    params = [
-        (m[3], int(m[1]) // 8 * int(m[4] or 1))
-        for m in re.finditer(r"\.param\s+(?:\.align\s+\d+\s+)?\.[busf](\d+)((?:\s+\.\w+(?:\s+\d+)?)*)\s+([\w$]+)(?:\[(\d+)\])?", head)
-    ]  # fmt: skip
+    sized = r"\.param\s+(?:\.align\s+\d+\s+)?\.[busf](\d+)(?:(?:\s+\.\w+(?:\s+\d+)?)*)\s+([\w$]+)(?:\[(\d+)\])?"
+    params = [(m[2], int(m[1]) // 8 * int(m[3] or 1)) for m in re.finditer(sized, head)]
     program = Program(name, params, threads or int(fixed[1] if fixed else 0))
     if not program.threads:
         raise Fault(f"{name}: the text does not say how many threads a block has")

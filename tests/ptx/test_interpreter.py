@@ -46,6 +46,14 @@ def values(body: str, given: np.ndarray, threads: int = 32, result: str = "%r5")
     return out
 
 
+DEPENDENTS = "griddepcontrol.launch_dependents;"
+HIGH = "mov.b32 {%rs1, %rs2}, %r6; cvt.f32.bf16 %r5, %rs2;"
+
+
+def ballot(bits: np.ndarray) -> int:
+    return int(np.packbits(bits, bitorder="little").view(np.int32)[0])
+
+
 def integers(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(-(2**31), 2**31, 32).astype(np.int32)
 
@@ -73,13 +81,13 @@ def integers(seed: int = 0) -> np.ndarray:
         ("shfl.sync.bfly.b32 %r5, %r4, 3, 31, -1;", lambda x: x[np.arange(32) ^ 3]),
         ("shfl.sync.idx.b32 %r5, %r4, 1, 0x181f, -1;", lambda x: x[np.arange(32) // 8 * 8 + 1]),
         ("shfl.sync.up.b32 %r5|%p1, %r4, 1, 0, -1;", lambda x: x[np.maximum(np.arange(32) - 1, 0)]),
-        ("shfl.sync.down.b32 %r5, %r4, 2, 31, -1;", lambda x: x[np.where(np.arange(32) < 30, np.arange(32) + 2, np.arange(32))]),
-        ("setp.lt.s32 %p1, %r4, 0; vote.sync.ballot.b32 %r5, %p1, -1;", lambda x: np.full(32, np.packbits(x < 0, bitorder="little").view(np.int32)[0])),
+        ("shfl.sync.down.b32 %r5, %r4, 2, 31, -1;", lambda x: x[[*range(2, 32), 30, 31]]),
+        ("setp.lt.s32 %p1, %r4, 0; vote.sync.ballot.b32 %r5, %p1, -1;", lambda x: np.full(32, ballot(x < 0))),
         ("redux.sync.min.s32 %r5, %r4, -1;", lambda x: np.full(32, x.min())),
         ("elect.sync %r6|%p1, -1; selp.b32 %r5, %r4, 0, %p1;", lambda x: np.where(np.arange(32) == 0, x, 0)),
         ("popc.b32 %r5, %r4;", lambda x: np.bitwise_count(x.view(np.uint32)).astype(np.int32)),
         ("clz.b32 %r5, %r4;", lambda x: np.array([32 - int(v).bit_length() for v in x.view(np.uint32)], np.int32)),
-        ("griddepcontrol.wait; griddepcontrol.launch_dependents; setmaxnreg.inc.sync.aligned.u32 232; mov.u32 %r5, %r4;", lambda x: x),
+        (f"griddepcontrol.wait; {DEPENDENTS} setmaxnreg.inc.sync.aligned.u32 232; mov.u32 %r5, %r4;", lambda x: x),
     ],
 )  # fmt: skip
 def test_integers_and_warps(body, expected):
@@ -100,7 +108,7 @@ def test_integers_and_warps(body, expected):
         ("cvt.sat.f32.f32 %r5, %r4;", lambda x: np.clip(x, 0, 1)),
         ("cvt.rn.f16.f32 %rs1, %r4; cvt.f32.f16 %r5, %rs1;", lambda x: x.astype(np.float16).astype(np.float32)),
         ("cvt.rn.bf16.f32 %rs1, %r4; cvt.f32.bf16 %r5, %rs1;", lambda x: from_bf16(to_bf16(x))),
-        ("cvt.rn.bf16x2.f32 %r6, %r4, 0f40000000; add.rn.bf16x2 %r6, %r6, %r6; mov.b32 {%rs1, %rs2}, %r6; cvt.f32.bf16 %r5, %rs2;", lambda x: 2 * from_bf16(to_bf16(x))),
+        (f"cvt.rn.bf16x2.f32 %r6, %r4, 0f40000000; add.rn.bf16x2 %r6, %r6, %r6; {HIGH}", lambda x: 2 * from_bf16(to_bf16(x))),
         ("setp.ltu.f32 %p1, %r4, 0f7FC00000; selp.f32 %r5, 0f3F800000, 0f00000000, %p1;", np.ones_like),
         ("setp.lt.f32 %p1, %r4, 0f7FC00000; selp.f32 %r5, 0f3F800000, 0f00000000, %p1;", np.zeros_like),
     ],
@@ -150,7 +158,10 @@ def test_blocks_and_labels_in_braces():
 
 # --- shared memory
 
-REVERSE = "st.shared.b32 [%r3], %r0; {wait} xor.b32 %r5, %r1, 252; add.s32 %r5, %r2, %r5; ld.shared.b32 %r6, [%r5]; st.global.b32 [%rd11], %r6;"
+REVERSE = """
+    st.shared.b32 [%r3], %r0; {wait}
+    xor.b32 %r5, %r1, 252; add.s32 %r5, %r2, %r5; ld.shared.b32 %r6, [%r5]; st.global.b32 [%rd11], %r6;
+"""
 
 
 def test_a_barrier_orders_warps():
@@ -281,7 +292,7 @@ def test_a_bulk_copy_without_its_wait(body, reason):
 def test_a_ring_of_a_producer_and_a_consumer_warp():
     """Four stages through one buffer: the full and the empty mbarrier change phase each time."""
     given, out = np.arange(128, dtype=np.int32), np.zeros(128, np.int32)
-    wait = "{{ .reg .pred done; waiting: mbarrier.try_wait.parity.shared.b64 done, [%r2+{at}], {parity}; @!done bra waiting; }}"
+    wait = WAIT.replace("{", "{{").replace("}", "}}").replace("1024", "{at}").replace(", 0;", ", {parity};")
     body = f"""
         setp.eq.u32 %p1, %r0, 0; setp.lt.u32 %p2, %r0, 32; mov.u32 %r8, 0; mov.u64 %rd8, %rd0;
         @%p1 mbarrier.init.shared.b64 [%r2+1024], 1; @%p1 mbarrier.init.shared.b64 [%r2+1032], 32; bar.sync 0;
@@ -299,7 +310,7 @@ def test_a_ring_of_a_producer_and_a_consumer_warp():
     """
     run(body, given, out, threads=64)
     assert out.tolist() == given.tolist()
-    with pytest.raises(Fault, match="race|deadlock|arrivals"):
+    with pytest.raises(Fault, match=r"race|deadlock|arrivals"):
         run(body.replace("[%r2+1032], %r11", "[%r2+1032], %r10"), given, out, threads=64)
     with pytest.raises(Fault, match="race"):
         run(body.replace(wait.format(at=1032, parity="%r11"), ""), given, out, threads=64)
@@ -472,7 +483,7 @@ def test_wgmma_result_before_its_wait_is_nan():
         ({"wait": "st.shared.b32 [%r3], 0;" + SOUND["wait"]}, "still being read"),
         ({"b": str(descriptor(4096, 32, 16, 256))}, "beyond shared memory"),
         ({"b": str(descriptor(2304, 32, 16, 256))}, "before anything was written"),
-        ({"fill": FILL.replace("@%p1 st.shared", "bar.sync 0; @%p1 st.shared").replace("%r2;", "%r2;"), "fence": "@%p1 fence.proxy.async.shared::cta;"}, None),
+        ({"fence": "", "fill": f"{FILL} bar.sync 0; {SOUND['fence']}"}, None),
     ],
 )  # fmt: skip
 def test_wgmma_without_what_it_needs(change, reason):

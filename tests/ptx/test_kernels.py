@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .cases import EVERYTHING, name_of, quick_cases
+from .cases import ARCHITECTURES, EVERYTHING, cuda_cases, name_of, quick_cases
 
 
 def check(answer: dict) -> None:
@@ -24,6 +24,12 @@ def test_some(ask, case):
 @pytest.mark.parametrize("case", EVERYTHING, ids=name_of)
 def test_shipped(ask, case):
     check(ask(**case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [{**c, "arch": a} for a in ARCHITECTURES for c in cuda_cases()], ids=name_of)
+def test_cuda(ask, cuda_kernels, case):
+    check(ask(**case, **cuda_kernels(case["arch"])))
 
 
 def test_the_cases_launch_every_shipped_configuration(ask):
