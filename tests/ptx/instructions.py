@@ -438,11 +438,15 @@ def access(m: Machine, i: Instruction) -> Step:
     if space == "local" or (i.op == "st" and space == "param"):
         raise Fault(f"stores to {space} memory")
     if space == "param":
-        name, _, offset = str(where)[1:-1].partition("+")
-        start = int(offset or 0)
-        values = m.params[name][start : start + unit.itemsize * len(pieces)].view(unit)
-        writes = [m.writer(p, kind, i.scope) for p in pieces]
-        return lambda lanes: [w(v, lanes) for w, v in zip(writes, values)] and None
+        place, writes = m.address(where, i.scope), [m.writer(p, kind, i.scope) for p in pieces]
+
+        def load_param(lanes: Any) -> None:
+            start = int(place()[threads(m, lanes)[0]])
+            values = m.params[start : start + unit.itemsize * len(pieces)].view(unit)
+            for write, value in zip(writes, values):
+                write(value, lanes)
+
+        return load_param
     address = m.address(where, i.scope)
     if i.op == "ld":
         writes = [m.writer(p, kind, i.scope) for p in pieces]

@@ -148,6 +148,7 @@ class Shared:
         self.known[np.arange(blocks * warps), np.arange(blocks * warps) % warps] = 1
         self.conflicts: dict[str, list[int]] = {}
         self.ambiguous: set[str] = set()
+        self.unset_is_nan = False
 
     def places(self, offsets: Array, size: int, block: Array, text: str) -> Array:
         """Offsets [n] within each block -> bytes of ``self.bytes`` where the accesses begin, checked."""
@@ -163,7 +164,7 @@ class Shared:
 
     def read(self, granules: Array, warp: Array, text: str) -> None:
         """Warps [n] read granules [n, k]: each was written, by itself or by a warp that it has met since."""
-        if not self.written[granules].all():
+        if not (self.unset_is_nan or self.written[granules].all()):
             raise Fault(f"shared memory read before anything was written: {text}")
         self._after_writes(granules, warp, "read", text)
         self.read_clock[granules, (warp % self.warps)[:, None]] = self.known[warp, warp % self.warps][:, None]
@@ -234,7 +235,10 @@ class Machine:
         self.all, self.thread = np.arange(n), np.arange(n) % self.threads
         self.warp, self.block, self.lane = self.all // WARP, self.all // self.threads, self.all % WARP
         self.shared = Shared(self.blocks, self.warps, program.static + dynamic, granule_of(program))
-        self.params = {name: np.frombuffer(raw, U8) for (name, _), raw in zip(program.params, params, strict=True)}
+        # parameters one behind the other, where `program` says
+        self.params = np.zeros(program.param_bytes, U8)
+        for (name, size), raw in zip(program.params, params, strict=True):
+            self.params[program.param_at[name] :][:size] = np.frombuffer(raw, U8)
         self.R: list[Any] = []
         self.index: dict[Any, int] = {}
         zero = np.zeros(n, U32)
@@ -491,9 +495,9 @@ class Machine:
 
 
 def constant(program: Program, text: str, dtype: np.dtype) -> Any:
-    """An immediate, or the offset of an array in shared memory."""
-    if text in program.shared:
-        return dtype.type(program.shared[text])
+    """An immediate, or the offset of a parameter or of an array in shared memory."""
+    if text in program.shared or text in program.param_at:
+        return dtype.type(program.shared[text] if text in program.shared else program.param_at[text])
     bits = np.dtype(f"u{dtype.itemsize}")
     if dtype.kind == "b":
         return np.bool_(text == "true" or int(text, 0) != 0)
@@ -520,7 +524,13 @@ def granule_of(program: Program) -> int:
 
 
 def launch(
-    program: Program, grid: Sequence[int], params: Sequence[bytes], memory: Memory, dynamic: int, lanes: int = 2048
+    program: Program,
+    grid: Sequence[int],
+    params: Sequence[bytes],
+    memory: Memory,
+    dynamic: int,
+    lanes: int = 2048,
+    unset_is_nan: bool = False,
 ) -> dict[str, list[int]]:
     """Run a grid, as many blocks at once as have ``lanes`` threads.
 
@@ -529,6 +539,7 @@ def launch(
         grid: three numbers of blocks.
         params: the bytes of each parameter.
         memory: what the kernel may reach.
+        unset_is_nan: shared memory that nobody wrote may be read, and is NaN; without, reading it is a fault.
         dynamic: bytes of dynamic shared memory.
 
     Returns:
@@ -543,6 +554,7 @@ def launch(
     at_once = max(1, lanes // program.threads)
     for start in range(0, total, at_once):
         machine = Machine(program, grid, np.arange(start, min(start + at_once, total)), params, memory, dynamic)
+        machine.shared.unset_is_nan = unset_is_nan
         machine.run()
         for text, seen in machine.shared.conflicts.items():
             conflicts[text] = list(map(operator.add, conflicts.get(text, [0, 0, 0]), seen))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 
@@ -51,6 +53,16 @@ class Program:
     registers: dict[tuple[str, int], np.dtype] = field(default_factory=dict)
     shared: dict[str, int] = field(default_factory=dict)
     static: int = 0
+
+    @cached_property
+    def param_at(self) -> dict[str, int]:
+        """Where each parameter begins when they lie one behind the other, 16 bytes aligned."""
+        ends = list(accumulate(-(-size // 16) * 16 for _, size in self.params))
+        return {name: end for (name, _), end in zip(self.params, [0, *ends])}
+
+    @property
+    def param_bytes(self) -> int:
+        return sum(-(-size // 16) * 16 for _, size in self.params)
 
     def label(self, name: str, scope: tuple[int, ...]) -> int:
         for number in reversed(scope):
