@@ -726,7 +726,7 @@ def aot_configs(arch: int) -> Iterator[AotConfig]:
     no_running: dict[str, Any] = dict.fromkeys(("running_mean_ptr", "running_var_ptr"))
     no_parts: dict[str, Any] = dict.fromkeys(("part_mean_ptr", "part_m2_ptr"))
     none = {"NORM": NONE.value, **no_norm, **no_running, **no_parts}
-    stats = {"NORM": STATS.value, **no_norm, **no_running}
+    stats = {"NORM": STATS.value, **no_running}
     layer = {"NORM": LAYER.value, **no_running, **no_parts}
     plain, short = conv_config(256, 400, False), conv_config(256, 100, False)
     pointwise = norm_config(256, False)

@@ -4,7 +4,8 @@
     pytest -m gpu --junitxml gpu.xml ; python -m lcconformer.bench.reports.evidence --gpu gpu.xml
 
 Steps: *reference* (float64 oracle, gradcheck, opcheck), *interpreted* (Triton kernels on a CPU), *emulated* (CUDA sources on
-a CPU), *compiled* (for every shipped architecture), *on a GPU* (the same grid of tests there), *timed* (rows of the suite).
+a CPU), *compiled* (for every shipped architecture), *executed* (the compiled PTX on a CPU, see tests/ptx), *on a GPU* (the
+same grid of tests there), *timed* (rows of the suite).
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from .table import grid
 __all__ = ["EVIDENCE", "STEPS", "load", "record_report", "record_rows", "table"]
 
 EVIDENCE = RESULTS / "evidence.json"
-STEPS = ("reference", "interpreted", "emulated", "compiled", "on a GPU", "timed")
+STEPS = ("reference", "interpreted", "emulated", "compiled", "executed", "on a GPU", "timed")
 # the module of a test decides which step it proves; the first match counts
 _PLACES = (
+    ("executed", re.compile(r"^tests\.ptx\.test_kernels\.")),
     ("compiled", re.compile(r"^tests\.(kernels\.test_(report|specialisations)|extension\.test_resources)\.")),
     ("emulated", re.compile(r"^tests\.extension\..*emulated")),
     ("interpreted", re.compile(r"^tests\.kernels\.")),

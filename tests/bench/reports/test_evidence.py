@@ -9,6 +9,8 @@ CASES = {
     "tests.kernels.test_relpos_attention.test_forward[7]": "interpreted",
     "tests.kernels.test_report.test_shipped[relpos_attention-90]": "compiled",
     "tests.extension.test_cuda_glu_depthwise_conv.test_odd_shapes[emulated-3-7]": "emulated",
+    "tests.ptx.test_kernels.test_shipped[residual_layer_norm-sm90-t=19-d=512-bf16]": "executed",
+    "tests.ptx.test_interpreter.test_feed_forward": None,
     "tests.test_config.test_feed_forward": None,
     "tests.kernels.test_common.test_launch": None,
 }
@@ -38,6 +40,7 @@ def test_places_decide_the_step(report, tmp_path):
         ("feed_forward", "reference"),
         ("relpos_attention", "interpreted"),
         ("relpos_attention", "compiled"),
+        ("residual_layer_norm", "executed"),
         ("glu_depthwise_conv", "emulated"),
     }
     assert evidence.load(table) == found
