@@ -647,7 +647,7 @@ def _common_args(
     q: Tensor, k: Tensor, v: Tensor, pos: Tensor, u: Tensor, v_bias: Tensor, lse: Tensor, rows: int, t: int,
     p: float,
 ) -> dict[str, Any]:  # fmt: skip
-    """Arguments of the kernels that compute scores; [..., D] tensors have unit stride."""
+    """Arguments of the two kernels that compute scores; the last dimension of q, k, v and pos has unit stride."""
     h, d = q.shape[-2:]
     return {
         "q_ptr": q, "k_ptr": k, "v_ptr": v, "pos_ptr": pos, "u_ptr": u.contiguous(), "v_bias_ptr": v_bias.contiguous(),
@@ -791,11 +791,6 @@ _KERNELS = {
 _POINTERS = {"lse_ptr", "du_ptr", "dpos_ptr", "dv_bias_ptr"}  # float32 whatever the inputs are
 
 
-def _spill_budget(name: str) -> int:
-    """Return the spill budget in bytes per thread."""
-    return 64
-
-
 def _aot_config(
     name: str, arch: int, dtype: str, head_dim: int, dropout: bool = False, packed: bool = False
 ) -> AotConfig:
@@ -820,7 +815,7 @@ def _aot_config(
         launch=config,
         divisible=frozenset(n for n in scalars if n.startswith("stride_")),
         tensor_cores=name != "draw" and dtype != "fp32",
-        spill_budget=_spill_budget(name),
+        spill_budget=64,
     )
 
 
