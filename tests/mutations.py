@@ -60,6 +60,7 @@ LAYER_NORM, ON_LAYER_NORM = "kernels/residual_layer_norm.py", "tests/kernels/tes
 FEED_FORWARD, ON_FEED_FORWARD = "kernels/feed_forward.py", "tests/kernels/test_feed_forward.py"
 PRODUCTS, ON_PRODUCTS = "kernels/feed_forward_products.py", "tests/kernels/test_feed_forward_products.py"
 ON_STRIDES = "tests/kernels/test_strides.py"
+ON_PARTIALS = "tests/kernels/test_partials.py"
 
 TRITON = (
     Mutation(
@@ -311,6 +312,27 @@ TRITON = (
         "acc += tl.load(",
         "acc = tl.load(",
         f"{ON_FEED_FORWARD}::test_programs_of_several_row_blocks",
+    ),
+    Mutation(
+        "small gradients: place of a part ignored",
+        "kernels/partials.py",
+        "out_ptr + at3,",
+        "out_ptr,",
+        f"{ON_PARTIALS}::test_accumulate[22]",
+    ),
+    Mutation(
+        "small gradients: sums of earlier loops overwritten",
+        "kernels/partials.py",
+        "total + tl.sum(acc, 0)",
+        "tl.sum(acc, 0)",
+        f"{ON_PARTIALS}::test_accumulate[1]",
+    ),
+    Mutation(
+        "small gradients: blocks of earlier parts not counted",
+        "kernels/partials.py",
+        "return block - blocks",
+        "return block",
+        f"{ON_PARTIALS}::test_accumulate[3]",
     ),
     Mutation(
         "dropout: six rounds of Philox instead of seven",
