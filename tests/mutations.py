@@ -62,6 +62,7 @@ PRODUCTS, ON_PRODUCTS = "kernels/feed_forward_products.py", "tests/kernels/test_
 ON_STRIDES = "tests/kernels/test_strides.py"
 CHAIN_PRODUCTS, ON_CHAIN_PRODUCTS = "kernels/chain_products.py", "tests/kernels/test_chain_products.py"
 CHAIN_CONVOLUTION, ON_CHAIN_CONVOLUTION = "kernels/chain_convolution.py", "tests/kernels/test_chain_convolution.py"
+ON_PARTIALS = "tests/kernels/test_partials.py"
 
 TRITON = (
     Mutation(
@@ -378,6 +379,27 @@ TRITON = (
         "acc += tl.load(",
         "acc = tl.load(",
         f"{ON_FEED_FORWARD}::test_programs_of_several_row_blocks",
+    ),
+    Mutation(
+        "small gradients: place of a part ignored",
+        "kernels/partials.py",
+        "out_ptr + at3,",
+        "out_ptr,",
+        f"{ON_PARTIALS}::test_accumulate[22]",
+    ),
+    Mutation(
+        "small gradients: sums of earlier loops overwritten",
+        "kernels/partials.py",
+        "total + tl.sum(acc, 0)",
+        "tl.sum(acc, 0)",
+        f"{ON_PARTIALS}::test_accumulate[1]",
+    ),
+    Mutation(
+        "small gradients: blocks of earlier parts not counted",
+        "kernels/partials.py",
+        "return block - blocks",
+        "return block",
+        f"{ON_PARTIALS}::test_accumulate[3]",
     ),
     Mutation(
         "dropout: six rounds of Philox instead of seven",
