@@ -23,6 +23,7 @@ pytest.importorskip("triton")
 from lcconformer.kernels import (
     feed_forward,
     glu_depthwise_conv,
+    glu_depthwise_conv_backward,
     partials,
     relpos_attention,
     residual_layer_norm,
@@ -30,7 +31,15 @@ from lcconformer.kernels import (
 from lcconformer.kernels import feed_forward_products as products
 from lcconformer.kernels.common import AotConfig, LaunchConfig
 
-MODULES = (feed_forward, glu_depthwise_conv, partials, products, relpos_attention, residual_layer_norm)
+MODULES = (
+    feed_forward,
+    glu_depthwise_conv,
+    glu_depthwise_conv_backward,
+    partials,
+    products,
+    relpos_attention,
+    residual_layer_norm,
+)
 OPTIONAL = ("lengths_ptr", "bias_ptr", "seed_ptr")
 # unrolled loops, as short as they go
 SHORT = {"BLOCK_R": 2, "TAPS": 2, "STEP": 2}
@@ -141,7 +150,7 @@ def calls(b: int, t: int) -> Iterator[tuple[str, Callable[[], object]]]:
         affine = (None, None) if norm == "none" else (vector, vector)
         running = (vector, vector) if norm == "batch" else (None, None)
         out, *saved = glu_depthwise_conv.forward(wide, taps, vector, lengths, *affine, *running, *options, True)
-        glu_depthwise_conv.backward(out, wide, taps, lengths, *affine, *saved, *options)
+        glu_depthwise_conv_backward.backward(out, wide, taps, lengths, *affine, *saved, *options)
 
     def attention(shape: tuple[int, ...], *where: torch.Tensor | None) -> None:
         qkv = torch.zeros(*shape, 3, 4, d).unbind(-3)
