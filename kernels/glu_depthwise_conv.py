@@ -53,16 +53,11 @@ def real_frames(lengths_ptr, b, T):
 
 @triton.jit
 def channels_from(c0, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """BLOCK_C channels from c0 on, and which of them exist."""
+    """BLOCK_C channels from c0 on, which of them exist, and as many zeros: the interpreter makes masks of blocks alone."""
     offs_c = c0 + tl.arange(0, BLOCK_C)
     # where all do, the compiler drops the mask
-    return offs_c, (offs_c < C if C % BLOCK_C else tl.full([BLOCK_C], True, tl.int1))
-
-
-@triton.jit
-def before(mask_c, t, n):
-    """mask_c where t < n. The interpreter takes a comparison of blocks for a mask, none of numbers."""
-    return mask_c & (mask_c.to(tl.int32) * 0 + t < n)
+    mask_c = offs_c < C if C % BLOCK_C else tl.full([BLOCK_C], True, tl.int1)
+    return offs_c, mask_c, tl.zeros([BLOCK_C], tl.int32)
 
 
 @triton.jit
@@ -106,7 +101,7 @@ def taps_of(
 
 @triton.jit
 def window_before(
-    ptr, t, n, mask_c,
+    ptr, t, n, mask_c, zero,
     C: tl.constexpr, K: tl.constexpr, GLU: tl.constexpr, BLOCK_C: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """The K - 1 frames from t - K // 2 on, which are what an output at t shares with the one before; ptr is at frame t."""
@@ -114,7 +109,7 @@ def window_before(
     window = zeros_of(K - 1, BLOCK_C)
     for j in range(-((K + STEP - 2) // STEP * STEP) + (K - 1 - K // 2), K - 1 - K // 2, STEP):
         for u in tl.static_range(STEP):
-            mask = before(before(mask_c, t + j + u, n), -1, t + j + u)
+            mask = mask_c & (zero + t + j + u >= 0) & (zero + t + j + u < n)
             window = window + (frame_at(ptr + j * WIDTH + u * WIDTH, mask, C, GLU),)
         window = window[STEP:]
     return window
@@ -139,7 +134,7 @@ def _convolve(
     NORM: tl.constexpr, C: tl.constexpr, K: tl.constexpr, BLOCK_C: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Frames start ... end-1 of an utterance with n real ones, at BLOCK_C channels; x, out and y point at frame start."""
-    offs_c, mask_c = channels_from(c0, C, BLOCK_C)
+    offs_c, mask_c, zero = channels_from(c0, C, BLOCK_C)
     taps = taps_of(weight_ptr, offs_c, mask_c, K, False, BLOCK_C, STEP)
     init = tl.zeros([BLOCK_C], tl.float32)
     if bias_ptr is not None:
@@ -152,21 +147,21 @@ def _convolve(
         shift = tl.load(norm_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32) - mean * scale
     total = tl.zeros([BLOCK_C], tl.float32)
     x_ptr += offs_c
-    window = window_before(x_ptr, start, n, mask_c, C, K, True, BLOCK_C, STEP)
+    window = window_before(x_ptr, start, n, mask_c, zero, C, K, True, BLOCK_C, STEP)
     for t in range(start, end, STEP):
         step = (t - start) * C + offs_c
         x = x_ptr + ((t - start) * (2 * C))
         frames = window
         for u in tl.static_range(STEP):
-            mask = before(mask_c, t + (K - 1 - K // 2 + u), n)
+            mask = mask_c & (zero + t + (K - 1 - K // 2 + u) < n)
             frames = frames + (frame_at(x + (K - 1 - K // 2 + u) * (2 * C), mask, C, True),)
         for u in tl.static_range(STEP):
             y = filtered(frames, taps, init, u, K)
-            mask = before(mask_c, t + u, end)
+            mask = mask_c & (zero + t + u < end)
             if y_ptr is not None:
                 tl.store(y_ptr + step + u * C, y.to(y_ptr.dtype.element_ty), mask=mask)
             if NORM == STATS:
-                total += tl.where(before(mask_c, t + u, n) & mask, y.to(y_ptr.dtype.element_ty).to(tl.float32), 0.0)
+                total += tl.where(mask & (zero + t + u < n), y.to(y_ptr.dtype.element_ty).to(tl.float32), 0.0)
             if NORM == NONE or NORM == RUNNING:
                 if NORM == RUNNING:
                     y = y * scale + shift
@@ -180,7 +175,7 @@ def _convolve(
         m2 = tl.zeros([BLOCK_C], tl.float32)
         for t in range(0, count, STEP):
             for u in tl.static_range(STEP):
-                mask = before(mask_c, t + u, count)
+                mask = mask_c & (zero + t + u < count)
                 y = tl.load(y_ptr + (t * C + offs_c) + u * C, mask=mask, other=0.0).to(tl.float32)
                 d = tl.where(mask, y - mean, 0.0)
                 m2 += d * d
@@ -222,7 +217,7 @@ def _conv_fwd_kernel(
             )  # fmt: skip
         # rows come back with other channels to a thread than they were written with
         tl.debug_barrier()
-        offs_c, mask_c = channels_from(0, C, ROW)
+        offs_c, mask_c, _ = channels_from(0, C, ROW)
         gamma = tl.load(norm_weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
         beta = tl.load(norm_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
         for t in range(0, end - start, BLOCK_T):

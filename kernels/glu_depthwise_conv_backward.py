@@ -28,7 +28,6 @@ from .glu_depthwise_conv import (
     SHORT_KERNEL,
     STATS,
     aot,
-    before,
     channels_from,
     chunks_of,
     conv_config,
@@ -185,7 +184,7 @@ def _conv_bwd_kernel(
     start = (program % chunks) * chunk
     end = tl.minimum(start + chunk, T)
     real = tl.minimum(real_frames(lengths_ptr, b, T), end)
-    offs_c, mask_c = channels_from(tl.program_id(1) * BLOCK_C, C, BLOCK_C)
+    offs_c, mask_c, zero = channels_from(tl.program_id(1) * BLOCK_C, C, BLOCK_C)
     row = b * T + start
     dy_ptr += row * C + offs_c
     x_ptr += b * stride_xb + start.to(tl.int64) * (2 * C) + offs_c
@@ -196,18 +195,18 @@ def _conv_bwd_kernel(
     if part_ptr is not None:
         sums = zeros_of(K, BLOCK_C)  # of g[t] * dy[t - K // 2 + j]
         sum_dy = none
-    window = window_before(dy_ptr, start, T, mask_c, C, K, False, BLOCK_C, STEP)
+    window = window_before(dy_ptr, start, T, mask_c, zero, C, K, False, BLOCK_C, STEP)
     for t in range(start, end, STEP):
         dy = dy_ptr + (t - start) * C
         at = (t - start) * (2 * C)
         frames = window
         for u in tl.static_range(STEP):
-            mask = before(mask_c, t + (K - 1 - K // 2 + u), T)
+            mask = mask_c & (zero + t + (K - 1 - K // 2 + u) < T)
             frames = frames + (frame_at(dy + (K - 1 - K // 2 + u) * C, mask, C, False),)
         values = ()  # all loads before the first store, which the compiler would not move them across
         gates = ()
         for u in tl.static_range(STEP):
-            mask = before(mask_c, t + u, real)
+            mask = mask_c & (zero + t + u < real)
             values = values + (tl.load(x_ptr + at + u * (2 * C), mask=mask, other=0.0),)
             gates = gates + (tl.load(x_ptr + at + (u * (2 * C) + C), mask=mask, other=0.0),)
         for u in tl.static_range(STEP):
@@ -216,13 +215,13 @@ def _conv_bwd_kernel(
             g = value * s
             if dx_ptr is not None:
                 # padding gets no gradient
-                dvalue = tl.where(before(mask_c, t + u, real), filtered(frames, taps, none, u, K) * s, 0.0)
+                dvalue = tl.where(mask_c & (zero + t + u < real), filtered(frames, taps, none, u, K) * s, 0.0)
                 dgate = dvalue * (value - g)
-                mask = before(mask_c, t + u, end)
+                mask = mask_c & (zero + t + u < end)
                 tl.store(dx_ptr + at + u * (2 * C), dvalue.to(dx_ptr.dtype.element_ty), mask=mask)
                 tl.store(dx_ptr + at + (u * (2 * C) + C), dgate.to(dx_ptr.dtype.element_ty), mask=mask)
             if part_ptr is not None:
-                sum_dy += tl.where(before(mask_c, t + u, end), frames[u + K // 2], 0.0)
+                sum_dy += tl.where(mask_c & (zero + t + u < end), frames[u + K // 2], 0.0)
                 added = ()
                 for j in tl.static_range(K):
                     added = added + (tl.fma(g, frames[u + j], sums[j]),)
