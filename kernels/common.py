@@ -274,8 +274,9 @@ def dropped(x, seed_ptr, stream, rows, col_start, threshold, keep_scale, BLOCK_N
 
 @triton.jit
 def sigmoid(x):
-    # by exp2: exp costs four more instructions (sm_90, Triton 3.6)
-    return 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * x))
+    # exp2 and the square of rsqrt compile to 5 instructions, a division to 8 and exp to 4 more (sm_90, Triton 3.9)
+    root = tl.rsqrt(1.0 + tl.exp2(-1.4426950408889634 * x))
+    return root * root
 
 
 @triton.jit

@@ -14,12 +14,12 @@ from .common import TRITON_DTYPE, AotConfig, LaunchConfig, cdiv, constexpr_signa
 # what changes with T, B or K: specialised on ones and multiples of 16 it would compile again for new lengths
 RUNTIME = ("P",)
 
-
 SEGMENTS = 20  # partial results that one launch of `accumulate` adds up
 ACCUMULATE_RUNTIME = tuple(f"{name}{i}" for name in ("P", "at") for i in range(SEGMENTS))
 
-# [32, 64] floats over 4 warps: each lane adds 16 rows before the block's tree
-_CONFIG = LaunchConfig(num_warps=4, num_stages=1, blocks={"BLOCK_P": 32, "BLOCK_N": 64})
+# a program takes few columns, so that there are many, and 256 rows a step: each of 128 threads has 8 loads of 16 bytes in
+# flight, and 1000 partials are 4 steps
+_CONFIG = LaunchConfig(num_warps=4, num_stages=1, blocks={"BLOCK_P": 256, "BLOCK_N": 16})
 
 
 @triton.jit(do_not_specialize=RUNTIME)

@@ -56,6 +56,7 @@ class Mutation:
 
 ATTENTION, ON_ATTENTION = "kernels/relpos_attention.py", "tests/kernels/test_relpos_attention.py"
 CONVOLUTION, ON_CONVOLUTION = "kernels/glu_depthwise_conv.py", "tests/kernels/test_glu_depthwise_conv.py"
+CONVOLUTION_BACKWARD = "kernels/glu_depthwise_conv_backward.py"
 LAYER_NORM, ON_LAYER_NORM = "kernels/residual_layer_norm.py", "tests/kernels/test_residual_layer_norm.py"
 FEED_FORWARD, ON_FEED_FORWARD = "kernels/feed_forward.py", "tests/kernels/test_feed_forward.py"
 PRODUCTS, ON_PRODUCTS = "kernels/feed_forward_products.py", "tests/kernels/test_feed_forward_products.py"
@@ -229,23 +230,37 @@ TRITON = (
     Mutation(
         "convolution: halo off by one",
         CONVOLUTION,
-        "first = offs_t - K // 2",
-        "first = offs_t - K // 2 + 1",
+        "frame_at(x + (K - 1 - K // 2 + u) * (2 * C), mask",
+        "frame_at(x + (K - K // 2 + u) * (2 * C), mask",
         f"{ON_CONVOLUTION}::test_equals_the_oracle[none-1-5-1-None-fp32]",
     ),
     Mutation(
         "convolution: a frame beyond the length is read",
         CONVOLUTION,
-        "((offs_t >= 0) & (offs_t < n))",
-        "((offs_t >= 0) & (offs_t <= n))",
+        "(zero + t + (K - 1 - K // 2 + u) < n)",
+        "(zero + t + (K - 1 - K // 2 + u) <= n)",
         f"{ON_CONVOLUTION}::test_equals_the_oracle[none-1-5-1-None-fp32]",
     ),
     Mutation(
-        "convolution: window shift between blocks of taps",
+        "convolution: frames before the first are read",
         CONVOLUTION,
-        "window = frames[TAPS:]",
-        "window = frames[TAPS - 1 : BLOCK_R + TAPS - 2]",
+        "mask_c & (zero + t + j + u >= 0)",
+        "mask_c",
         f"{ON_CONVOLUTION}::test_equals_the_oracle[none-7-24-31-lengths1-fp32]",
+    ),
+    Mutation(
+        "convolution: window shifted one frame short",
+        CONVOLUTION,
+        "window = frames[STEP:]",
+        "window = frames[STEP - 1 : STEP + K - 2]",
+        f"{ON_CONVOLUTION}::test_equals_the_oracle[running-65-24-3-lengths4-fp32]",
+    ),
+    Mutation(
+        "convolution: frames assumed one after the other",
+        CONVOLUTION,
+        "return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()",
+        "return x",
+        f"{ON_CONVOLUTION}::test_strides[layer]",
     ),
     Mutation(
         "convolution: means of tiles not merged",
@@ -263,28 +278,42 @@ TRITON = (
     ),
     Mutation(
         "convolution backward: bias accumulation dropped",
-        CONVOLUTION,
-        "            acc_bias += dy\n",
-        "",
+        CONVOLUTION_BACKWARD,
+        "sum_dy += tl.where(mask_c & (zero + t + u < end), frames[u + K // 2], 0.0)",
+        "sum_dy += 0.0",
         f"{ON_CONVOLUTION}::test_equals_the_oracle[none-1-5-1-None-fp32]",
     ),
     Mutation(
         "convolution backward: taps not reversed",
-        CONVOLUTION,
-        "weight.flip(1)",
-        "weight",
+        CONVOLUTION_BACKWARD,
+        "taps_of(weight_ptr, offs_c, mask_c, K, True,",
+        "taps_of(weight_ptr, offs_c, mask_c, K, False,",
+        f"{ON_CONVOLUTION}::test_equals_the_oracle[none-7-24-31-lengths1-fp32]",
+    ),
+    Mutation(
+        "convolution backward: sums of taps not reversed",
+        CONVOLUTION_BACKWARD,
+        "sums[K - 1 - k]",
+        "sums[k]",
+        f"{ON_CONVOLUTION}::test_equals_the_oracle[none-7-24-31-lengths1-fp32]",
+    ),
+    Mutation(
+        "convolution backward: padding gets a gradient",
+        CONVOLUTION_BACKWARD,
+        "real = tl.minimum(real_frames(lengths_ptr, b, T), end)",
+        "real = end",
         f"{ON_CONVOLUTION}::test_equals_the_oracle[none-7-24-31-lengths1-fp32]",
     ),
     Mutation(
         "convolution backward: statistics get gradients of padding",
-        CONVOLUTION,
+        CONVOLUTION_BACKWARD,
         "tl.where((offs_t < n)[:, None], mean_dz + xhat * mean_dzx, 0.0)",
         "mean_dz + xhat * mean_dzx",
         f"{ON_CONVOLUTION}::test_statistics_of_many_tiles[group]",
     ),
     Mutation(
         "convolution backward: weights of the norm assumed contiguous",
-        CONVOLUTION,
+        CONVOLUTION_BACKWARD,
         "\n    lengths, norm_weight, norm_bias = dense(lengths, norm_weight, norm_bias)",
         "\n    (lengths,) = dense(lengths)",
         f"{ON_STRIDES}::test_glu_depthwise_conv",
@@ -299,8 +328,8 @@ TRITON = (
     Mutation(
         "LayerNorm backward: weight accumulation",
         LAYER_NORM,
-        "sum_weight += dn * xhat",
-        "sum_weight = dn * xhat",
+        "sum_weight += tl.sum(dn * xhat, 0)",
+        "sum_weight = tl.sum(dn * xhat, 0)",
         f"{ON_LAYER_NORM}::test_programs_of_several_row_blocks",
     ),
     Mutation(
@@ -378,7 +407,7 @@ TRITON = (
         "kernels/partials.py",
         "acc += tl.load(",
         "acc = tl.load(",
-        f"{ON_FEED_FORWARD}::test_programs_of_several_row_blocks",
+        f"{ON_LAYER_NORM}::test_programs_of_several_row_blocks",
     ),
     Mutation(
         "small gradients: place of a part ignored",

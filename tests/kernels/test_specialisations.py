@@ -25,6 +25,7 @@ from lcconformer.kernels import (
     chain_products,
     feed_forward,
     glu_depthwise_conv,
+    glu_depthwise_conv_backward,
     partials,
     relpos_attention,
     residual_layer_norm,
@@ -37,6 +38,7 @@ MODULES = (
     chain_products,
     feed_forward,
     glu_depthwise_conv,
+    glu_depthwise_conv_backward,
     partials,
     products,
     relpos_attention,
@@ -162,7 +164,7 @@ def calls(b: int, t: int) -> Iterator[tuple[str, Callable[[], object]]]:
         affine = (None, None) if norm == "none" else (vector, vector)
         running = (vector, vector) if norm == "batch" else (None, None)
         out, *saved = glu_depthwise_conv.forward(wide, taps, vector, lengths, *affine, *running, *options, True)
-        glu_depthwise_conv.backward(out, wide, taps, lengths, *affine, *saved, *options)
+        glu_depthwise_conv_backward.backward(out, wide, taps, lengths, *affine, *saved, *options)
 
     def attention(shape: tuple[int, ...], *where: torch.Tensor | None) -> None:
         qkv = torch.zeros(*shape, 3, 4, d).unbind(-3)

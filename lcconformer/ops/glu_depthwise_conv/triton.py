@@ -38,7 +38,7 @@ def forward(args: GluDepthwiseConv, save: bool, *, out: Tensor | None = None) ->
 def backward(
     dout: Tensor, args: GluDepthwiseConv, saved: Statistics, *, dx: Tensor | None = None, partial: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from lcconformer.kernels import glu_depthwise_conv as kernels
+    from lcconformer.kernels import glu_depthwise_conv_backward as kernels
 
     return kernels.backward(
         dout, args.x, args.weight, args.lengths, args.norm_weight, args.norm_bias, *saved, args.norm, args.num_groups,
