@@ -173,7 +173,7 @@ def calls(b: int, t: int) -> Iterator[tuple[str, Callable[[], object]]]:
         out, lse = relpos_attention.forward(*given, p)
         relpos_attention.backward(torch.zeros_like(out), *given, out, lse, p)
 
-    def chain() -> None:
+    def chain(layer_norm: bool) -> None:
         norm, rows, taps = (vector, vector), x.view(b * t, d).bfloat16(), torch.zeros(33, d)
         for epilogue, previous in (("silu", norm), ("none", None), ("glu", None)):
             weight = torch.zeros(2 * f if epilogue == "glu" else f, d, dtype=torch.bfloat16)
@@ -181,10 +181,10 @@ def calls(b: int, t: int) -> Iterator[tuple[str, Callable[[], object]]]:
             chain_products.norm_product(rows, norm, weight, None, out, 1e-5, entered=rows, **given)
         chain_products.residual_product(rows, torch.zeros(d, d, dtype=torch.bfloat16), vector, rows, rows)
         chain_products.norm(rows, vector, vector, rows, 1e-5)
-        for layer_norm in (norm, None):
-            chain_convolution.depthwise(x, taps, 31, lengths, layer_norm, 1e-5, x)
+        chain_convolution.depthwise(x, taps, 31, lengths, norm if layer_norm else None, 1e-5, x)
 
-    yield "chain", chain
+    for layer_norm in (True, False):
+        yield f"chain, LayerNorm {layer_norm}", functools.partial(chain, layer_norm)
     yield "feed_forward", feed
     yield "feed_forward by products", feed_by_products
     yield "residual_layer_norm", residual
