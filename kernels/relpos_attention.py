@@ -578,7 +578,9 @@ def config_for(kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> Lau
     # products of the scratch: the accumulators have BLOCK_M (query) or BLOCK_N (key, position) rows
     if kernel == "backward_query":
         return LaunchConfig(warps, 2, blocks | {"BLOCK_M": 64, "BLOCK_N": 32})
-    return LaunchConfig(warps, 2, blocks | {"BLOCK_M": 32, "BLOCK_N": 64})
+    # in float32, 32 queries by 64 positions spill 384 B on sm_80 at D = 128
+    narrow = kernel == "backward_position" and dtype == torch.float32
+    return LaunchConfig(warps, 2, blocks | {"BLOCK_M": 16 if narrow else 32, "BLOCK_N": 32 if narrow else 64})
 
 
 # what may be tuned: products take columns by sixteen, a dropout word holds 32, the scratch has room for tiles of 64
