@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 
+from lcconformer.runtime import check_output
+from lcconformer.validation import need_integer, need_number
+
 from .core.case import DTYPES, OPS, Case, parse_shapes
+from .core.interrupts import Interrupts
 from .core.rows import Results, Row, commit, device_name
 from .providers.registry import choose
 from .reports.table import case_tables, flops_rate, notes, number
@@ -39,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=list(DTYPES), help="default bfloat16 on a GPU, float32 on a CPU; amp is autocast to bfloat16"
     )
     add("--device", choices=["cpu", "cuda"], help="default cuda if torch can use a GPU")
-    add("--threads", type=int, help="CPU threads; default one for each core this process may use")
+    add("--threads", type=int, help="CPU threads; default OMP_NUM_THREADS, else one for each core that is there to use")
     add("--seconds", type=float, help="time budget of a case; default 3 on a GPU, 15 on a CPU, but at least 5 rounds")
     add("--rounds", type=int, help="run exactly this many rounds, whatever the budget")
     add(
@@ -63,6 +67,11 @@ def cases(args: argparse.Namespace) -> list[Case]:
     Raises:
         ValueError: a case is impossible, or the device is not there.
     """
+    for name in ("d_model", "layers", "threads", "rounds"):
+        if getattr(args, name) is not None:
+            need_integer("bench", f"--{name.replace('_', '-')}", getattr(args, name), 1, 1 << 20)
+    if args.seconds is not None:
+        need_number("bench", "--seconds", args.seconds, 0, open=True)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("bench: --device cuda, but torch sees no CUDA device; leave it out to run on the CPU")
@@ -85,7 +94,12 @@ def run(args: argparse.Namespace) -> int:
 
         return file_results(args.import_from)
     todo = cases(args)
-    torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
+    check_output("--json", args.json)
+    check_output("--plot", args.plot, folder=True)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
     if args.compare:
         from .runs.compare import compare
 
@@ -101,9 +115,10 @@ def run(args: argparse.Namespace) -> int:
     print(f"{device_name(args.device)}; commit {commit()}; {count}, N = {todo[0].layers}, {todo[0].dtype}")
     rows: list[Row] = []
     per_case = len(providers) + 1 + (len(args.depths) - 1) * sum(p.name == "lcconformer" for p in providers)
-    with progress_bar(per_case * len(todo)) as bar:
+    with progress_bar(per_case * len(todo)) as bar, Interrupts() as interrupts:
 
         def step(text: str) -> None:
+            interrupts.check()
             bar.set_description_str(text)
             bar.update()
 
@@ -123,6 +138,7 @@ def run(args: argparse.Namespace) -> int:
                     step=step,
                     say=bar.write,
                 )
+                interrupts.check()
         finally:
             bar.close()
             # also after an interruption: what is finished counts

@@ -23,8 +23,9 @@ from lcconformer.architectures import SHARED_MEMORY
 
 CSRC = Path(__file__).resolve().parent
 WIDTHS = (3, 15, 31, 63)
-# registers at which three blocks of 128 threads share a multiprocessor, as the launch bounds ask; nothing may spill
-BUDGET = {"registers": 168, "stack": 0, "spills": 0}
+# registers at which four blocks of 128 threads share a multiprocessor, as the launch bounds ask; nothing may spill
+BUDGET = {"registers": 128, "stack": 0, "spills": 0}
+NAMES = "forward|backward|row_moments|reduce"
 ELEMENTS = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
 
 
@@ -44,14 +45,14 @@ def kernels(nvcc: toolchain.Nvcc, source: Path, arch: int) -> list[dict[str, obj
         symbol = re.match(r"'(\w+)'", part)
         used = re.search(r"Used (\d+) registers", part)
         stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
-        # ..._GLOBAL__N__<hash of the file>7forwardI6__halfEE...: a length, the name, the element type
-        name = re.search(r"\d(forward|backward|reduce)I(\w+?)EE", symbol[1]) if symbol else None
+        # ..._GLOBAL__N__<hash of the file>7forwardI6__halfLb1EE...: a length, the name, the element type, with LayerNorm
+        name = re.search(rf"\d({NAMES})I(\w+?)(Lb[01]E)?EE", symbol[1]) if symbol else None
         if used is None or stack is None or name is None:
             raise RuntimeError(f"{source.name} for sm_{arch}: cannot read what ptxas says: {part[:300]}")
         shared = re.search(r"(\d+) bytes smem", part)
         rows.append(
             {
-                "kernel": f"{source.stem}.{name[1]}",
+                "kernel": f"{source.stem}.{name[1]}{'_layer' if name[3] == 'Lb1E' else ''}",
                 "element": ELEMENTS[name[2]],
                 "arch": arch,
                 "registers": int(used[1]),
@@ -65,10 +66,15 @@ def kernels(nvcc: toolchain.Nvcc, source: Path, arch: int) -> list[dict[str, obj
 
 def dynamic_shared(compiler: str) -> dict[str, dict[str, int]]:
     """{kernel: {width: bytes}}, as the headers compute it."""
-    directions = ("forward", "backward")
+    calls = {
+        "forward": "forward_shared({}, false)",
+        "forward_layer": "forward_shared({}, true)",
+        "backward": "backward_shared({})",
+        "backward_layer": "backward_shared({})",
+    }
     prints = "".join(
-        f'std::printf("{d} {w} %zu\\n", lcc::cuda::glu_depthwise_conv_{d}_shared({w}));'
-        for d in directions
+        f'std::printf("{name} {w} %zu\\n", lcc::cuda::glu_depthwise_conv_{call.format(w)});'
+        for name, call in calls.items()
         for w in WIDTHS
     )
     program = f'#include <cstdio>\n#include "cuda/glu_depthwise_conv.h"\nint main() {{ {prints} }}\n'
@@ -77,9 +83,9 @@ def dynamic_shared(compiler: str) -> dict[str, dict[str, int]]:
         command = [compiler, "-std=c++17", f"-I{CSRC}", f"{tmp}/shared.cpp", "-o", f"{tmp}/shared"]
         subprocess.run(command, check=True)
         lines = subprocess.run([f"{tmp}/shared"], check=True, capture_output=True, text=True).stdout.split("\n")
-    sizes: dict[str, dict[str, int]] = {f"glu_depthwise_conv.{d}": {} for d in directions}
-    for direction, width, size in (line.split() for line in lines if line):
-        sizes[f"glu_depthwise_conv.{direction}"][width] = int(size)
+    sizes: dict[str, dict[str, int]] = {f"glu_depthwise_conv.{name}": {} for name in calls}
+    for name, width, size in (line.split() for line in lines if line):
+        sizes[f"glu_depthwise_conv.{name}"][width] = int(size)
     return sizes
 
 
@@ -148,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.out is not None:
         write(report, args.out)
     for row in report["kernels"]:
-        print("{kernel:28} {element:9} sm_{arch:<4} {registers:3} registers, {spills} bytes spilled".format(**row))
+        print("{kernel:33} {element:9} sm_{arch:<4} {registers:3} registers, {spills} bytes spilled".format(**row))
     broken = violations(report)
     for line in broken:
         print(line, file=sys.stderr)

@@ -158,18 +158,18 @@ def activation_backward(
     b1: torch.Tensor | None,
     seed: torch.Tensor | None,
     dropout_p: float,
-    dtype: torch.dtype = torch.float32,
+    g: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(du in the memory of dg, g again [M, F], db1 [F] in `dtype`) of contiguous rows."""
+    """(du in the memory of dg, g again [M, F], partial sums [P, F] of db1) of contiguous rows; g where given."""
     (b1,) = dense(b1)
     m, f = u.shape
     drop = (dropout_threshold(dropout_p), dropout_scale(dropout_p))
     each = _rows_each(m)
     programs = cdiv(m, each)
-    g = torch.empty_like(u)
+    g = torch.empty_like(u) if g is None else g
     part = u.new_empty((programs, f), dtype=torch.float32)
     launch(_activation_bwd_kernel, _grid(programs, f), _CONFIG, u, dg, u, b1, seed, dg, g, part, m, f, each, *drop)
-    return dg, g, sum_rows(part, dtype)
+    return dg, g, part
 
 
 def up(
@@ -197,13 +197,14 @@ def up_backward(
     b1: torch.Tensor | None,
     seed: torch.Tensor | None,
     dropout_p: float,
-    dtype: torch.dtype = torch.float32,
+    du: torch.Tensor | None = None,
+    g: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(du, g again [M, F], db1 [F] in `dtype`) from the gradient dz [M, D] of z = g W2'."""
+    """(du, g again [M, F], partial sums [P, F] of db1) from the gradient dz [M, D] of z = g W2'; du and g where given."""
     config = products.choice("up_backward", dz, w2, w2.shape[1])
     if config != LIBRARY:
-        return products.up_backward(dz, w2, u, b1, seed, dropout_p, dtype, config)
-    return activation_backward(torch.mm(dz, w2), u, b1, seed, dropout_p, dtype)
+        return products.up_backward(dz, w2, u, b1, seed, dropout_p, config, du, g)
+    return activation_backward(torch.mm(dz, w2, out=du), u, b1, seed, dropout_p, g)
 
 
 def _down(
@@ -291,12 +292,14 @@ def backward(
     )  # fmt: skip
     db2 = sum_rows(part, w2.dtype)
 
-    du, g, db1 = up_backward(dz, w2, u, b1, seed, dropout_p, w1.dtype)
+    du, g, part = up_backward(dz, w2, u, b1, seed, dropout_p)
+    db1 = sum_rows(part, w1.dtype)
     dw2 = torch.mm(dz.t(), g)
 
     dh = torch.mm(du, w1)
     h = torch.empty_like(dh)
-    dx, dnorm = layer_norm_backward(dh, dout2, x2, mean, rstd, norm_weight, norm_bias, n=h)
+    dx, part = layer_norm_backward(dh, dout2, x2, mean, rstd, norm_weight, norm_bias, n=h)
+    dnorm = sum_rows(part, norm_weight.dtype)
     dw1 = torch.mm(du.t(), h)
     return dx.view(x.shape), dnorm, dw1, db1, dw2, db2
 

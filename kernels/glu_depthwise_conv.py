@@ -1,17 +1,15 @@
-"""Triton kernels of ``glu_depthwise_conv``: GLU, padding zeroed, depthwise convolution, norm, SiLU; channels last.
+"""Triton kernels of ``glu_depthwise_conv``, forward: GLU, padding zeroed, depthwise convolution, norm, SiLU; channels last.
 
-A program holds R consecutive output frames per lane row in registers and slides over the input frames, so a frame
-passes the GLU once per R + K - 1 window instead of once per tap; K is a loop bound, and one binary serves every K.
+A program walks over a chunk of frames of one utterance. A thread keeps the K - 1 last frames of its channels after the
+GLU, and their K taps, in registers: a frame is read and gated once per chunk, and an output costs K multiply-adds.
+Offsets inside a chunk are constants of the compiled code (C and K are), one 64-bit address a step carries them.
 
 Norms: ``none``, ``running`` (BatchNorm in evaluation, folded into the store), ``layer`` (the program owns all channels
-of its frames), ``batch`` and ``group`` (two phases: the convolution leaves count/mean/M2 of its tile, a second kernel
-merges them in a fixed order, a third normalises).
-
-The backward keeps the convolution's output ``y`` and recomputes everything else. Every weight gradient is a sum
-of per-program partials in a fixed order: no float atomics, the same bits every run.
+of its frames; it normalises rows that it reads back, a whole row to a warp), ``batch`` and ``group`` (two phases: the
+convolution leaves mean and M2 of its chunk, a second kernel merges them in a fixed order, a third normalises).
 """
 
-# Triton's language joins tuples with + and knows neither unpacking nor `in`
+# Triton's language joins tuples with + and does not unpack them
 # ruff: noqa: RUF005, SIM109
 
 from __future__ import annotations
@@ -33,11 +31,10 @@ from .common import (
     next_power_of_2,
     sigmoid,
 )
-from .partials import sum_rows
 from .tuning import tuned
 
-# what changes with T, B or K: specialised on ones and multiples of 16 it would compile again for new lengths
-RUNTIME = ("T", "K", "P", "tiles", "TILE", "chunks", "chunk", "lane")
+# what changes with T or B: specialised on ones and multiples of 16 it would compile again for new lengths
+RUNTIME = ("T", "P", "tiles", "chunks", "chunk")
 
 NONE, RUNNING, LAYER, STATS = (tl.constexpr(i) for i in range(4))
 
@@ -46,7 +43,7 @@ NONE, RUNNING, LAYER, STATS = (tl.constexpr(i) for i in range(4))
 
 
 @triton.jit
-def _real_frames(lengths_ptr, b, T):
+def real_frames(lengths_ptr, b, T):
     """Return the number of real frames of utterance b, at most T."""
     if lengths_ptr is None:
         return tl.cast(T, tl.int32)
@@ -55,116 +52,184 @@ def _real_frames(lengths_ptr, b, T):
 
 
 @triton.jit
-def _frame(ptr, offs_t, stride_t, gate, n, mask_c, GLU: tl.constexpr):
-    """Frames offs_t of a [*, C] tensor as float32 [BLOCK_S, BLOCK_C], zero outside of 0 ... n-1; GLU halves joined."""
-    mask = ((offs_t >= 0) & (offs_t < n))[:, None] & mask_c[None, :]
-    p = ptr + offs_t.to(tl.int64)[:, None] * stride_t
-    value = tl.load(p, mask=mask, other=0.0).to(tl.float32)
+def channels_from(c0, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """BLOCK_C channels from c0 on, which of them exist, and as many zeros: the interpreter makes masks of blocks alone."""
+    offs_c = c0 + tl.arange(0, BLOCK_C)
+    # where all do, the compiler drops the mask
+    mask_c = offs_c < C if C % BLOCK_C else tl.full([BLOCK_C], True, tl.int1)
+    return offs_c, mask_c, tl.zeros([BLOCK_C], tl.int32)
+
+
+@triton.jit
+def frame_at(ptr, mask, C: tl.constexpr, GLU: tl.constexpr):
+    """The frame at ptr as float32 [BLOCK_C], zero where masked; with GLU of its two halves, C apart."""
+    value = tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
     if GLU:
-        value = value * sigmoid(tl.load(p + gate, mask=mask, other=0.0).to(tl.float32))
+        value = value * sigmoid(tl.load(ptr + C, mask=mask, other=0.0).to(tl.float32))
     return value
 
 
 @triton.jit
-def _slide(
-    ptr, stride_t, gate, n, taps_ptr, C, mask_c, offs_t, K, init,
-    GLU: tl.constexpr, BLOCK_R: tl.constexpr, TAPS: tl.constexpr,
-):  # fmt: skip
-    """out[r] = init + sum_k frame[offs_t + r + k - K // 2] * taps[k] for r < BLOCK_R, as a tuple of tiles.
+def zeros_of(COUNT: tl.constexpr, BLOCK_C: tl.constexpr):
+    """COUNT tensors of zeros [BLOCK_C]."""
+    zeros = ()
+    for _ in tl.static_range(COUNT):
+        zeros = zeros + (tl.zeros([BLOCK_C], tl.float32),)
+    return zeros
 
-    taps [*, C] has zero rows from K up to a multiple of TAPS.
-    """
-    first = offs_t - K // 2
-    acc = ()
-    window = ()  # frames first + k ... first + k + BLOCK_R - 2
-    for _ in tl.static_range(BLOCK_R):
-        acc = acc + (init,)
-    for r in tl.static_range(BLOCK_R - 1):
-        window = window + (_frame(ptr, first + r, stride_t, gate, n, mask_c, GLU),)
-    for k in range(0, K, TAPS):
-        frames = window
-        for j in tl.static_range(TAPS):
-            frames = frames + (_frame(ptr, first + k + (BLOCK_R - 1 + j), stride_t, gate, n, mask_c, GLU),)
-        for j in tl.static_range(TAPS):
-            w = tl.load(taps_ptr + (k + j) * C, mask=mask_c, other=0.0).to(tl.float32)[None, :]
-            summed = ()
-            for r in tl.static_range(BLOCK_R):
-                summed = summed + (acc[r] + frames[r + j] * w,)
-            acc = summed
-        window = frames[TAPS:]
+
+# The two below load in a loop of STEP and shift, and so compile in a quarter of the time: for each load, Triton's
+# coalescing pass visits all other operations.
+
+
+@triton.jit
+def taps_of(
+    weight_ptr, offs_c, mask_c,
+    K: tl.constexpr, REVERSED: tl.constexpr, BLOCK_C: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Taps of weight [C, K] as K float32 tensors [BLOCK_C]."""
+    taps = zeros_of(K, BLOCK_C)
+    for k in range(K - (K + STEP - 1) // STEP * STEP, K, STEP):
+        for u in tl.static_range(STEP):
+            at = tl.maximum(k + u, 0)  # what is before the first is shifted out
+            if REVERSED:
+                at = K - 1 - at
+            taps = taps + (tl.load(weight_ptr + offs_c * K + at, mask=mask_c, other=0.0).to(tl.float32),)
+        taps = taps[STEP:]
+    return taps
+
+
+@triton.jit
+def window_before(
+    ptr, t, n, mask_c, zero,
+    C: tl.constexpr, K: tl.constexpr, GLU: tl.constexpr, BLOCK_C: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """The K - 1 frames from t - K // 2 on, which are what an output at t shares with the one before; ptr is at frame t."""
+    WIDTH: tl.constexpr = (1 + GLU) * C
+    window = zeros_of(K - 1, BLOCK_C)
+    for j in range(-((K + STEP - 2) // STEP * STEP) + (K - 1 - K // 2), K - 1 - K // 2, STEP):
+        for u in tl.static_range(STEP):
+            mask = mask_c & (zero + t + j + u >= 0) & (zero + t + j + u < n)
+            window = window + (frame_at(ptr + j * WIDTH + u * WIDTH, mask, C, GLU),)
+        window = window[STEP:]
+    return window
+
+
+@triton.jit
+def filtered(frames, taps, init, u: tl.constexpr, K: tl.constexpr):
+    """init + sum_k frames[u + k] * taps[k]."""
+    acc = init
+    for k in tl.static_range(K):
+        acc = tl.fma(frames[u + k], taps[k], acc)
     return acc
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=RUNTIME)
-def _conv_fwd_kernel(
-    x_ptr, stride_xb, stride_xt, stride_xc, taps_ptr, bias_ptr, lengths_ptr,
-    norm_weight_ptr, norm_bias_ptr, running_mean_ptr, running_var_ptr,
-    out_ptr, y_ptr, part_mean_ptr, part_m2_ptr, T, C, K, tiles, eps,
-    NORM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TAPS: tl.constexpr,
+@triton.jit
+def _convolve(
+    x_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, running_mean_ptr, running_var_ptr, out_ptr, y_ptr,
+    part_mean_ptr, part_m2_ptr, start, end, n, c0, eps,
+    NORM: tl.constexpr, C: tl.constexpr, K: tl.constexpr, BLOCK_C: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_S * BLOCK_R frames of one utterance and BLOCK_C channels."""
-    tile = tl.program_id(0)
-    b = (tile // tiles).to(tl.int64)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C
-    wide_c = offs_c.to(tl.int64)
-    offs_t = (tile % tiles) * (BLOCK_S * BLOCK_R) + tl.arange(0, BLOCK_S) * BLOCK_R
-    n = _real_frames(lengths_ptr, b, T)
-
-    init = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+    """Frames start ... end-1 of an utterance with n real ones, at BLOCK_C channels; x, out and y point at frame start."""
+    offs_c, mask_c, zero = channels_from(c0, C, BLOCK_C)
+    taps = taps_of(weight_ptr, offs_c, mask_c, K, False, BLOCK_C, STEP)
+    init = tl.zeros([BLOCK_C], tl.float32)
     if bias_ptr is not None:
-        init += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
-    acc = _slide(
-        x_ptr + b * stride_xb + (wide_c * stride_xc)[None, :], stride_xt, tl.cast(C, tl.int64) * stride_xc, n,
-        taps_ptr + offs_c, C, mask_c, offs_t, K, init, True, BLOCK_R, TAPS,
-    )  # fmt: skip
-
-    if NORM == RUNNING or NORM == LAYER:
-        gamma = tl.load(norm_weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
-        beta = tl.load(norm_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+        init = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
     if NORM == RUNNING:
-        rstd = tl.rsqrt(
-            tl.load(running_var_ptr + offs_c, mask=mask_c, other=1.0).to(tl.float32) + tl.cast(eps, tl.float32)
-        )
-        scale = gamma * rstd[None, :]
-        shift = beta - tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :] * scale
-
-    base = b * T * C + wide_c[None, :]
-    for r in tl.static_range(BLOCK_R):
-        y = acc[r]
-        at = base + (offs_t + r).to(tl.int64)[:, None] * C
-        mask = (offs_t + r < T)[:, None] & mask_c[None, :]
-        if y_ptr is not None:
-            tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
-        if NORM != STATS:
-            if NORM == RUNNING:
-                y = y * scale + shift
-            if NORM == LAYER:
-                mean = tl.sum(tl.where(mask_c[None, :], y, 0.0), 1) / C
-                centred = tl.where(mask_c[None, :], y - mean[:, None], 0.0)
-                rstd = tl.rsqrt(tl.sum(centred * centred, 1) / C + tl.cast(eps, tl.float32))
-                y = centred * rstd[:, None] * gamma + beta
-            tl.store(out_ptr + at, (y * sigmoid(y)).to(out_ptr.dtype.element_ty), mask=mask)
+        var = tl.load(running_var_ptr + offs_c, mask=mask_c, other=1.0).to(tl.float32)
+        scale = tl.load(norm_weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        scale *= tl.rsqrt(var + tl.cast(eps, tl.float32))
+        mean = tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        shift = tl.load(norm_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32) - mean * scale
+    total = tl.zeros([BLOCK_C], tl.float32)
+    x_ptr += offs_c
+    window = window_before(x_ptr, start, n, mask_c, zero, C, K, True, BLOCK_C, STEP)
+    for t in range(start, end, STEP):
+        step = (t - start) * C + offs_c
+        x = x_ptr + ((t - start) * (2 * C))
+        frames = window
+        for u in tl.static_range(STEP):
+            mask = mask_c & (zero + t + (K - 1 - K // 2 + u) < n)
+            frames = frames + (frame_at(x + (K - 1 - K // 2 + u) * (2 * C), mask, C, True),)
+        for u in tl.static_range(STEP):
+            y = filtered(frames, taps, init, u, K)
+            mask = mask_c & (zero + t + u < end)
+            if y_ptr is not None:
+                tl.store(y_ptr + step + u * C, y.to(y_ptr.dtype.element_ty), mask=mask)
+            if NORM == STATS:
+                total += tl.where(mask & (zero + t + u < n), y.to(y_ptr.dtype.element_ty).to(tl.float32), 0.0)
+            if NORM == NONE or NORM == RUNNING:
+                if NORM == RUNNING:
+                    y = y * scale + shift
+                tl.store(out_ptr + step + u * C, (y * sigmoid(y)).to(out_ptr.dtype.element_ty), mask=mask)
+        window = frames[STEP:]
 
     if NORM == STATS:
-        # count, mean and M2 of the tile's real frames, of y as stored; the count follows from the length
-        dtype = y_ptr.dtype.element_ty
-        start = (tile % tiles) * (BLOCK_S * BLOCK_R)
-        count = tl.minimum(tl.maximum(n - start, 0), BLOCK_S * BLOCK_R).to(tl.float32)
-        total = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-        for r in tl.static_range(BLOCK_R):
-            total += tl.where((offs_t + r < n)[:, None], acc[r].to(dtype).to(tl.float32), 0.0)
-        mean = tl.sum(total, 0) / tl.maximum(count, 1.0)
-        square = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-        for r in tl.static_range(BLOCK_R):
-            d = tl.where((offs_t + r < n)[:, None], acc[r].to(dtype).to(tl.float32) - mean[None, :], 0.0)
-            square += d * d
-        at = tile.to(tl.int64) * C + offs_c
-        tl.store(part_mean_ptr + at, mean, mask=mask_c)
-        tl.store(part_m2_ptr + at, tl.sum(square, 0), mask=mask_c)
+        # mean and M2 of the chunk's real frames, of y as stored, which this thread reads back; lengths give the count
+        count = tl.maximum(tl.minimum(n, end) - start, 0)
+        mean = total / tl.maximum(count, 1).to(tl.float32)
+        m2 = tl.zeros([BLOCK_C], tl.float32)
+        for t in range(0, count, STEP):
+            for u in tl.static_range(STEP):
+                mask = mask_c & (zero + t + u < count)
+                y = tl.load(y_ptr + (t * C + offs_c) + u * C, mask=mask, other=0.0).to(tl.float32)
+                d = tl.where(mask, y - mean, 0.0)
+                m2 += d * d
+        tl.store(part_mean_ptr + offs_c, mean, mask=mask_c)
+        tl.store(part_m2_ptr + offs_c, m2, mask=mask_c)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _conv_fwd_kernel(
+    x_ptr, stride_xb, weight_ptr, bias_ptr, lengths_ptr, norm_weight_ptr, norm_bias_ptr, running_mean_ptr, running_var_ptr,
+    out_ptr, y_ptr, part_mean_ptr, part_m2_ptr, T, chunks, chunk, eps,
+    NORM: tl.constexpr, C: tl.constexpr, K: tl.constexpr, BLOCK_C: tl.constexpr, STEP: tl.constexpr, BLOCK_T: tl.constexpr,
+    ROW: tl.constexpr,
+):  # fmt: skip
+    """One chunk of frames of one utterance; LAYER: at all channels, in rows of BLOCK_T frames and ROW >= C channels."""
+    program = tl.program_id(0)
+    b = (program // chunks).to(tl.int64)
+    start = (program % chunks) * chunk
+    end = tl.minimum(start + chunk, T)
+    n = real_frames(lengths_ptr, b, T)
+    x_ptr += b * stride_xb + start.to(tl.int64) * (2 * C)
+    row = b * T + start
+    out_ptr += row * C
+    if y_ptr is not None:
+        y_ptr += row * C
+    if part_mean_ptr is not None:
+        part_mean_ptr += program.to(tl.int64) * C
+        part_m2_ptr += program.to(tl.int64) * C
+    if NORM != LAYER:
+        _convolve(
+            x_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, running_mean_ptr, running_var_ptr, out_ptr, y_ptr,
+            part_mean_ptr, part_m2_ptr, start, end, n, tl.program_id(1) * BLOCK_C, eps, NORM, C, K, BLOCK_C, STEP,
+        )  # fmt: skip
+    else:
+        for c0 in range(0, C, BLOCK_C):
+            _convolve(
+                x_ptr, weight_ptr, bias_ptr, None, None, None, None, None, y_ptr, None, None,
+                start, end, n, c0, eps, NORM, C, K, BLOCK_C, STEP,
+            )  # fmt: skip
+        # rows come back with other channels to a thread than they were written with
+        tl.debug_barrier()
+        offs_c, mask_c, _ = channels_from(0, C, ROW)
+        gamma = tl.load(norm_weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+        beta = tl.load(norm_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+        for t in range(0, end - start, BLOCK_T):
+            offs_t = t + tl.arange(0, BLOCK_T)
+            mask = (offs_t < end - start)[:, None] & mask_c[None, :]
+            at = offs_t[:, None] * C + offs_c[None, :]
+            y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            mean = tl.sum(y, 1) / C
+            centred = tl.where(mask_c[None, :], y - mean[:, None], 0.0)
+            rstd = tl.rsqrt(tl.sum(centred * centred, 1) / C + tl.cast(eps, tl.float32))
+            z = centred * rstd[:, None] * gamma + beta
+            tl.store(out_ptr + at, (z * sigmoid(z)).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -216,7 +281,7 @@ def _merge_group_kernel(
     """Mean and variance of one group of one utterance, over its channels and real frames; part_* [B, tiles, C]."""
     b = tl.program_id(0).to(tl.int64)
     g = tl.program_id(1)
-    n = _real_frames(lengths_ptr, b, T)
+    n = real_frames(lengths_ptr, b, T)
     count = tl.zeros([1], tl.float32)
     mean = tl.zeros([1], tl.float32)
     m2 = tl.zeros([1], tl.float32)
@@ -256,275 +321,59 @@ def _norm_fwd_kernel(
     tl.store(out_ptr + at, (z * sigmoid(z)).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-# --- backward --------------------------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=RUNTIME)
-def _norm_bwd_kernel(
-    dout_ptr, stride_db, stride_dt, stride_dc, y_ptr, mean_ptr, var_ptr, stride_sb, GROUP_C,
-    norm_weight_ptr, norm_bias_ptr, dy_ptr, part_ptr, T, C, chunks, chunk, eps,
-    NORM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Through SiLU and norm: dy, and per program the channel sums of dz and dz * xhat, z = norm(y), in part [P, 2, C].
-
-    NORM=STATS leaves only the sums: dy needs all of them first.
-    """
-    program = tl.program_id(0)
-    b = (program // chunks).to(tl.int64)
-    start = (program % chunks) * chunk
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C
-    wide_c = offs_c.to(tl.int64)
-    if NORM != NONE:
-        gamma = tl.load(norm_weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
-        beta = tl.load(norm_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
-    if NORM == RUNNING or NORM == STATS:
-        at_stat = b * stride_sb + offs_c // GROUP_C
-        mean = tl.load(mean_ptr + at_stat, mask=mask_c, other=0.0).to(tl.float32)[None, :]
-        rstd = tl.rsqrt(tl.load(var_ptr + at_stat, mask=mask_c, other=1.0).to(tl.float32) + tl.cast(eps, tl.float32))[
-            None, :
-        ]
-    sum_dz = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    sum_dzx = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    for t in range(start, tl.minimum(start + chunk, T), BLOCK_T):
-        offs_t = t + tl.arange(0, BLOCK_T)
-        mask = (offs_t < tl.minimum(start + chunk, T))[:, None] & mask_c[None, :]
-        wide_t = offs_t.to(tl.int64)[:, None]
-        at = (b * T + wide_t) * C + offs_c[None, :]
-        y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        dout = tl.load(
-            dout_ptr + b * stride_db + wide_t * stride_dt + (wide_c * stride_dc)[None, :], mask=mask, other=0.0
-        ).to(tl.float32)
-        xhat = y
-        if NORM == LAYER:
-            mean = (tl.sum(y, 1) / C)[:, None]
-            centred = tl.where(mask_c[None, :], y - mean, 0.0)
-            rstd = tl.rsqrt(tl.sum(centred * centred, 1) / C + tl.cast(eps, tl.float32))[:, None]
-            xhat = centred * rstd
-        if NORM == RUNNING or NORM == STATS:
-            xhat = (y - mean) * rstd
-        z = xhat
-        if NORM != NONE:
-            z = xhat * gamma + beta
-        s = sigmoid(z)
-        dz = dout * s * (1.0 + z * (1.0 - s))
-        dy = dz
-        if NORM == RUNNING:
-            dy = dz * gamma * rstd
-        if NORM == LAYER:
-            g = dz * gamma
-            dy = rstd * (g - (tl.sum(g, 1) / C)[:, None] - xhat * (tl.sum(g * xhat, 1) / C)[:, None])
-        if NORM != NONE:
-            sum_dz += dz
-            sum_dzx += dz * xhat
-        if NORM != STATS:
-            tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=mask)
-    if NORM != NONE:
-        at = program.to(tl.int64) * 2 * C + offs_c
-        tl.store(part_ptr + at, tl.sum(sum_dz, 0), mask=mask_c)
-        tl.store(part_ptr + at + C, tl.sum(sum_dzx, 0), mask=mask_c)
-
-
-@triton.jit(do_not_specialize=RUNTIME)
-def _group_sums_kernel(part_ptr, norm_weight_ptr, sums_ptr, C, chunks, GROUP_C, BLOCK_P: tl.constexpr):
-    """sums [B, G, 2] of gamma * (dz, dz * xhat) over a group, from part [B, chunks, 2, C]."""
-    b = tl.program_id(0).to(tl.int64)
-    g = tl.program_id(1)
-    acc_dz = tl.zeros([BLOCK_P], tl.float32)
-    acc_dzx = tl.zeros([BLOCK_P], tl.float32)
-    for start in range(0, chunks * GROUP_C, BLOCK_P):
-        offs = start + tl.arange(0, BLOCK_P)
-        mask = offs < chunks * GROUP_C
-        c = g * GROUP_C + offs % GROUP_C
-        gamma = tl.load(norm_weight_ptr + c, mask=mask, other=0.0).to(tl.float32)
-        at = (b * chunks + offs // GROUP_C) * 2 * C + c
-        acc_dz += gamma * tl.load(part_ptr + at, mask=mask, other=0.0)
-        acc_dzx += gamma * tl.load(part_ptr + at + C, mask=mask, other=0.0)
-    at = (b * tl.num_programs(1) + g) * 2
-    tl.store(sums_ptr + at, tl.sum(acc_dz, 0))
-    tl.store(sums_ptr + at + 1, tl.sum(acc_dzx, 0))
-
-
-@triton.jit(do_not_specialize=RUNTIME)
-def _stats_bwd_kernel(
-    dout_ptr, stride_db, stride_dt, stride_dc, y_ptr, mean_ptr, var_ptr, stride_sb, GROUP_C,
-    norm_weight_ptr, norm_bias_ptr, lengths_ptr, sums_ptr, count_ptr, dy_ptr, T, C, tiles, eps,
-    BATCH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """dy of a norm with statistics over frames. Padded frames are normalised but are not in the statistics.
-
-    sums: BATCH [2, C] of (dz, dz * xhat); else [B, G, 2] of the same times gamma.
-    """
-    tile = tl.program_id(0)
-    b = (tile // tiles).to(tl.int64)
-    offs_t = (tile % tiles) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C
-    n = _real_frames(lengths_ptr, b, T)
-    gamma = tl.load(norm_weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
-    beta = tl.load(norm_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
-    at_stat = b * stride_sb + offs_c // GROUP_C
-    mean = tl.load(mean_ptr + at_stat, mask=mask_c, other=0.0)[None, :]
-    rstd = tl.rsqrt(tl.load(var_ptr + at_stat, mask=mask_c, other=1.0) + tl.cast(eps, tl.float32))[None, :]
-    if BATCH:
-        count = tl.maximum(tl.load(count_ptr), 1.0)
-        mean_dz = gamma * tl.load(sums_ptr + offs_c, mask=mask_c, other=0.0)[None, :] / count
-        mean_dzx = gamma * tl.load(sums_ptr + C + offs_c, mask=mask_c, other=0.0)[None, :] / count
-    else:
-        count = (tl.maximum(n, 1) * GROUP_C).to(tl.float32)
-        mean_dz = tl.load(sums_ptr + 2 * at_stat, mask=mask_c, other=0.0)[None, :] / count
-        mean_dzx = tl.load(sums_ptr + 2 * at_stat + 1, mask=mask_c, other=0.0)[None, :] / count
-    mask = (offs_t < T)[:, None] & mask_c[None, :]
-    wide_t = offs_t.to(tl.int64)[:, None]
-    at = (b * T + wide_t) * C + offs_c[None, :]
-    xhat = (tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
-    at_d = b * stride_db + wide_t * stride_dt + (offs_c.to(tl.int64) * stride_dc)[None, :]
-    dout = tl.load(dout_ptr + at_d, mask=mask, other=0.0).to(tl.float32)
-    z = xhat * gamma + beta
-    s = sigmoid(z)
-    dz = dout * s * (1.0 + z * (1.0 - s))
-    through_stats = tl.where((offs_t < n)[:, None], mean_dz + xhat * mean_dzx, 0.0)
-    tl.store(dy_ptr + at, (rstd * (dz * gamma - through_stats)).to(dy_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=RUNTIME)
-def _input_bwd_kernel(
-    dy_ptr, x_ptr, stride_xb, stride_xt, stride_xc, taps_ptr, lengths_ptr, dx_ptr, g_ptr,
-    T, C, K, tiles,
-    BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TAPS: tl.constexpr,
-):  # fmt: skip
-    """dx through the convolution and the GLU, and the GLU's output g again, for the weight gradient."""
-    tile = tl.program_id(0)
-    b = (tile // tiles).to(tl.int64)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C
-    wide_c = offs_c.to(tl.int64)
-    offs_t = (tile % tiles) * (BLOCK_S * BLOCK_R) + tl.arange(0, BLOCK_S) * BLOCK_R
-    n = _real_frames(lengths_ptr, b, T)
-    wide = tl.cast(C, tl.int64)
-    dg = _slide(
-        dy_ptr + b * T * C + offs_c[None, :], wide, wide, T, taps_ptr + offs_c, C, mask_c, offs_t, K,
-        tl.zeros([BLOCK_S, BLOCK_C], tl.float32), False, BLOCK_R, TAPS,
-    )  # fmt: skip
-    for r in tl.static_range(BLOCK_R):
-        t = offs_t + r
-        wide_t = t.to(tl.int64)[:, None]
-        real = (t < n)[:, None] & mask_c[None, :]
-        p = x_ptr + b * stride_xb + wide_t * stride_xt + (wide_c * stride_xc)[None, :]
-        value = tl.load(p, mask=real, other=0.0).to(tl.float32)
-        s = sigmoid(tl.load(p + wide * stride_xc, mask=real, other=0.0).to(tl.float32))
-        g = value * s
-        dvalue = tl.where(real, dg[r] * s, 0.0)
-        mask = (t < T)[:, None] & mask_c[None, :]
-        row = b * T + wide_t
-        tl.store(g_ptr + row * C + offs_c[None, :], g.to(g_ptr.dtype.element_ty), mask=mask)
-        at = row * (2 * C) + offs_c[None, :]
-        tl.store(dx_ptr + at, dvalue.to(dx_ptr.dtype.element_ty), mask=mask)
-        tl.store(dx_ptr + at + C, (dvalue * value * (1.0 - s)).to(dx_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=RUNTIME)
-def _weight_bwd_kernel(
-    dy_ptr, g_ptr, part_weight_ptr, part_bias_ptr, T, C, K, chunks, lane,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, TAPS: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """Sums over the program's frames of dy[t] * g[t + k - K // 2], part_weight [P, K, C], and of dy[t], part_bias [P, C].
-
-    Each of BLOCK_S lane rows walks `lane` frames (a multiple of STEP) in order, for TAPS taps.
-    """
-    program = tl.program_id(0)
-    b = (program // chunks).to(tl.int64)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C
-    k0 = tl.program_id(2) * TAPS
-    first = ((program % chunks) * BLOCK_S + tl.arange(0, BLOCK_S)) * lane
-    row = b * T * C + offs_c[None, :]
-    wide = tl.cast(C, tl.int64)
-    shift = k0 - K // 2
-    acc = ()
-    window = ()  # g at first + shift + i ... + TAPS - 2
-    for _ in tl.static_range(TAPS):
-        acc = acc + (tl.zeros([BLOCK_S, BLOCK_C], tl.float32),)
-    for j in tl.static_range(TAPS - 1):
-        window = window + (_frame(g_ptr + row, first + shift + j, wide, wide, T, mask_c, False),)
-    acc_bias = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-    for i in range(0, lane, STEP):
-        frames = window
-        for v in tl.static_range(STEP):
-            frames = frames + (_frame(g_ptr + row, first + shift + i + (TAPS - 1 + v), wide, wide, T, mask_c, False),)
-        for v in tl.static_range(STEP):
-            dy = _frame(dy_ptr + row, first + i + v, wide, wide, T, mask_c, False)
-            acc_bias += dy
-            summed = ()
-            for j in tl.static_range(TAPS):
-                summed = summed + (acc[j] + dy * frames[j + v],)
-            acc = summed
-        window = frames[STEP:]
-    wide_p = program.to(tl.int64)
-    for j in tl.static_range(TAPS):
-        if k0 + j < K:
-            tl.store(part_weight_ptr + (wide_p * K + (k0 + j)) * C + offs_c, tl.sum(acc[j], 0), mask=mask_c)
-    if k0 == 0:
-        tl.store(part_bias_ptr + wide_p * C + offs_c, tl.sum(acc_bias, 0), mask=mask_c)
-
-
 # --- launching -------------------------------------------------------------------------------------------------------
 
-
-def conv_config(channels: int, frames: int, layer: bool) -> LaunchConfig:
-    """Tiles of the sliding kernels: two channels a thread keep R = 16 frames in about 125 registers, unspilled.
-
-    LayerNorm needs all channels of a frame in one program, beyond 1024 four a thread with half the window; short
-    inputs take R = 8 for twice the programs.
-    """
-    block_c = max(64, next_power_of_2(channels)) if layer else 64
-    block_r = 8 if frames < 256 or block_c > 1024 else 16
-    block_s = max(1, 256 // block_c)
-    warps = min(16, max(4, block_c * block_s // 64))
-    taps = 4 if block_c > 1024 else 8
-    return LaunchConfig(warps, 1, {"BLOCK_S": block_s, "BLOCK_R": block_r, "BLOCK_C": block_c, "TAPS": taps})
+# registers hold K - 1 frames and K taps a channel: two channels a thread up to this K, one beyond
+SHORT_KERNEL = 32
+# frames a step: loads in flight, and one move of the window in so many frames
+_STEP = 10
 
 
-def weight_config(kernel_size: int) -> LaunchConfig:
-    """Tiles of the weight gradient: 16 taps a program (8 for a short kernel) stay in registers."""
-    taps = 8 if kernel_size <= 8 else 16
-    return LaunchConfig(4, 1, {"BLOCK_S": 4, "BLOCK_C": 64, "TAPS": taps, "STEP": 8})
+def conv_config(channels: int, kernel_size: int, layer: bool) -> LaunchConfig:
+    """Tiles of the convolution: 2 channels a thread; LayerNorm's rows are BLOCK_T frames of all (ROW) channels."""
+    row = max(64, next_power_of_2(channels))
+    if layer:
+        block_c = min(256, row)
+    else:  # least padding
+        block_c = min((256, 128, 64), key=lambda block: cdiv(channels, block) * block)
+    warps = block_c // (64 if kernel_size <= SHORT_KERNEL else 32)
+    blocks = {
+        "BLOCK_C": block_c,
+        "STEP": _STEP,
+        "BLOCK_T": max(1, 2048 // row) if layer else 1,
+        "ROW": row if layer else 1,
+    }
+    return LaunchConfig(warps, 1, blocks)
 
 
-def norm_config(channels: int, layer: bool) -> LaunchConfig:
-    """Tiles of the pointwise kernels: 8 to 16 elements a thread, whole frames for LayerNorm."""
-    if not layer:
-        return LaunchConfig(4, 1, {"BLOCK_T": 16, "BLOCK_C": 128})
-    block_c = max(64, next_power_of_2(channels))
-    block_t = max(1, 2048 // block_c)
-    return LaunchConfig(min(8, max(4, block_c // 128)), 1, {"BLOCK_T": block_t, "BLOCK_C": block_c})
+def pointwise_config() -> LaunchConfig:
+    """Tiles of the pointwise kernels: 16 elements a thread."""
+    return LaunchConfig(4, 1, {"BLOCK_T": 16, "BLOCK_C": 128})
 
 
-# what may be tuned; a program of LayerNorm has all channels, so BLOCK_C stays
-_CONV_LIMITS = {"BLOCK_R": (4, 16), "TAPS": (4, 8)}
-_WEIGHT_LIMITS = {"BLOCK_S": (1, 8), "TAPS": (8, 16)}
-_NORM_LIMITS = {"BLOCK_T": (1, 64)}
+# what may be tuned
+_CONV_LIMITS = {"STEP": (5, 20)}
+_POINTWISE_LIMITS = {"BLOCK_T": (1, 64)}
 
 _MERGE_BATCH = LaunchConfig(4, 1, {"BLOCK_P": 64, "BLOCK_C": 16})
-_MERGE_GROUP = LaunchConfig(4, 1, {"BLOCK_P": 1024})
+MERGE_GROUP = LaunchConfig(4, 1, {"BLOCK_P": 1024})
 
 
-def _chunks(batch: int, frames: int, programs: int, step: int) -> tuple[int, int]:
-    """(chunks an utterance, frames a chunk): about `programs` chunks in all, each a multiple of `step` frames.
+def chunks_of(batch: int, frames: int, programs: int, least: int) -> tuple[int, int]:
+    """(chunks an utterance, frames a chunk): about `programs` chunks in all, of `least` frames or more.
 
     A function of shapes alone, so that the order of the sums does not depend on the device.
     """
-    want = max(1, programs // max(batch, 1))
-    chunk = max(1, cdiv(cdiv(frames, want), step)) * step
+    chunk = max(least, cdiv(frames, max(1, programs // max(batch, 1))))
     return cdiv(frames, chunk), chunk
 
 
-def _taps(weight: torch.Tensor, multiple: int) -> torch.Tensor:
-    """[C, K] -> [K', C], zero rows up to a multiple: neighbouring channels are neighbours in memory, no tap is masked."""
-    return torch.nn.functional.pad(weight.t(), (0, 0, 0, -weight.shape[1] % multiple)).contiguous()
+def dense_frames(x: torch.Tensor) -> torch.Tensor:
+    """[B, T, C] with a frame after the other; a copy where x has them apart."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
-def _mode(norm: str, training: bool) -> tl.constexpr:
+def mode_of(norm: str, training: bool) -> tl.constexpr:
     return {"none": NONE, "layer": LAYER, "group": STATS, "batch": STATS if training else RUNNING}[norm]
 
 
@@ -542,6 +391,7 @@ def forward(
     training: bool,
     eps: float,
     save: bool,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(out [B, T, C], y, mean, var, count): what the backward needs is filled if `save`, else empty.
 
@@ -549,27 +399,28 @@ def forward(
     """
     b, t, _ = x.shape
     c, k = weight.shape
+    x, weight = dense_frames(x), weight.contiguous()
     bias, lengths, norm_weight, norm_bias = dense(bias, lengths, norm_weight, norm_bias)
     running_mean, running_var = dense(running_mean, running_var)
-    mode = _mode(norm, training)
+    mode = mode_of(norm, training)
     stats = mode == STATS
-    out = x.new_empty((b, t, c))
+    out = x.new_empty((b, t, c)) if out is None else out
     y = x.new_empty((b, t, c) if save or stats else (0,))
     mean, var, count = (x.new_empty((0,), dtype=torch.float32) for _ in range(3))
 
-    config = tuned("glu_depthwise_conv.forward", x, conv_config(c, t, norm == "layer"), _CONV_LIMITS)
-    blocks = config.blocks
-    taps = _taps(weight, blocks["TAPS"])
-    tile = blocks["BLOCK_S"] * blocks["BLOCK_R"]
-    tiles = cdiv(t, tile)
+    config = tuned("glu_depthwise_conv.forward", x, conv_config(c, k, mode == LAYER), _CONV_LIMITS)
+    # 8 warps for each of 132 multiprocessors
+    programs = 264 if mode == LAYER else 264 * 256 // c
+    chunks, chunk = chunks_of(b, t, programs, config.blocks["STEP"])
     part_mean = part_m2 = None
     if stats:
-        part_mean, part_m2 = x.new_empty((2, b, tiles, c), dtype=torch.float32)
-    grid = (b * tiles, cdiv(c, blocks["BLOCK_C"]))
+        part_mean, part_m2 = x.new_empty((2, b, chunks, c), dtype=torch.float32)
+    # LayerNorm reads the convolution back: from out, if nothing is saved
+    kept = y if save or stats else out if mode == LAYER else None
+    grid = (b * chunks, 1 if mode == LAYER else cdiv(c, config.blocks["BLOCK_C"]))
     launch(
-        _conv_fwd_kernel, grid, config, x, x, *x.stride(), taps, bias, lengths,
-        norm_weight, norm_bias, running_mean, running_var, out, y if save or stats else None, part_mean, part_m2,
-        t, c, k, tiles, eps, NORM=mode,
+        _conv_fwd_kernel, grid, config, x, x, x.stride(0), weight, bias, lengths, norm_weight, norm_bias,
+        running_mean, running_var, out, kept, part_mean, part_m2, t, chunks, chunk, eps, NORM=mode, C=c, K=k,
     )  # fmt: skip
     if mode == RUNNING and save:
         mean, var = (s.to(torch.float32, copy=True) for s in (running_mean, running_var))
@@ -580,122 +431,36 @@ def forward(
         mean, var, count = (x.new_empty((n,), dtype=torch.float32) for n in (c, c, 1))
         launch(
             _merge_batch_kernel, (cdiv(c, _MERGE_BATCH.blocks["BLOCK_C"]),), _MERGE_BATCH, x,
-            part_mean, part_m2, lengths, mean, var, count, t, c, tiles, b * tiles, tile,
+            part_mean, part_m2, lengths, mean, var, count, t, c, chunks, b * chunks, chunk,
         )  # fmt: skip
     else:
         mean, var = (x.new_empty((b, num_groups), dtype=torch.float32) for _ in range(2))
         launch(
-            _merge_group_kernel, (b, num_groups), _MERGE_GROUP, x,
-            part_mean, part_m2, lengths, mean, var, t, c, tiles, tile, c // num_groups,
+            _merge_group_kernel, (b, num_groups), MERGE_GROUP, x,
+            part_mean, part_m2, lengths, mean, var, t, c, chunks, chunk, c // num_groups,
         )  # fmt: skip
-    config = tuned("glu_depthwise_conv.forward_norm", x, norm_config(c, False), _NORM_LIMITS)
+    config = tuned("glu_depthwise_conv.forward_norm", x, pointwise_config(), _POINTWISE_LIMITS)
     tiles = cdiv(t, config.blocks["BLOCK_T"])
     grid = (b * tiles, cdiv(c, config.blocks["BLOCK_C"]))
     launch(
-        _norm_fwd_kernel, grid, config, x, y, mean, var, *_stat_strides(norm, num_groups, c), norm_weight, norm_bias,
+        _norm_fwd_kernel, grid, config, x, y, mean, var, *stat_strides(norm, num_groups, c), norm_weight, norm_bias,
         out, t, c, tiles, eps,
     )  # fmt: skip
     return out, y, mean, var, count
 
 
-def _stat_strides(norm: str, num_groups: int, channels: int) -> tuple[int, int]:
+def stat_strides(norm: str, num_groups: int, channels: int) -> tuple[int, int]:
     """(step from utterance to utterance, channels that share a statistic)."""
     return (num_groups, channels // num_groups) if norm == "group" else (0, 1)
 
 
-def backward(
-    dout: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    lengths: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    y: torch.Tensor,
-    mean: torch.Tensor,
-    var: torch.Tensor,
-    count: torch.Tensor,
-    norm: str,
-    num_groups: int,
-    training: bool,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx [B, T, 2C], dweight [K, C] (transposed), dbias [C], (dnorm_bias, dnorm_weight) [2, C] or empty)."""
-    b, t, c = y.shape
-    k = weight.shape[1]
-    lengths, norm_weight, norm_bias = dense(lengths, norm_weight, norm_bias)
-    mode = _mode(norm, training)
-    dy, g = torch.empty_like(y), torch.empty_like(y)
-    dx = x.new_empty(x.shape)
-
-    config = tuned("glu_depthwise_conv.backward_norm", x, norm_config(c, norm == "layer"), _NORM_LIMITS)
-    blocks = config.blocks
-    channel_blocks = cdiv(c, blocks["BLOCK_C"])
-    chunks, chunk = _chunks(b, t, 512 // channel_blocks, blocks["BLOCK_T"])
-    part = x.new_empty((b * chunks, 2, c), dtype=torch.float32) if mode != NONE else None
-    stat_strides = _stat_strides(norm, num_groups, c)
-    launch(
-        _norm_bwd_kernel, (b * chunks, channel_blocks), config, x, dout, *dout.stride(), y, mean, var, *stat_strides,
-        norm_weight, norm_bias, dy, part, t, c, chunks, chunk, eps, NORM=mode,
-    )  # fmt: skip
-    if part is None or norm_weight is None:
-        dnorm = x.new_empty((0,))
-    else:
-        dnorm = sum_rows(part, torch.float32)  # [2, C]
-        sums = dnorm
-        if norm == "group":
-            sums = x.new_empty((b, num_groups, 2), dtype=torch.float32)
-            launch(
-                _group_sums_kernel,
-                (b, num_groups),
-                _MERGE_GROUP,
-                x,
-                part,
-                norm_weight,
-                sums,
-                c,
-                chunks,
-                c // num_groups,
-            )
-        if mode == STATS:
-            tiles = cdiv(t, blocks["BLOCK_T"])
-            launch(
-                _stats_bwd_kernel, (b * tiles, channel_blocks), config, x, dout, *dout.stride(), y, mean, var,
-                *stat_strides, norm_weight, norm_bias, lengths, sums, count, dy, t, c, tiles, eps, BATCH=norm == "batch",
-            )  # fmt: skip
-        dnorm = dnorm.to(norm_weight.dtype)
-
-    config = tuned("glu_depthwise_conv.backward_input", x, conv_config(c, t, False), _CONV_LIMITS)
-    blocks = config.blocks
-    taps = _taps(weight.flip(1), blocks["TAPS"])
-    tiles = cdiv(t, blocks["BLOCK_S"] * blocks["BLOCK_R"])
-    launch(
-        _input_bwd_kernel, (b * tiles, cdiv(c, blocks["BLOCK_C"])), config, x, dy, x, *x.stride(), taps, lengths, dx, g,
-        t, c, k, tiles,
-    )  # fmt: skip
-
-    config = tuned("glu_depthwise_conv.backward_weight", x, weight_config(k), _WEIGHT_LIMITS)
-    blocks = config.blocks
-    channel_blocks, tap_blocks = cdiv(c, blocks["BLOCK_C"]), cdiv(k, blocks["TAPS"])
-    # about four programs for each of 132 multiprocessors
-    programs = max(1, 528 // (channel_blocks * tap_blocks))
-    chunks, chunk = _chunks(b, t, programs, blocks["BLOCK_S"] * blocks["STEP"])
-    part_weight = x.new_empty((b * chunks, k, c), dtype=torch.float32)
-    part_bias = x.new_empty((b * chunks, c), dtype=torch.float32)
-    launch(
-        _weight_bwd_kernel, (b * chunks, channel_blocks, tap_blocks), config, x, dy, g, part_weight, part_bias,
-        t, c, k, chunks, chunk // blocks["BLOCK_S"],
-    )  # fmt: skip
-    return dx, sum_rows(part_weight, weight.dtype), sum_rows(part_bias, weight.dtype), dnorm
-
-
 # --- ahead of time ---------------------------------------------------------------------------------------------------
 
-_STRIDES = ("stride_sb", "stride_xb", "stride_xt", "stride_db", "stride_dt")
-_INTEGERS = ("T", "C", "K", "P", "tiles", "chunks", "chunk", "lane", "TILE", "GROUP_C", *_STRIDES)
-_DIVISIBLE = frozenset({"C", "GROUP_C", *_STRIDES})
+_INTEGERS = ("T", "C", "P", "tiles", "chunks", "chunk", "TILE", "GROUP_C", "stride_sb", "stride_xb")
+_DIVISIBLE = frozenset({"C", "GROUP_C", "stride_sb", "stride_xb"})
 
 
-def _aot(name: str, kernel: Any, dtype: str, launch_config: LaunchConfig, **constexprs: Any) -> AotConfig:
+def aot(name: str, kernel: Any, dtype: str, launch_config: LaunchConfig, **constexprs: Any) -> AotConfig:
     """Pointers are of `dtype`, but statistics and partials float32 and lengths int64."""
     wide = ("part", "mean", "var", "count", "sums", "running")
     pointers = {
@@ -704,8 +469,6 @@ def _aot(name: str, kernel: Any, dtype: str, launch_config: LaunchConfig, **cons
         if n.endswith("_ptr") and n not in constexprs
     }
     scalars = {n: "i32" for n in _INTEGERS if n not in constexprs} | {"eps": "fp32"}
-    # channels are neighbours: a stride of 1 is known to the compiler, as at run time
-    constexprs = {n: 1 for n in ("stride_xc", "stride_dc") if n in kernel.arg_names} | constexprs
     constexprs |= launch_config.blocks
     return AotConfig(
         name=f"glu_depthwise_conv.{name}",
@@ -720,35 +483,23 @@ def _aot(name: str, kernel: Any, dtype: str, launch_config: LaunchConfig, **cons
 
 
 def aot_configs(arch: int) -> Iterator[AotConfig]:
-    """Every kernel at the tiles of T = 400, of short inputs and of each width; float16 is as wide as bfloat16."""
+    """The convolution for each norm, width and kernel size, and the merges of statistics; float16 is as wide as bfloat16."""
     no_norm: dict[str, Any] = dict.fromkeys(("norm_weight_ptr", "norm_bias_ptr"))
     no_running: dict[str, Any] = dict.fromkeys(("running_mean_ptr", "running_var_ptr"))
     no_parts: dict[str, Any] = dict.fromkeys(("part_mean_ptr", "part_m2_ptr"))
-    none = {"NORM": NONE.value, **no_norm, **no_running, **no_parts}
-    stats = {"NORM": STATS.value, **no_running}
+    base = {"C": 256, "K": 31}
     layer = {"NORM": LAYER.value, **no_running, **no_parts}
-    plain, short = conv_config(256, 400, False), conv_config(256, 100, False)
-    pointwise = norm_config(256, False)
+    none = {"NORM": NONE.value, **base, **no_norm, **no_running, **no_parts}
     # what holds frames in registers, in both widths
     for dtype in ("bf16", "fp32"):
-        yield _aot("conv_fwd none", _conv_fwd_kernel, dtype, plain, **none)
+        yield aot("conv_fwd none", _conv_fwd_kernel, dtype, conv_config(256, 31, False), **none)
         for c in (256, 512, 1024, 2048):
-            yield _aot(f"conv_fwd layer C={c}", _conv_fwd_kernel, dtype, conv_config(c, 400, True), **layer)
-            yield _aot(f"norm_bwd layer C={c}", _norm_bwd_kernel, dtype, norm_config(c, True), NORM=LAYER.value)
-        yield _aot("input_bwd", _input_bwd_kernel, dtype, plain)
-        yield _aot("weight_bwd K=31", _weight_bwd_kernel, dtype, weight_config(31))
-    dtype = "bf16"
-    yield _aot("conv_fwd none short", _conv_fwd_kernel, dtype, short, **none)
-    yield _aot("conv_fwd running", _conv_fwd_kernel, dtype, plain, NORM=RUNNING.value, **no_parts)
-    yield _aot("conv_fwd statistics", _conv_fwd_kernel, dtype, plain, **stats)
-    yield _aot("input_bwd short", _input_bwd_kernel, dtype, short)
-    yield _aot("weight_bwd K=7", _weight_bwd_kernel, dtype, weight_config(7))
-    yield _aot("norm_fwd", _norm_fwd_kernel, dtype, pointwise)
-    yield _aot("norm_bwd none", _norm_bwd_kernel, dtype, pointwise, NORM=NONE.value, part_ptr=None, **no_norm)
-    yield _aot("norm_bwd running", _norm_bwd_kernel, dtype, pointwise, NORM=RUNNING.value, GROUP_C=1)
-    yield _aot("norm_bwd statistics", _norm_bwd_kernel, dtype, pointwise, NORM=STATS.value)
-    yield _aot("stats_bwd batch", _stats_bwd_kernel, dtype, pointwise, BATCH=True, GROUP_C=1)
-    yield _aot("stats_bwd group", _stats_bwd_kernel, dtype, pointwise, BATCH=False)
-    yield _aot("merge_batch", _merge_batch_kernel, "fp32", _MERGE_BATCH)
-    yield _aot("merge_group", _merge_group_kernel, "fp32", _MERGE_GROUP)
-    yield _aot("group_sums", _group_sums_kernel, "fp32", _MERGE_GROUP)
+            yield aot(f"conv_fwd layer C={c}", _conv_fwd_kernel, dtype, conv_config(c, 31, True), C=c, K=31, **layer)
+    dtype, plain = "bf16", conv_config(256, 31, False)
+    for k in (7, 63):
+        yield aot(f"conv_fwd layer K={k}", _conv_fwd_kernel, dtype, conv_config(256, k, True), C=256, K=k, **layer)
+    yield aot("conv_fwd running", _conv_fwd_kernel, dtype, plain, NORM=RUNNING.value, **base, **no_parts)
+    yield aot("conv_fwd statistics", _conv_fwd_kernel, dtype, plain, NORM=STATS.value, **base, **no_norm, **no_running)
+    yield aot("norm_fwd", _norm_fwd_kernel, dtype, pointwise_config())
+    yield aot("merge_batch", _merge_batch_kernel, "fp32", _MERGE_BATCH)
+    yield aot("merge_group", _merge_group_kernel, "fp32", MERGE_GROUP)

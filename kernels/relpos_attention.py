@@ -1,17 +1,18 @@
-"""Transformer-XL relative attention as a flash kernel, forward and backward; no score ever reaches global memory.
+"""Transformer-XL relative attention: a flash kernel forward, a scratch of weights and score gradients backward.
 
 S[i, j] = ((q_i + u) . k_j + (q_i + v_bias) . pos[T-1-i+j]) / sqrt(D).  The second term needs, for a tile of M queries
 from i0 and N keys from j0, a parallelogram of products (i, position), not a rectangle.
 
-The shift is a rotation.  Let R_t[i, c] = (q_i + v_bias) . pos[T-i0+j0 + c], c < N, a dense product for the key tile t at
-j0.  Element (i, j) of the tile (indices local to it) is in column j-i-1 of R_t, or, where that is negative, in column
-j-i-1+N of R_{t-1}, or j-i-1+2N of R_{t-2}: always column (j-i-1) mod N.  So the rows of each R are rotated once, and the
+The shift is a rotation.  Let R_t[i, c] = (q_i + v_bias) . pos[T-1-i0+j0 + c], c < N, a dense product for the key tile t at
+j0.  Element (i, j) of the tile (indices local to it) is in column j-i of R_t, or, where that is negative, in column
+j-i+N of R_{t-1}, or j-i+2N of R_{t-2}: always column (j-i) mod N.  So the rows of each R are rotated once, and the
 result serves this tile and the next M/N: walking along the keys costs one product and one rotation a tile, no more
-MMA work than the content term.  The inverse rotation carries dS back to the coordinates of R.
+MMA work than the content term.
 
-What else was compiled (sm_90, bf16, D = 64, 4 warps; instructions in the loop are for 64 x 64 scores; not timed):
+Alternatives for the forward (sm_90, bf16, D = 64, 4 warps, Triton 3.6, every tile masked; instructions in the loop are for
+64 x 64 scores; compiled, not timed):
 
-  forward                                            registers  spilled  shared KiB  instructions
+                                                     registers  spilled  shared KiB  instructions
   no positions at all                                      120     0 B          40           436
   rotation, 64 x 32 tiles (this file)                      183     0 B          40           782
   rotation, 64 x 64 tiles                                  255   0-88 B         72           765
@@ -19,25 +20,36 @@ What else was compiled (sm_90, bf16, D = 64, 4 warps; instructions in the loop a
   rotation, 64 x 128 tiles                                 255  1168 B         144             -
   gather through shared memory by flat index               255    40 B          72           740, with bank conflicts
   the whole band again for every tile (64 x 128, gather)   255   136 B         112          1215
-  scores from a scratch in global memory (pitch 2T-2)      122     0 B          48           580, and a GEMM; 4 T^2 bytes
-                                                                                  written and 2 T^2 read a head
 
-The narrow tile costs 2% more instructions than the square one and leaves room for two blocks on a multiprocessor
-with registers to spare, for dropout (221 registers) and for D = 128 (255, 8 B).  The scratch has the shortest loop, but is
-the traffic that a flash kernel is there to avoid.
+Dropout is drawn by a kernel of its own, one bit a score: Philox inside the loop takes 50% more instructions there and a
+barrier for each rearrangement of its words.  The backward draws again; saved, the bits of a loop at (32, 1500) with four
+heads are 38 MB.
 
-Backward, three kernels, none of which writes to another's rows: no atomics, and the same bits every time.
-  _backward_query     one program per query tile, walks the keys:          dq
-  _backward_key       one program per key tile, walks the queries:         dk, dv, partial du
-  _backward_position  one program per N rows of pos, walks the diagonal:   partial dpos, partial dv_bias
-du is the sum of dS[i, j] k_j: a key tile has the column sums of dS, so du needs no pass of its own; dv_bias likewise from
-the column sums in the coordinates of R.
+Backward, chunk by chunk of heads, no atomics, and the same bits every time:
+  _backward_scores    one program per query tile, walks the keys:  W (dropped weights) and dS, [T, T] each, to a scratch
+  _backward_query     dq = dS k + dR pos; column sums of the two parts: partial du, dv_bias
+  _backward_key       dk = dS' (q + u), dv = W' dout
+  _backward_position  dpos = sum over utterances of dR' (q + v_bias)
+dR[i, T-1-i+j] = dS[i, j] is the scratch read with a pitch one larger: the relative shift backwards costs unaligned loads and
+no instructions.  A chunk is what fits the L2, or more heads where those would not fill the GPU (`_heads_at_a_time`).
+
+The loops as compiled (sm_90, bf16, D = 64, Triton 3.9; instructions, tensor-core units and barriers for 64 x 32 scores), and
+those of the flash kernels that recomputed S for each of dq, dk and dpos:
+
+                                  with dropout           without
+  forward                      468   10 MMA   5 bar    403   10 MMA   5 bar
+  _backward_scores             500   12        8       391   12        8
+  _backward_query               81 + 148, 2 + 2, 2 + 2, content and position
+  _backward_key                124    4        2
+  _backward_position           155    2        2
+  before: forward              707   10       14       442   10        5
+  before: backward, dq alone   917   16       18       630   16        9
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -64,7 +76,7 @@ from .tuning import tuned
 __all__ = ["aot_configs", "backward", "config_for", "forward"]
 
 # what changes with T or B: specialised on ones and multiples of 16 it would compile again for new lengths
-RUNTIME = ("B", "T", "rows", "threshold")
+RUNTIME = ("T", "rows", "threshold", "first_head", "heads")
 
 
 @triton.jit
@@ -99,15 +111,23 @@ def _inside(row, rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load_tile(base, row, rows, stride, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows row ... row+BLOCK-1 of a matrix with `rows` rows, zeros outside: [BLOCK, BLOCK_D]."""
+def _load_tile(
+    base, row, rows, stride, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr = True
+):
+    """Rows row ... row+BLOCK-1 of a matrix with `rows` rows, zeros outside; not MASKED: all are inside: [BLOCK, BLOCK_D]."""
     i = tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)
-    mask = _inside(row, rows, BLOCK)[:, None]
-    if D < BLOCK_D:
-        mask = mask & (d < D)[None, :]
     # the tile's offset in 64 bits, those inside the tile in 32
-    return tl.load(base + tl.cast(row, tl.int64) * stride + i[:, None] * stride + d[None, :], mask=mask, other=0.0)
+    address = base + tl.cast(row, tl.int64) * stride + i[:, None] * stride + d[None, :]
+    if MASKED:
+        mask = _inside(row, rows, BLOCK)[:, None]
+        if D < BLOCK_D:
+            mask = mask & (d < D)[None, :]
+        return tl.load(address, mask=mask, other=0.0)
+    elif D < BLOCK_D:
+        return tl.load(address, mask=(d < D)[None, :], other=0.0)
+    else:
+        return tl.load(address)
 
 
 @triton.jit
@@ -135,134 +155,246 @@ def _add_bias(x, bias_ptr, h, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def _padded(T):
+    """T rounded up to whole tiles: the pitch of the dropout words and of the scratch."""
+    return (T + 63) // 64 * 64
+
+
+# --- dropout ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=("seed_ptr",))
+def _draw(
+    seed_ptr, keep_ptr, lengths_ptr, cu_seqlens_ptr, T, H, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Dropout decisions of common.dropout_keep, one bit a score: bit j % 32 of the word at [b * H + h, j // 32, i]."""
+    row_tiles = tl.cdiv(T, BLOCK_M)
+    column_tiles = tl.cdiv(T, BLOCK_N)
+    tile = tl.program_id(0) % (row_tiles * column_tiles)
+    bh = tl.program_id(0) // (row_tiles * column_tiles)
+    i0 = tile // column_tiles * BLOCK_M
+    j0 = tile % column_tiles * BLOCK_N
+    _, _, queries, keys = _sequence(bh // H, T, lengths_ptr, cu_seqlens_ptr)
+    if (i0 < queries) & (j0 < keys):
+        i = i0 + tl.arange(0, BLOCK_M)
+        keep = dropout_keep(tl.load(seed_ptr), 0, bh, i, j0, threshold, BLOCK_N)
+        keep = tl.reshape(keep.to(tl.int32), (BLOCK_M, BLOCK_N // 32, 32)) << tl.arange(0, 32)[None, None, :]
+        word = j0 // 32 + tl.arange(0, BLOCK_N // 32)
+        pitch = _padded(T)
+        address = keep_ptr + bh.to(tl.int64) * (pitch // 32) * pitch + word[None, :] * pitch + i[:, None]
+        tl.store(address, tl.sum(keep, 2), mask=(word < pitch // 32)[None, :])
+
+
+@triton.jit
+def _kept(keep_base, row, j0, T, M: tl.constexpr, N: tl.constexpr):
+    """Decisions for the scores [M, N] from (row, j0); N is at most 32 and divides j0; keep_base is that of the head."""
+    word = tl.load(keep_base + (j0 // 32) * _padded(T) + row + tl.arange(0, M))
+    return (word[:, None] & (1 << (j0 % 32 + tl.arange(0, N)))[None, :]) != 0
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
 def _rotated_scores(
     qv, pos_base, row, T, stride, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr = True,
 ):  # fmt: skip
-    """R for the positions row ... row+N-1, its rows rotated: [M, N] with R[i, (j-i-1) mod N] at (i, j)."""
+    """R for the positions row ... row+N-1, its rows rotated: [M, N] with R[i, (j-i) mod N] at (i, j)."""
     i = tl.arange(0, M)[:, None]
     j = tl.arange(0, N)[None, :]
-    p = _load_tile(pos_base, row, 2 * T - 1, stride, D, N, BLOCK_D)
-    return tl.gather(tl.dot(qv, tl.trans(p), input_precision=PRECISION), (j - i - 1) & (N - 1), 1)
+    p = _load_tile(pos_base, row, 2 * T - 1, stride, D, N, BLOCK_D, MASKED)
+    return tl.gather(tl.dot(qv, tl.trans(p), input_precision=PRECISION), (j - i) & (N - 1), 1)
+
+
+@triton.jit
+def _age(M: tl.constexpr, N: tl.constexpr):
+    """Which of R_t, R_{t-1}, R_{t-2} a score is in: [M, N]."""
+    return (tl.arange(0, M)[:, None] - tl.arange(0, N)[None, :] + N - 1) // N
+
+
+@triton.jit
+def _first_scores(
+    qv, pos_base, i0, T, stride_pt, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What `_scores` carries into the first key tile: R_{-1} merged into R_{-2} where the next tile reads it, and R_{-1}."""
+    latest = _rotated_scores(qv, pos_base, T - 1 - i0 - N, T, stride_pt, D, M, N, BLOCK_D, PRECISION)
+    older = _rotated_scores(qv, pos_base, T - 1 - i0 - 2 * N, T, stride_pt, D, M, N, BLOCK_D, PRECISION)
+    return tl.where(_age(M, N) == 2, older, latest), latest
+
+
+@triton.jit
+def _scores(
+    qu, qv, k_base, pos_base, older, latest, i0, j0, keys, stride_kt, stride_pt, T,
+    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """S [M, N] from (i0, j0) without 1/sqrt(D), and what the next key tile takes over."""
+    age = _age(M, N)
+    r = _rotated_scores(qv, pos_base, T - 1 - i0 + j0, T, stride_pt, D, M, N, BLOCK_D, PRECISION, MASKED)
+    s = tl.where(age == 0, r, older)
+    k = _load_tile(k_base, j0, keys, stride_kt, D, N, BLOCK_D, MASKED)
+    s = tl.dot(qu, tl.trans(k), s, input_precision=PRECISION)
+    return s, tl.where(age == 2, latest, r), r
+
+
+@triton.jit
+def _forward_tile(
+    qu, qv, k_base, v_base, pos_base, keep_base, m, denominator, acc, older, latest, i0, j0, keys,
+    stride_kt, stride_vt, stride_pt, T, scale, HAS_DROPOUT: tl.constexpr,
+    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """One key tile of the online softmax; not MASKED: all of its keys are there."""
+    s, older, latest = _scores(
+        qu, qv, k_base, pos_base, older, latest, i0, j0, keys, stride_kt, stride_pt, T,
+        D, M, N, BLOCK_D, PRECISION, MASKED,
+    )  # fmt: skip
+    if MASKED:
+        s = tl.where(_inside(j0, keys, N)[None, :], s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, 1) * scale)
+    w = tl.math.exp2(s * scale - m_new[:, None])
+    alpha = tl.math.exp2(m - m_new)
+    denominator = denominator * alpha + tl.sum(w, 1)
+    if HAS_DROPOUT:
+        w = tl.where(_kept(keep_base, i0, j0, T, M, N), w, 0.0)
+    v = _load_tile(v_base, j0, keys, stride_vt, D, N, BLOCK_D, MASKED)
+    acc = tl.dot(w.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return m_new, denominator, acc, older, latest
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _forward(
-    q_ptr, k_ptr, v_ptr, pos_ptr, u_ptr, v_bias_ptr, out_ptr, lse_ptr, lengths_ptr, cu_seqlens_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, pos_ptr, u_ptr, v_bias_ptr, out_ptr, lse_ptr, lengths_ptr, cu_seqlens_ptr, keep_ptr,
     stride_qb, stride_qt, stride_qh,
     stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh,
     stride_pt, stride_ph,
-    T, H, rows, scale, threshold, keep_scale,
+    T, H, rows, scale, keep_scale,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = 2 * BLOCK_N
     N: tl.constexpr = BLOCK_N
-    i0 = tl.program_id(0) * M
-    bh = tl.program_id(1)
+    HAS_DROPOUT: tl.constexpr = keep_ptr is not None
+    # a second copy of the loop, for which float32 and wide heads would spill
+    FULL_TILES: tl.constexpr = q_ptr.dtype.element_ty != tl.float32 and BLOCK_D <= 64
+    tiles = tl.cdiv(T, M)
+    i0 = tl.program_id(0) % tiles * M
+    bh = tl.program_id(0) // tiles
     b = bh // H
     h = bh % H
     start, first, queries, keys = _sequence(b, T, lengths_ptr, cu_seqlens_ptr)
     if i0 < queries:
-        i = tl.arange(0, M)
-        j = tl.arange(0, N)
-        age = (i[:, None] - j[None, :] + N) // N  # [M, N], which of R_t, R_{t-1}, R_{t-2}
         scale = tl.cast(scale, tl.float32)
         k_base = _head(k_ptr, b, start, h, stride_kb, stride_kt, stride_kh)
         v_base = _head(v_ptr, b, start, h, stride_vb, stride_vt, stride_vh)
         q_base = _head(q_ptr, b, start, h, stride_qb, stride_qt, stride_qh)
         pos_base = pos_ptr + h.to(tl.int64) * stride_ph
+        keep_base = keep_ptr
+        if HAS_DROPOUT:
+            keep_base += bh.to(tl.int64) * (_padded(T) // 32) * _padded(T)
         q = _load_tile(q_base, i0, queries, stride_qt, D, M, BLOCK_D)
         qu = _add_bias(q, u_ptr, h, D, BLOCK_D)
         qv = _add_bias(q, v_bias_ptr, h, D, BLOCK_D)
 
-        latest = _rotated_scores(qv, pos_base, T - i0 - N, T, stride_pt, D, M, N, BLOCK_D, PRECISION)
-        older = _rotated_scores(qv, pos_base, T - i0 - 2 * N, T, stride_pt, D, M, N, BLOCK_D, PRECISION)
-        older = tl.where(age == 2, older, latest)
+        older, latest = _first_scores(qv, pos_base, i0, T, stride_pt, D, M, N, BLOCK_D, PRECISION)
         m = tl.full((M,), float("-inf"), tl.float32)
         denominator = tl.zeros((M,), tl.float32)
         acc = tl.zeros((M, BLOCK_D), tl.float32)
-        for j0 in range(0, keys, N):
-            r = _rotated_scores(qv, pos_base, T - i0 + j0, T, stride_pt, D, M, N, BLOCK_D, PRECISION)
-            s = tl.where(age == 0, r, older)
-            older = tl.where(age == 2, latest, r)
-            latest = r
-            k = _load_tile(k_base, j0, keys, stride_kt, D, N, BLOCK_D)
-            s = tl.dot(qu, tl.trans(k), s, input_precision=PRECISION)
-            s = tl.where(_inside(j0, keys, N)[None, :], s, float("-inf"))
-            m_new = tl.maximum(m, tl.max(s, 1) * scale)
-            w = tl.math.exp2(s * scale - m_new[:, None])
-            alpha = tl.math.exp2(m - m_new)
-            denominator = denominator * alpha + tl.sum(w, 1)
-            m = m_new
-            if seed_ptr is not None:
-                w = tl.where(dropout_keep(tl.load(seed_ptr), 0, bh, i0 + i, j0, threshold, N), w, 0.0)
-            v = _load_tile(v_base, j0, keys, stride_vt, D, N, BLOCK_D)
-            acc = tl.dot(w.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        full = 0
+        if FULL_TILES:
+            full = keys // N * N
+            for j0 in range(0, full, N):
+                m, denominator, acc, older, latest = _forward_tile(
+                    qu, qv, k_base, v_base, pos_base, keep_base, m, denominator, acc, older, latest, i0, j0, keys,
+                    stride_kt, stride_vt, stride_pt, T, scale, HAS_DROPOUT, D, M, N, BLOCK_D, PRECISION, False,
+                )  # fmt: skip
+        for j0 in tl.range(full, keys, N, num_stages=1 if FULL_TILES else 2):
+            m, denominator, acc, older, latest = _forward_tile(
+                qu, qv, k_base, v_base, pos_base, keep_base, m, denominator, acc, older, latest, i0, j0, keys,
+                stride_kt, stride_vt, stride_pt, T, scale, HAS_DROPOUT, D, M, N, BLOCK_D, PRECISION, True,
+            )  # fmt: skip
 
         # no key, no weight: zeros
         some = denominator > 0
         denominator = tl.where(some, denominator, 1.0)
         norm = 1.0 / denominator
-        if seed_ptr is not None:
+        if HAS_DROPOUT:
             norm = norm * tl.cast(keep_scale, tl.float32)
         _store_tile(out_ptr + (first * H + h) * D, i0, queries, H * D, acc * norm[:, None], D, M, BLOCK_D)
         lse = tl.where(some, m, 0.0) + tl.math.log2(denominator)
+        i = tl.arange(0, M)
         tl.store(lse_ptr + h.to(tl.int64) * rows + first + i0 + i, lse, mask=_inside(i0, queries, M))
 
 
-@triton.jit(do_not_specialize=RUNTIME)
-def _delta(
-    out_ptr, dout_ptr, delta_ptr, stride_ob, stride_ot, stride_oh, T, H, rows,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """delta[h, row] = sum over d of out * dout; row counts the frames of the whole batch."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    h = tl.program_id(1).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    mask = (row < rows)[:, None] & (d < D)[None, :]
-    out = tl.load(out_ptr + (row * H + h)[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    offset = (row // T) * stride_ob + (row % T) * stride_ot + h * stride_oh
-    dout = tl.load(dout_ptr + offset[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(delta_ptr + h * rows + row, tl.sum(out * dout, 1), mask=row < rows)
+# --- backward --------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _weights_and_ds(s, dp, lse, delta, valid, keep, scale, keep_scale, seed_ptr):
-    """Attention weights after dropout, and dS up to the factor 1/sqrt(D)."""
-    w = tl.where(valid, tl.math.exp2(s * scale - lse), 0.0)
+def _store_scratch(base, i0, j0, pitch, x, M: tl.constexpr, N: tl.constexpr):
+    # padded to whole tiles: no mask
+    address = base + tl.cast(i0, tl.int64) * pitch + tl.arange(0, M)[:, None] * pitch + j0 + tl.arange(0, N)[None, :]
+    tl.store(address, x.to(base.dtype.element_ty))
+
+
+@triton.jit
+def _backward_tile(
+    qu, qv, dout, lse, delta, k_base, v_base, pos_base, keep_base, weights_base, ds_base, older, latest, i0, j0, keys,
+    stride_kt, stride_vt, stride_pt, T, scale, keep_scale, HAS_DROPOUT: tl.constexpr,
+    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Write the dropped weights and dS, up to the factor 1/sqrt(D), of one key tile; not MASKED: all keys are there."""
+    s, older, latest = _scores(
+        qu, qv, k_base, pos_base, older, latest, i0, j0, keys, stride_kt, stride_pt, T,
+        D, M, N, BLOCK_D, PRECISION, MASKED,
+    )  # fmt: skip
+    v = _load_tile(v_base, j0, keys, stride_vt, D, N, BLOCK_D, MASKED)
+    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    w = tl.math.exp2(s * scale - lse[:, None])
+    if MASKED:
+        w = tl.where(_inside(j0, keys, N)[None, :], w, 0.0)
     dropped = w
-    if seed_ptr is not None:
+    if HAS_DROPOUT:
+        keep = _kept(keep_base, i0, j0, T, M, N)
         dropped = tl.where(keep, w * keep_scale, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
-    return dropped, w * (dp - delta)
+    _store_scratch(weights_base, i0, j0, _padded(T), dropped, M, N)
+    _store_scratch(ds_base, i0, j0, _padded(T), w * (dp - delta[:, None]), M, N)
+    return older, latest
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def _backward_query(
-    q_ptr, k_ptr, v_ptr, pos_ptr, u_ptr, v_bias_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
-    lengths_ptr, cu_seqlens_ptr, seed_ptr,
+def _backward_scores(
+    q_ptr, k_ptr, v_ptr, pos_ptr, u_ptr, v_bias_ptr, out_ptr, dout_ptr, lse_ptr, lengths_ptr, cu_seqlens_ptr, keep_ptr,
+    weights_ptr, ds_ptr, qu_ptr, qv_ptr,
     stride_qb, stride_qt, stride_qh,
     stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh,
     stride_ob, stride_ot, stride_oh,
     stride_pt, stride_ph,
-    T, H, rows, scale, grad_scale, threshold, keep_scale,
+    first_head, T, H, rows, scale, keep_scale,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Write the scratch of the heads from first_head on, for the queries there are.
+
+    weights_ptr, ds_ptr [heads, padded T, padded T]: zeros from the last key to a multiple of 64, nothing beyond;
+    qu_ptr, qv_ptr [heads, padded T, D]: q + u and q + v_bias.
+    """
     M: tl.constexpr = 2 * BLOCK_N
     N: tl.constexpr = BLOCK_N
-    i0 = tl.program_id(0) * M
-    bh = tl.program_id(1)
+    HAS_DROPOUT: tl.constexpr = keep_ptr is not None
+    # a second copy of the loop, for which float32 and wide heads would spill
+    FULL_TILES: tl.constexpr = q_ptr.dtype.element_ty != tl.float32 and BLOCK_D <= 64
+    tiles = tl.cdiv(T, M)
+    i0 = tl.program_id(0) % tiles * M
+    slot = tl.program_id(0) // tiles
+    bh = first_head + slot
     b = bh // H
     h = bh % H
     start, first, queries, keys = _sequence(b, T, lengths_ptr, cu_seqlens_ptr)
     if i0 < queries:
-        i = tl.arange(0, M)
-        j = tl.arange(0, N)
-        age = (i[:, None] - j[None, :] + N) // N  # [M, N], which of R_t, R_{t-1}, R_{t-2} a score is in
-        back = (j[None, :] + i[:, None] + 1) // N  # [M, N], the same for a column of R
-        column = (j[None, :] + i[:, None] + 1) & (N - 1)
         scale = tl.cast(scale, tl.float32)
         keep_scale = tl.cast(keep_scale, tl.float32)
         k_base = _head(k_ptr, b, start, h, stride_kb, stride_kt, stride_kh)
@@ -270,236 +402,192 @@ def _backward_query(
         q_base = _head(q_ptr, b, start, h, stride_qb, stride_qt, stride_qh)
         dout_base = _head(dout_ptr, b, start, h, stride_ob, stride_ot, stride_oh)
         pos_base = pos_ptr + h.to(tl.int64) * stride_ph
+        pitch = _padded(T)
+        weights_base = weights_ptr + slot.to(tl.int64) * pitch * pitch
+        ds_base = ds_ptr + slot.to(tl.int64) * pitch * pitch
+        keep_base = keep_ptr
+        if HAS_DROPOUT:
+            keep_base += bh.to(tl.int64) * (pitch // 32) * pitch
         q = _load_tile(q_base, i0, queries, stride_qt, D, M, BLOCK_D)
-        dout = _load_tile(dout_base, i0, queries, stride_ot, D, M, BLOCK_D)
         qu = _add_bias(q, u_ptr, h, D, BLOCK_D)
         qv = _add_bias(q, v_bias_ptr, h, D, BLOCK_D)
+        _store_tile(qu_ptr + slot.to(tl.int64) * pitch * D, i0, pitch, D, qu, D, M, BLOCK_D)
+        _store_tile(qv_ptr + slot.to(tl.int64) * pitch * D, i0, pitch, D, qv, D, M, BLOCK_D)
+        dout = _load_tile(dout_base, i0, queries, stride_ot, D, M, BLOCK_D)
+        out = _load_tile(out_ptr + (first * H + h) * D, i0, queries, H * D, D, M, BLOCK_D)
+        delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+        # beyond the last query: weights of zero
         lse = _load_rows(lse_ptr + h.to(tl.int64) * rows + first, i0, queries, float("inf"), M)
-        delta = _load_rows(delta_ptr + h.to(tl.int64) * rows + first, i0, queries, 0.0, M)
 
-        latest = _rotated_scores(qv, pos_base, T - i0 - N, T, stride_pt, D, M, N, BLOCK_D, PRECISION)
-        older = _rotated_scores(qv, pos_base, T - i0 - 2 * N, T, stride_pt, D, M, N, BLOCK_D, PRECISION)
-        older = tl.where(age == 2, older, latest)
-        dr_older = tl.zeros((M, N), q.dtype)  # dR_{t-2}, the columns known so far
-        dr_latest = tl.zeros((M, N), q.dtype)  # dR_{t-1}
-        acc = tl.zeros((M, BLOCK_D), tl.float32)
-        for j0 in range(0, keys, N):
-            r = _rotated_scores(qv, pos_base, T - i0 + j0, T, stride_pt, D, M, N, BLOCK_D, PRECISION)
-            s = tl.where(age == 0, r, older)
-            older = tl.where(age == 2, latest, r)
-            latest = r
-            k = _load_tile(k_base, j0, keys, stride_kt, D, N, BLOCK_D)
-            s = tl.dot(qu, tl.trans(k), s, input_precision=PRECISION)
-            v = _load_tile(v_base, j0, keys, stride_vt, D, N, BLOCK_D)
-            dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-            keep = age == 0
-            if seed_ptr is not None:
-                keep = dropout_keep(tl.load(seed_ptr), 0, bh, i0 + i, j0, threshold, N)
-            valid = _inside(j0, keys, N)[None, :]
-            _, ds = _weights_and_ds(s, dp, lse[:, None], delta[:, None], valid, keep, scale, keep_scale, seed_ptr)
-            ds = ds.to(q.dtype)
-            acc = tl.dot(ds, k, acc, input_precision=PRECISION)
-            dr = tl.gather(ds, column, 1)
-            p = _load_tile(pos_base, T - i0 + j0 - 2 * N, 2 * T - 1, stride_pt, D, N, BLOCK_D)
-            acc = tl.dot(tl.where(back == 2, dr, dr_older), p, acc, input_precision=PRECISION)
-            dr_older = tl.where(back == 0, dr_latest, dr)
-            dr_latest = dr
-        end = T - i0 + (keys + N - 1) // N * N
-        p = _load_tile(pos_base, end - 2 * N, 2 * T - 1, stride_pt, D, N, BLOCK_D)
-        acc = tl.dot(tl.where(back == 2, 0.0, dr_older).to(q.dtype), p, acc, input_precision=PRECISION)
-        p = _load_tile(pos_base, end - N, 2 * T - 1, stride_pt, D, N, BLOCK_D)
-        acc = tl.dot(tl.where(back == 0, dr_latest, 0.0).to(q.dtype), p, acc, input_precision=PRECISION)
-        acc = acc * tl.cast(grad_scale, tl.float32)
-        _store_tile(dq_ptr + (first * H + h) * D, i0, queries, H * D, acc, D, M, BLOCK_D)
+        older, latest = _first_scores(qv, pos_base, i0, T, stride_pt, D, M, N, BLOCK_D, PRECISION)
+        full = 0
+        if FULL_TILES:
+            full = keys // N * N
+            for j0 in range(0, full, N):
+                older, latest = _backward_tile(
+                    qu, qv, dout, lse, delta, k_base, v_base, pos_base, keep_base, weights_base, ds_base, older, latest,
+                    i0, j0, keys, stride_kt, stride_vt, stride_pt, T, scale, keep_scale, HAS_DROPOUT,
+                    D, M, N, BLOCK_D, PRECISION, False,
+                )  # fmt: skip
+        for j0 in tl.range(full, keys, N, num_stages=1 if FULL_TILES else 2):
+            older, latest = _backward_tile(
+                qu, qv, dout, lse, delta, k_base, v_base, pos_base, keep_base, weights_base, ds_base, older, latest,
+                i0, j0, keys, stride_kt, stride_vt, stride_pt, T, scale, keep_scale, HAS_DROPOUT,
+                D, M, N, BLOCK_D, PRECISION, True,
+            )  # fmt: skip
+        for j0 in range((keys + N - 1) // N * N, _padded(keys), N):
+            _store_scratch(weights_base, i0, j0, pitch, tl.zeros((M, N), tl.float32), M, N)
+            _store_scratch(ds_base, i0, j0, pitch, tl.zeros((M, N), tl.float32), M, N)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def _backward_key(
-    q_ptr, k_ptr, v_ptr, pos_ptr, u_ptr, v_bias_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, du_ptr,
-    lengths_ptr, cu_seqlens_ptr, seed_ptr,
-    stride_qb, stride_qt, stride_qh,
-    stride_kb, stride_kt, stride_kh,
-    stride_vb, stride_vt, stride_vh,
-    stride_ob, stride_ot, stride_oh,
-    stride_pt, stride_ph,
-    T, H, rows, scale, grad_scale, threshold, keep_scale,
+def _backward_query(
+    k_ptr, pos_ptr, ds_ptr, dq_ptr, du_ptr, dv_bias_ptr, lengths_ptr, cu_seqlens_ptr,
+    stride_kb, stride_kt, stride_kh, stride_pt, stride_ph, first_head, T, H, grad_scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Tiles are transposed, [N, M] with keys or positions down and queries across, and M <= N.
-
-    Other queries, other rows of R: nothing carries over from tile to tile, so R_t and R_{t-1} are both computed.
-    """
+    """dq of a query tile: dS K, and dR pos with dR[i, T-1-i+j] = dS[i, j]; the column sums of the two are du and dv_bias."""
     M: tl.constexpr = BLOCK_M
     N: tl.constexpr = BLOCK_N
-    j0 = tl.program_id(0) * N
-    bh = tl.program_id(1)
+    tiles = tl.cdiv(T, M)
+    i0 = tl.program_id(0) % tiles * M
+    slot = tl.program_id(0) // tiles
+    bh = first_head + slot
     b = bh // H
     h = bh % H
     start, first, queries, keys = _sequence(b, T, lengths_ptr, cu_seqlens_ptr)
     i = tl.arange(0, M)
-    j = tl.arange(0, N)
+    n = tl.arange(0, N)
     d = tl.arange(0, BLOCK_D)
-    in_latest = j[:, None] + i[None, :] + 1 < N  # [N, M], columns of R_t, the others of R_{t-1}
-    rotation = (j[:, None] - i[None, :] - 1) & (N - 1)
-    scale = tl.cast(scale, tl.float32)
-    keep_scale = tl.cast(keep_scale, tl.float32)
-    grad_scale = tl.cast(grad_scale, tl.float32)
+    pitch = _padded(T)
+    ds_base = ds_ptr + slot.to(tl.int64) * pitch * pitch
     k_base = _head(k_ptr, b, start, h, stride_kb, stride_kt, stride_kh)
-    v_base = _head(v_ptr, b, start, h, stride_vb, stride_vt, stride_vh)
-    q_base = _head(q_ptr, b, start, h, stride_qb, stride_qt, stride_qh)
-    dout_base = _head(dout_ptr, b, start, h, stride_ob, stride_ot, stride_oh)
     pos_base = pos_ptr + h.to(tl.int64) * stride_ph
-    lse_base = lse_ptr + h.to(tl.int64) * rows + first
-    delta_base = delta_ptr + h.to(tl.int64) * rows + first
-    k = _load_tile(k_base, j0, keys, stride_kt, D, N, BLOCK_D)
-    v = _load_tile(v_base, j0, keys, stride_vt, D, N, BLOCK_D)
-    valid = _inside(j0, keys, N)[:, None]
+    keys = tl.where(i0 < queries, keys, 0)
+    acc = tl.zeros((M, BLOCK_D), tl.float32)
+    for j0 in range(0, keys, N):
+        ds = _load_tile(ds_base + j0, i0, queries, pitch, N, M, N)
+        k = _load_tile(k_base, j0, keys, stride_kt, D, N, BLOCK_D)
+        acc = tl.dot(ds, k, acc, input_precision=PRECISION)
+    du = tl.sum(acc, 0)
 
+    row = ds_base + (tl.cast(i0, tl.int64) + i)[:, None] * pitch
+    # the first position that any of these queries meets is that of the last query and key 0
+    for c0 in range(0, tl.where(keys > 0, keys + M - 1, 0), N):
+        j = c0 - (M - 1) + i[:, None] + n[None, :]
+        mask = (j.to(tl.uint32, bitcast=True) < keys.to(tl.uint32)) & _inside(i0, queries, M)[:, None]
+        dr = tl.load(row + j, mask=mask, other=0.0)
+        p = _load_tile(pos_base, T - M - i0 + c0, 2 * T - 1, stride_pt, D, N, BLOCK_D)
+        acc = tl.dot(dr, p, acc, input_precision=PRECISION)
+    grad_scale = tl.cast(grad_scale, tl.float32)
+    _store_tile(dq_ptr + (first * H + h) * D, i0, queries, H * D, acc * grad_scale, D, M, BLOCK_D)
+    # du_ptr, dv_bias_ptr: [B, tiles, H, D]
+    place = ((tl.cast(b, tl.int64) * tiles + tl.program_id(0) % tiles) * H + h) * D + d
+    tl.store(du_ptr + place, du * grad_scale, mask=d < D)
+    tl.store(dv_bias_ptr + place, (tl.sum(acc, 0) - du) * grad_scale, mask=d < D)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _backward_key(
+    weights_ptr, ds_ptr, qu_ptr, dout_ptr, dk_ptr, dv_ptr, lengths_ptr, cu_seqlens_ptr,
+    stride_ob, stride_ot, stride_oh, first_head, T, H, grad_scale,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk = dS' (q + u) and dv = W' dout of a key tile."""
+    M: tl.constexpr = BLOCK_M
+    N: tl.constexpr = BLOCK_N
+    tiles = tl.cdiv(T, N)
+    j0 = tl.program_id(0) % tiles * N
+    slot = tl.program_id(0) // tiles
+    bh = first_head + slot
+    b = bh // H
+    h = bh % H
+    start, first, queries, keys = _sequence(b, T, lengths_ptr, cu_seqlens_ptr)
+    pitch = _padded(T)
+    weights_base = weights_ptr + slot.to(tl.int64) * pitch * pitch + j0
+    ds_base = ds_ptr + slot.to(tl.int64) * pitch * pitch + j0
+    qu_base = qu_ptr + slot.to(tl.int64) * pitch * D
+    dout_base = _head(dout_ptr, b, start, h, stride_ob, stride_ot, stride_oh)
     dk = tl.zeros((N, BLOCK_D), tl.float32)
     dv = tl.zeros((N, BLOCK_D), tl.float32)
-    total = tl.zeros((N,), tl.float32)  # sum over the queries of dS
     for i0 in range(0, tl.where(j0 < keys, queries, 0), M):
-        q = _load_tile(q_base, i0, queries, stride_qt, D, M, BLOCK_D)
-        qv = tl.trans(_add_bias(q, v_bias_ptr, h, D, BLOCK_D))
-        p = _load_tile(pos_base, T - i0 + j0, 2 * T - 1, stride_pt, D, N, BLOCK_D)
-        r = tl.dot(p, qv, input_precision=PRECISION)
-        p = _load_tile(pos_base, T - i0 + j0 - N, 2 * T - 1, stride_pt, D, N, BLOCK_D)
-        r = tl.where(in_latest, r, tl.dot(p, qv, input_precision=PRECISION))
-        qu = _add_bias(q, u_ptr, h, D, BLOCK_D)
-        s = tl.dot(k, tl.trans(qu), tl.gather(r, rotation, 0), input_precision=PRECISION)
+        ds = _load_tile(ds_base, i0, queries, pitch, N, M, N)
+        qu = _load_tile(qu_base, i0, queries, D, D, M, BLOCK_D)
+        dk = tl.dot(tl.trans(ds), qu, dk, input_precision=PRECISION)
+        weights = _load_tile(weights_base, i0, queries, pitch, N, M, N)
         dout = _load_tile(dout_base, i0, queries, stride_ot, D, M, BLOCK_D)
-        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-        lse = _load_rows(lse_base, i0, queries, float("inf"), M)[None, :]
-        delta = _load_rows(delta_base, i0, queries, 0.0, M)[None, :]
-        keep = in_latest
-        if seed_ptr is not None:
-            keep = tl.trans(dropout_keep(tl.load(seed_ptr), 0, bh, i0 + i, j0, threshold, N))
-        w, ds = _weights_and_ds(s, dp, lse, delta, valid, keep, scale, keep_scale, seed_ptr)
-        dv = tl.dot(w.to(q.dtype), dout, dv, input_precision=PRECISION)
-        dk = tl.dot(ds.to(q.dtype), qu, dk, input_precision=PRECISION)
-        total += tl.sum(ds, 1)
-
-    _store_tile(dk_ptr + (first * H + h) * D, j0, queries, H * D, dk * grad_scale, D, N, BLOCK_D)
+        dv = tl.dot(tl.trans(weights), dout, dv, input_precision=PRECISION)
+    dk = dk * tl.cast(grad_scale, tl.float32)
+    _store_tile(dk_ptr + (first * H + h) * D, j0, queries, H * D, dk, D, N, BLOCK_D)
     _store_tile(dv_ptr + (first * H + h) * D, j0, queries, H * D, dv, D, N, BLOCK_D)
-    # read again: keeping it would cost registers all along the loop
-    k = _load_tile(k_base, j0, keys, stride_kt, D, N, BLOCK_D)
-    du = tl.sum(total[:, None] * k.to(tl.float32), 0) * grad_scale
-    # du_ptr: [B, H, tiles, D]
-    tile = bh.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(du_ptr + tile * D + d, du, mask=d < D)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _backward_position(
-    q_ptr, k_ptr, v_ptr, pos_ptr, u_ptr, v_bias_ptr, dout_ptr, lse_ptr, delta_ptr, dpos_ptr, dv_bias_ptr,
-    lengths_ptr, cu_seqlens_ptr, seed_ptr,
-    stride_qb, stride_qt, stride_qh,
-    stride_kb, stride_kt, stride_kh,
-    stride_vb, stride_vt, stride_vh,
-    stride_ob, stride_ot, stride_oh,
-    stride_pt, stride_ph,
-    B, T, H, rows, scale, grad_scale, threshold, keep_scale,
+    ds_ptr, qv_ptr, dpos_ptr, lengths_ptr, cu_seqlens_ptr, first_head, heads, T, H, grad_scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows T + diagonal ... of dpos, over a part of the batch; tiles as in _backward_key.
+    """dpos = dR' (q + v_bias) of N positions and one head, over a part of the scratch; adds to dpos_ptr.
 
-    The queries from i0 meet these N positions in two key tiles, those at i0 + diagonal and at i0 + diagonal + N, each
-    in one corner.  The corners make up one tile: into it the rotated R fits as it is, and its dS back into dR.
+    grad_scale: 1/sqrt(D) for the last heads, which scale the whole sum, else 1.
     """
     M: tl.constexpr = BLOCK_M
     N: tl.constexpr = BLOCK_N
-    diagonal = (tl.program_id(0) - tl.num_programs(0) // 2) * N
+    c0 = tl.program_id(0) * N
     h = tl.program_id(1)
     part = tl.program_id(2)
     parts = tl.num_programs(2)
     i = tl.arange(0, M)
-    j = tl.arange(0, N)
-    d = tl.arange(0, BLOCK_D)
-    near = j[:, None] > i[None, :]  # [N, M], the corner of the first key tile
-    rotation = (j[:, None] - i[None, :] - 1) & (N - 1)
-    rotation_back = (j[:, None] + i[None, :] + 1) & (N - 1)
-    scale = tl.cast(scale, tl.float32)
-    keep_scale = tl.cast(keep_scale, tl.float32)
-    grad_scale = tl.cast(grad_scale, tl.float32)
-    pos_base = pos_ptr + h.to(tl.int64) * stride_ph
-    p = _load_tile(pos_base, T + diagonal, 2 * T - 1, stride_pt, D, N, BLOCK_D)
+    c = tl.arange(0, N)
+    pitch = _padded(T)
+    # dpos_ptr: [parts, 2T-1, H, D]; the first heads find nothing there
+    dpos_base = dpos_ptr + (part.to(tl.int64) * (2 * T - 1) * H + h) * D
+    acc = _load_tile(dpos_base, c0, tl.where(first_head > 0, 2 * T - 1, 0), H * D, D, N, BLOCK_D)
+    own = (h + H - first_head % H) % H  # the first slot with this head
+    for slot in range(own + part * H, heads, parts * H):
+        _, _, queries, keys = _sequence((first_head + slot) // H, T, lengths_ptr, cu_seqlens_ptr)
+        qv_base = qv_ptr + tl.cast(slot, tl.int64) * pitch * D
+        # position c of query i is key i - (T-1) + c
+        key = c0 - (T - 1) + i[:, None] + c[None, :]
+        address = ds_ptr + tl.cast(slot, tl.int64) * pitch * pitch + i[:, None] * pitch + key
+        for i0 in range(tl.maximum(0, T - c0 - N), tl.minimum(queries, keys + T - 1 - c0), M):
+            mask = ((key + i0).to(tl.uint32, bitcast=True) < keys.to(tl.uint32)) & _inside(i0, queries, M)[:, None]
+            dr = tl.load(address + tl.cast(i0, tl.int64) * (pitch + 1), mask=mask, other=0.0)
+            qv = _load_tile(qv_base, i0, queries, D, D, M, BLOCK_D)
+            acc = tl.dot(tl.trans(dr), qv, acc, input_precision=PRECISION)
+    _store_tile(dpos_base, c0, 2 * T - 1, H * D, acc * tl.cast(grad_scale, tl.float32), D, N, BLOCK_D)
 
-    dpos = tl.zeros((N, BLOCK_D), tl.float32)
-    total = tl.zeros((N,), tl.float32)  # sum over batch and queries of dR
-    for b in range(B * part // parts, B * (part + 1) // parts):
-        start, first, queries, keys = _sequence(b, T, lengths_ptr, cu_seqlens_ptr)
-        k_base = _head(k_ptr, b, start, h, stride_kb, stride_kt, stride_kh)
-        v_base = _head(v_ptr, b, start, h, stride_vb, stride_vt, stride_vh)
-        q_base = _head(q_ptr, b, start, h, stride_qb, stride_qt, stride_qh)
-        dout_base = _head(dout_ptr, b, start, h, stride_ob, stride_ot, stride_oh)
-        lse_base = lse_ptr + h.to(tl.int64) * rows + first
-        delta_base = delta_ptr + h.to(tl.int64) * rows + first
-        for i0 in range(tl.maximum(0, -diagonal - N), tl.minimum(queries, keys - diagonal), M):
-            j0 = i0 + diagonal
-            q = _load_tile(q_base, i0, queries, stride_qt, D, M, BLOCK_D)
-            qv = _add_bias(q, v_bias_ptr, h, D, BLOCK_D)
-            qu = tl.trans(_add_bias(q, u_ptr, h, D, BLOCK_D))
-            k = _load_tile(k_base, j0, keys, stride_kt, D, N, BLOCK_D)
-            s = tl.dot(k, qu, input_precision=PRECISION)
-            k = _load_tile(k_base, j0 + N, keys, stride_kt, D, N, BLOCK_D)
-            s = tl.where(near, s, tl.dot(k, qu, input_precision=PRECISION))
-            r = tl.dot(p, tl.trans(qv), input_precision=PRECISION)
-            s += tl.gather(r, rotation, 0)
-            dout = tl.trans(_load_tile(dout_base, i0, queries, stride_ot, D, M, BLOCK_D))
-            v = _load_tile(v_base, j0, keys, stride_vt, D, N, BLOCK_D)
-            dp = tl.dot(v, dout, input_precision=PRECISION)
-            v = _load_tile(v_base, j0 + N, keys, stride_vt, D, N, BLOCK_D)
-            dp = tl.where(near, dp, tl.dot(v, dout, input_precision=PRECISION))
-            lse = _load_rows(lse_base, i0, queries, float("inf"), M)[None, :]
-            delta = _load_rows(delta_base, i0, queries, 0.0, M)[None, :]
-            keep = near
-            if seed_ptr is not None:
-                seed = tl.load(seed_ptr)
-                keep = tl.trans(dropout_keep(seed, 0, b * H + h, i0 + i, j0, threshold, N))
-                keep_far = tl.trans(dropout_keep(seed, 0, b * H + h, i0 + i, j0 + N, threshold, N))
-                keep = (near & keep) | ((j[:, None] <= i[None, :]) & keep_far)
-            valid = tl.where(near, _inside(j0, keys, N)[:, None], _inside(j0 + N, keys, N)[:, None])
-            _, ds = _weights_and_ds(s, dp, lse, delta, valid, keep, scale, keep_scale, seed_ptr)
-            dr = tl.gather(ds, rotation_back, 0)
-            dpos = tl.dot(dr.to(q.dtype), qv, dpos, input_precision=PRECISION)
-            total += tl.sum(dr, 1)
 
-    # dpos_ptr: [parts, 2T-1, H, D]
-    out = dpos_ptr + (part.to(tl.int64) * (2 * T - 1) * H + h) * D
-    _store_tile(out, T + diagonal, 2 * T - 1, H * D, dpos * grad_scale, D, N, BLOCK_D)
-    p = _load_tile(pos_base, T + diagonal, 2 * T - 1, stride_pt, D, N, BLOCK_D)
-    dv_bias = tl.sum(total[:, None] * p.to(tl.float32), 0) * grad_scale
-    # dv_bias_ptr: [parts, H, 2 tiles, D]
-    tile = (part * tl.num_programs(1) + h) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(dv_bias_ptr + tile * D + d, dv_bias, mask=d < D)
+# bytes of scratch that a backward works through at a time: written and read again within the L2 of an H100 or H200 (50 MB)
+SCRATCH = 32 << 20
 
 
 def config_for(kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> LaunchConfig:
     """Tiles and warps, chosen for their registers: `python -m lcconformer.kernels.report` shows what each costs."""
+    if kernel == "draw":
+        return LaunchConfig(4, 1, {"BLOCK_M": 64, "BLOCK_N": 128})
     blocks = {"BLOCK_D": max(16, next_power_of_2(head_dim))}
-    if kernel == "delta":
-        return LaunchConfig(4, 1, blocks | {"BLOCK_M": 64})
     wide = head_dim > 64
     # products of 64 rows are what sm_90 and sm_100 have instructions for; elsewhere wide heads take half the tile
     half = dtype == torch.float32 or (wide and nearest_arch(arch) not in (90, 100))
     # products of few rows are spread over all warps, so more of them hold less each: with four, the forward at D = 128
     # spills 568 B on sm_80
     warps = 8 if head_dim > 32 and half else 4
-    if kernel in ("forward", "backward_query"):
+    if kernel in ("forward", "backward_scores"):
         return LaunchConfig(warps, 2, blocks | {"BLOCK_N": 16 if half else 32})
-    # accumulators are as large as the keys or positions of a tile, whatever its number of queries
-    tile = {"BLOCK_M": 16 if dtype == torch.float32 else 32, "BLOCK_N": 32 if half else 64}
-    # loads ahead of their use take registers too; on sm_100 the position kernel then spills 448 B at D = 64
-    ahead = not (wide or half or (kernel == "backward_position" and nearest_arch(arch) == 100))
-    return LaunchConfig(warps, 2 if ahead else 1, blocks | tile)
+    # products of the scratch: the accumulators have BLOCK_M (query) or BLOCK_N (key, position) rows
+    if kernel == "backward_query":
+        return LaunchConfig(warps, 2, blocks | {"BLOCK_M": 64, "BLOCK_N": 32})
+    return LaunchConfig(warps, 2, blocks | {"BLOCK_M": 32, "BLOCK_N": 64})
 
 
-# what may be tuned: dropout takes columns by eight, products sixteen; a tile has no more queries than keys
+# what may be tuned: products take columns by sixteen, a dropout word holds 32, the scratch has room for tiles of 64
 _LIMITS = {
-    "forward": {"BLOCK_N": (16, 64)},
-    "backward_query": {"BLOCK_N": (16, 64)},
-    "backward_key": {"BLOCK_M": (16, 32), "BLOCK_N": (32, 128)},
-    "backward_position": {"BLOCK_M": (16, 32), "BLOCK_N": (32, 128)},
+    "forward": {"BLOCK_N": (16, 32)},
+    "backward_scores": {"BLOCK_N": (16, 32)},
+    "backward_query": {"BLOCK_M": (32, 64), "BLOCK_N": (16, 64)},
+    "backward_key": {"BLOCK_M": (16, 64), "BLOCK_N": (32, 64)},
+    "backward_position": {"BLOCK_M": (16, 64), "BLOCK_N": (32, 64)},
 }
 
 
@@ -514,12 +602,8 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed else "ieee"
 
 
-def _dropout_args(seed: Tensor | None, p: float) -> dict[str, Any]:
-    return {
-        "seed_ptr": seed,
-        "threshold": dropout_threshold(p),
-        "keep_scale": dropout_scale(p),
-    }
+def _padded_frames(t: int) -> int:
+    return cdiv(t, 64) * 64
 
 
 def _lengths_args(lengths: Tensor | None, cu_seqlens: Tensor | None) -> dict[str, Tensor | None]:
@@ -542,6 +626,41 @@ def _sizes(q: Tensor, pos: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int,
     return cu_seqlens.numel() - 1, frames, q.shape[0]
 
 
+def _dropout_words(
+    seed: Tensor | None, p: float, b: int, t: int, h: int, ends: Mapping[str, Tensor | None]
+) -> Tensor | None:
+    """Dropout decisions of all scores, int32 [B, H, words, padded T]; None without a seed."""
+    if seed is None:
+        return None
+    pitch = _padded_frames(t)
+    keep = seed.new_empty(b, h, pitch // 32, pitch, dtype=torch.int32)
+    config = config_for("draw", arch_of(seed), torch.int32, 0)
+    tiles = cdiv(t, config.blocks["BLOCK_M"]) * cdiv(t, config.blocks["BLOCK_N"])
+    launch(
+        _draw, (b * h * tiles,), config, seed,
+        seed_ptr=seed, keep_ptr=keep, **ends, T=t, H=h, threshold=dropout_threshold(p),
+    )  # fmt: skip
+    return keep
+
+
+def _common_args(
+    q: Tensor, k: Tensor, v: Tensor, pos: Tensor, u: Tensor, v_bias: Tensor, lse: Tensor, rows: int, t: int,
+    p: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Arguments of the two kernels that compute scores; the last dimension of q, k, v and pos has unit stride."""
+    h, d = q.shape[-2:]
+    return {
+        "q_ptr": q, "k_ptr": k, "v_ptr": v, "pos_ptr": pos, "u_ptr": u.contiguous(), "v_bias_ptr": v_bias.contiguous(),
+        "lse_ptr": lse, **_strides("q", q), **_strides("k", k), **_strides("v", v), **_position_strides(pos),
+        "T": t, "H": h, "rows": rows, "scale": math.log2(math.e) / math.sqrt(d), "keep_scale": dropout_scale(p),
+        "D": d, "PRECISION": _precision(q.dtype),
+    }  # fmt: skip
+
+
+def _position_strides(pos: Tensor) -> dict[str, int]:
+    return {"stride_pt": pos.stride(0), "stride_ph": pos.stride(1)}
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -553,28 +672,24 @@ def forward(
     cu_seqlens: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output, shaped like q, and the log2-sum-exp2 of the scaled scores in float32 [H, frames in all].
 
     q, k, v are [B, T, H, D], or packed [frames in all, H, D] with cu_seqlens [B+1]; `seed` is an int64 tensor of one
-    element, or None for no dropout.  Shapes have been checked.
+    element, or None for no dropout.  Shapes have been checked.  Writes to `out`, contiguous, where given.
     """
     b, t, rows = _sizes(q, pos, cu_seqlens)
-    h, d = q.shape[-2:]
-    out = q.new_empty(q.shape)
+    h = q.shape[-2]
+    out = q.new_empty(q.shape) if out is None else out
     lse = q.new_empty(h, rows, dtype=torch.float32)
     q, k, v, pos = (unit_stride(x) for x in (q, k, v, pos))
+    ends = _lengths_args(lengths, cu_seqlens)
     config = _config("forward", q)
     launch(
-        _forward,
-        (cdiv(t, 2 * config.blocks["BLOCK_N"]), b * h),
-        config,
-        q,
-        q_ptr=q, k_ptr=k, v_ptr=v, pos_ptr=pos, u_ptr=u.contiguous(), v_bias_ptr=v_bias.contiguous(),
-        out_ptr=out, lse_ptr=lse, **_lengths_args(lengths, cu_seqlens),
-        **_strides("q", q), **_strides("k", k), **_strides("v", v), stride_pt=pos.stride(0), stride_ph=pos.stride(1),
-        T=t, H=h, rows=rows, scale=math.log2(math.e) / math.sqrt(d), D=d, PRECISION=_precision(q.dtype),
-        **_dropout_args(seed, dropout_p),
+        _forward, (b * h * cdiv(t, 2 * config.blocks["BLOCK_N"]),), config, q,
+        out_ptr=out, keep_ptr=_dropout_words(seed, dropout_p, b, t, h, ends), **ends,
+        **_common_args(q, k, v, pos, u, v_bias, lse, rows, t, dropout_p),
     )  # fmt: skip
     return out, lse
 
@@ -593,66 +708,87 @@ def backward(
     out: Tensor,
     lse: Tensor,
     dropout_p: float,
+    *,
+    partial: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, pos, u, v_bias, in their dtypes, from what `forward` returned."""
+    """Gradients of q, k, v, pos, u, v_bias, in their dtypes, from what `forward` returned.
+
+    With `partial`, the last three are float32 partial sums [P, ...] to be added up over the first dimension.
+
+    Scratch: two [padded T, padded T] matrices a head in the dtype of q, for the heads of `_heads_at_a_time`.
+    """
     b, t, rows = _sizes(q, pos, cu_seqlens)
     h, d = q.shape[-2:]
     dout, q, k, v, pos = (unit_stride(x) for x in (dout, q, k, v, pos))
-    delta = torch.empty_like(lse)
-    delta_config = config_for("delta", arch_of(q), q.dtype, d)
-    launch(
-        _delta, (cdiv(rows, delta_config.blocks["BLOCK_M"]), h), delta_config, q,
-        out_ptr=out, dout_ptr=dout, delta_ptr=delta, **_strides("o", dout), H=h, rows=rows, D=d,
-        T=t if cu_seqlens is None else rows,
-    )  # fmt: skip
-    common = {
-        "q_ptr": q, "k_ptr": k, "v_ptr": v, "pos_ptr": pos, "u_ptr": u.contiguous(), "v_bias_ptr": v_bias.contiguous(),
-        "dout_ptr": dout, "lse_ptr": lse, "delta_ptr": delta, **_lengths_args(lengths, cu_seqlens),
-        **_strides("q", q), **_strides("k", k), **_strides("v", v), **_strides("o", dout),
-        "stride_pt": pos.stride(0), "stride_ph": pos.stride(1), "T": t, "H": h, "rows": rows,
-        "scale": math.log2(math.e) / math.sqrt(d), "grad_scale": 1.0 / math.sqrt(d),
-        "D": d, "PRECISION": _precision(q.dtype), **_dropout_args(seed, dropout_p),
-    }  # fmt: skip
-
+    ends = _lengths_args(lengths, cu_seqlens)
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
-    config = _config("backward_query", q)
-    launch(_backward_query, (cdiv(t, 2 * config.blocks["BLOCK_N"]), b * h), config, q, dq_ptr=dq, **common)
+    names = ("backward_scores", "backward_query", "backward_key", "backward_position")
+    of_scores, of_query, of_key, of_position = [_config(name, q) for name in names]
+    row_tiles = cdiv(t, 2 * of_scores.blocks["BLOCK_N"])
+    query_tiles = cdiv(t, of_query.blocks["BLOCK_M"])
+    key_tiles = cdiv(t, of_key.blocks["BLOCK_N"])
+    position_tiles = cdiv(2 * t - 1, of_position.blocks["BLOCK_N"])
 
-    config = _config("backward_key", q)
-    tiles = cdiv(t, config.blocks["BLOCK_N"])
-    du = q.new_empty(b, h, tiles, d, dtype=torch.float32)
-    launch(_backward_key, (tiles, b * h), config, q, dk_ptr=dk, dv_ptr=dv, du_ptr=du, **common)
-
-    config = _config("backward_position", q)
-    tiles = 2 * cdiv(t, config.blocks["BLOCK_N"])
-    parts = _position_parts(b, h, tiles)
+    most = _heads_at_a_time(b * h, t, row_tiles, q.element_size())
+    parts = _position_parts(cdiv(most, h), h, position_tiles)
+    pitch = _padded_frames(t)
+    weights, ds = (q.new_empty(most, pitch, pitch) for _ in range(2))
+    qu, qv = (q.new_empty(most, pitch, d) for _ in range(2))
+    du, dv_bias = (q.new_empty(b * query_tiles, h, d, dtype=torch.float32) for _ in range(2))
     dpos = q.new_empty(parts, 2 * t - 1, h, d, dtype=torch.float32)
-    dv_bias = q.new_empty(parts, h, tiles, d, dtype=torch.float32)
-    launch(_backward_position, (tiles, h, parts), config, q, dpos_ptr=dpos, dv_bias_ptr=dv_bias, B=b, **common)
+    keep = _dropout_words(seed, dropout_p, b, t, h, ends)
+    scores = _common_args(q, k, v, pos, u, v_bias, lse, rows, t, dropout_p)
+    products = {**ends, "T": t, "H": h, "D": d, "PRECISION": scores["PRECISION"]}
+    grad_scale = 1.0 / math.sqrt(d)
+    for first in range(0, b * h, most):
+        heads = min(most, b * h - first)
+        launch(
+            _backward_scores, (heads * row_tiles,), of_scores, q,
+            out_ptr=out, dout_ptr=dout, **_strides("o", dout), keep_ptr=keep, **ends, **scores, first_head=first,
+            weights_ptr=weights, ds_ptr=ds, qu_ptr=qu, qv_ptr=qv,
+        )  # fmt: skip
+        launch(
+            _backward_query, (heads * query_tiles,), of_query, q,
+            k_ptr=k, pos_ptr=pos, ds_ptr=ds, dq_ptr=dq, du_ptr=du, dv_bias_ptr=dv_bias, **_strides("k", k),
+            **_position_strides(pos), first_head=first, grad_scale=grad_scale, **products,
+        )  # fmt: skip
+        launch(
+            _backward_key, (heads * key_tiles,), of_key, q,
+            weights_ptr=weights, ds_ptr=ds, qu_ptr=qu, dout_ptr=dout, dk_ptr=dk, dv_ptr=dv, **_strides("o", dout),
+            first_head=first, grad_scale=grad_scale, **products,
+        )  # fmt: skip
+        launch(
+            _backward_position, (position_tiles, h, parts), of_position, q,
+            ds_ptr=ds, qv_ptr=qv, dpos_ptr=dpos, first_head=first, heads=heads,
+            grad_scale=grad_scale if first + heads == b * h else 1.0, **products,
+        )  # fmt: skip
+    if partial:
+        return dq, dk, dv, dpos, du, dv_bias
     # sums over the partial results: a fixed order, hence the same bits every time
-    return (
-        dq, dk, dv, dpos.sum(0).to(pos.dtype), du.sum((0, 2)).to(u.dtype), dv_bias.sum((0, 2)).to(v_bias.dtype),
-    )  # fmt: skip
+    return dq, dk, dv, dpos.sum(0).to(pos.dtype), du.sum(0).to(u.dtype), dv_bias.sum(0).to(v_bias.dtype)
 
 
-def _position_parts(batch: int, heads: int, tiles: int) -> int:
-    """Return how many parts to split the batch into: about four blocks for each of 132 multiprocessors."""
-    return max(1, min(batch, cdiv(4 * 132, heads * tiles)))
+def _heads_at_a_time(heads: int, t: int, row_tiles: int, element_size: int) -> int:
+    """Return how many heads share the scratch: those that fit `SCRATCH`, or fill 132 multiprocessors twice if more do."""
+    fit = SCRATCH // (2 * _padded_frames(t) ** 2 * element_size)
+    most = max(fit, cdiv(2 * 132, row_tiles))
+    return cdiv(heads, cdiv(heads, most))
+
+
+def _position_parts(utterances: int, heads: int, tiles: int) -> int:
+    """Return how many parts to split the utterances in: about four blocks for each of 132 multiprocessors."""
+    return max(1, min(utterances, cdiv(4 * 132, heads * tiles)))
 
 
 _KERNELS = {
+    "draw": _draw,
     "forward": _forward,
-    "delta": _delta,
+    "backward_scores": _backward_scores,
     "backward_query": _backward_query,
     "backward_key": _backward_key,
     "backward_position": _backward_position,
 }
-_POINTERS = {"lse_ptr", "delta_ptr", "du_ptr", "dpos_ptr", "dv_bias_ptr"}  # float32 whatever the inputs are
-
-
-def _spill_budget(name: str) -> int:
-    """Return the spill budget in bytes per thread: small in the forward; the backward does not fit in registers."""
-    return 64 if name in ("forward", "delta") else 640
+_POINTERS = {"lse_ptr", "du_ptr", "dpos_ptr", "dv_bias_ptr"}  # float32 whatever the inputs are
 
 
 def _aot_config(
@@ -662,13 +798,12 @@ def _aot_config(
     torch_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     config = config_for(name, arch, torch_dtype, head_dim)
     absent = {"lengths_ptr"} if packed else {"cu_seqlens_ptr"}
-    absent |= set() if dropout else {"seed_ptr"}
+    absent |= set() if dropout else {"keep_ptr"}
     constexprs = {"D": head_dim, "PRECISION": _precision(torch_dtype), **config.blocks, **dict.fromkeys(absent)}
     pointers = {n: "*fp32" if n in _POINTERS else f"*{dtype}" for n in kernel.arg_names if n.endswith("_ptr")}
-    pointers |= dict.fromkeys(("lengths_ptr", "cu_seqlens_ptr", "seed_ptr"), "*i64")
-    scalars = {
-        n: "i32" for n in kernel.arg_names if n.startswith("stride_") or n in ("B", "T", "H", "rows", "threshold")
-    }
+    pointers |= {"lengths_ptr": "*i64", "cu_seqlens_ptr": "*i64", "seed_ptr": "*i64", "keep_ptr": "*i32"}
+    integers = (*RUNTIME, "H")
+    scalars = {n: "i32" for n in kernel.arg_names if n.startswith("stride_") or n in integers}
     scalars |= dict.fromkeys(("scale", "grad_scale", "keep_scale"), "fp32")
     constexprs = {n: c for n, c in constexprs.items() if n in kernel.arg_names}
     return AotConfig(
@@ -679,18 +814,21 @@ def _aot_config(
         dtype=dtype,
         launch=config,
         divisible=frozenset(n for n in scalars if n.startswith("stride_")),
-        tensor_cores=name != "delta" and dtype != "fp32",
-        spill_budget=_spill_budget(name),
+        tensor_cores=name != "draw" and dtype != "fp32",
+        spill_budget=64,
     )
 
 
 def aot_configs(arch: int) -> Iterable[AotConfig]:
     """Yield every shipped configuration for compute capability `arch`."""
+    yield _aot_config("draw", arch, "bf16", 64, dropout=True)
     for name in _KERNELS:
+        if name == "draw":
+            continue
         for dtype in ("bf16", "fp32"):
             for head_dim in (16, 32, 64, 128):
                 yield _aot_config(name, arch, dtype, head_dim)
         yield _aot_config(name, arch, "fp16", 64)
-        if name != "delta":
+        if "keep_ptr" in _KERNELS[name].arg_names:
             yield _aot_config(name, arch, "bf16", 64, dropout=True)
-            yield _aot_config(name, arch, "bf16", 64, packed=True)
+        yield _aot_config(name, arch, "bf16", 64, packed=True)

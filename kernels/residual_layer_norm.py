@@ -80,8 +80,8 @@ def _layer_norm_bwd_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = (offs_d < D)[None, :]
     weight = tl.load(weight_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)[None, :]
-    sum_weight = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    sum_bias = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    sum_weight = tl.zeros([BLOCK_D], tl.float32)
+    sum_bias = tl.zeros([BLOCK_D], tl.float32)
     last = tl.minimum((program + 1) * rows_each, M)
     for start in range(program * rows_each, last, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
@@ -106,17 +106,17 @@ def _layer_norm_bwd_kernel(
             bias = tl.load(bias_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)[None, :]
             n = xhat * weight + bias
             tl.store(n_ptr + wide * D + offs_d[None, :], n.to(n_ptr.dtype.element_ty), mask=mask)
-        sum_weight += dn * xhat
-        sum_bias += dn
+        sum_weight += tl.sum(dn * xhat, 0)
+        sum_bias += tl.sum(dn, 0)
     at = program.to(tl.int64) * 2 * D + offs_d
-    tl.store(part_ptr + at, tl.sum(sum_weight, 0), mask=offs_d < D)
-    tl.store(part_ptr + at + D, tl.sum(sum_bias, 0), mask=offs_d < D)
+    tl.store(part_ptr + at, sum_weight, mask=offs_d < D)
+    tl.store(part_ptr + at + D, sum_bias, mask=offs_d < D)
 
 
 def row_config(width: int) -> LaunchConfig:
-    """Whole rows, 16 elements a thread up to D = 2048."""
+    """Whole rows; up to D = 1024 a program is one warp, whose sums need no barrier."""
     block_d = max(16, next_power_of_2(width))
-    return LaunchConfig(min(16, max(4, block_d // 512)), 1, {"BLOCK_M": max(1, 2048 // block_d), "BLOCK_D": block_d})
+    return LaunchConfig(min(16, max(1, block_d // 512)), 1, {"BLOCK_M": max(1, 1024 // block_d), "BLOCK_D": block_d})
 
 
 def _config(direction: str, x: torch.Tensor) -> LaunchConfig:
@@ -159,13 +159,13 @@ def layer_norm_backward(
     alpha: float = 1.0,
     dropout_p: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dx [M, D], (dweight, dbias) [2, D]) of rows; fills `n` (needs `bias`) and `dy` where given."""
+    """(dx [M, D], partial sums [P, 2, D] of dweight and dbias) of rows; fills `n` (needs `bias`) and `dy` where given."""
     m, d = s.shape
     weight, bias = dense(weight, bias)
     config = _config("backward", s)
     block_m = config.blocks["BLOCK_M"]
-    # at most 512 partial sums; depends on the shape alone, so the bits repeat
-    rows_each = max(1, cdiv(cdiv(m, 512), block_m)) * block_m
+    # 8 warps for each of 132 multiprocessors; a function of the shape alone, so the bits repeat
+    rows_each = max(1, cdiv(cdiv(m, 1056 // config.num_warps), block_m)) * block_m
     programs = cdiv(m, rows_each)
     dx = s.new_empty((m, d))
     part = s.new_empty((programs, 2, d), dtype=torch.float32)
@@ -174,7 +174,7 @@ def layer_norm_backward(
         weight, bias, seed, dx, dy, n, part, m, d, rows_each, alpha,
         dropout_threshold(dropout_p), dropout_scale(dropout_p),
     )  # fmt: skip
-    return dx, sum_rows(part, weight.dtype)
+    return dx, part
 
 
 def forward(
@@ -186,12 +186,13 @@ def forward(
     alpha: float,
     dropout_p: float,
     eps: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(s, n) shaped like x, and mean, rstd: float32 [M]."""
+    """(s, n) shaped like x, n in `dtype` or that of x, and mean, rstd: float32 [M]."""
     x2, y2 = rows_of(x), rows_of(y)
     weight, bias = dense(weight, bias)
     m, d = x2.shape
-    s, n = x.new_empty(x.shape), x.new_empty(x.shape)
+    s, n = x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype)
     mean, rstd = (x.new_empty((m,), dtype=torch.float32) for _ in range(2))
     config = _config("forward", x)
     launch(
@@ -214,11 +215,11 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dx, dy, (dweight, dbias) [2, D]); dy is empty where it equals dx (alpha = 1, no dropout)."""
     dy = s.new_empty(s.shape if seed is not None or alpha != 1.0 else (0,))
-    dx, dparams = layer_norm_backward(
+    dx, part = layer_norm_backward(
         rows_of(dn), rows_of(ds), rows_of(s), mean, rstd, weight,
         dy=dy if dy.dim() > 1 else None, seed=seed, alpha=alpha, dropout_p=dropout_p,
     )  # fmt: skip
-    return dx.view(s.shape), dy, dparams
+    return dx.view(s.shape), dy, sum_rows(part, weight.dtype)
 
 
 _INTEGERS = ("M", "D", "rows_each", "threshold", "stride_xm", "stride_ym", "stride_dnm", "stride_dsm", "stride_sm")

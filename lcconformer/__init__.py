@@ -6,7 +6,7 @@ from .depth import DepthSampler, ExitRule
 from .encoder import ConformerEncoder
 from .interop.accelerate import AccelerationReport, accelerate
 from .layer import ConformerLayer
-from .loop import engine
+from .loop import captured_training, engine
 from .ops.registry import backend
 
 __version__ = "0.1.0"
@@ -20,5 +20,6 @@ __all__ = [
     "ExitRule",
     "accelerate",
     "backend",
+    "captured_training",
     "engine",
 ]

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
+from .runtime import RunError
 
 COMMANDS = {
     "info": ("lcconformer.cli.info", "versions, device, and which backend each op would use and why not the others"),
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, NotImplementedError, ImportError) as error:
         # the message says what was wrong, what was got and what to do; a traceback would hide it
         print(f"lcconformer {args.command}: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, RunError) else 2
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .sharing import sharing_map
+from .validation import is_integer, is_number
 
 __all__ = ["ConformerConfig"]
 
@@ -21,10 +22,18 @@ _CHOICES = {
     "subsampling": ("none", "stack", "conv"),
 }
 CONDITIONINGS = ("layer_norm", "step", "film", "lora")
-
-
-def _positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+_FLAGS = ("attention_bias", "conv_bias", "convolution_first")
+# far beyond any use; a damaged or hostile file must not make us allocate what it asks for
+_LARGEST = {
+    "d_model": 1 << 16,
+    "num_heads": 1 << 16,
+    "ffn_dim": 1 << 20,
+    "num_layers": 10_000,
+    "subsampling_factor": 1 << 10,
+    "conv_norm_groups": 1 << 16,
+    "lora_rank": 1 << 16,
+    "input_dim": 1 << 20,
+}
 
 
 @dataclass(frozen=True)
@@ -91,19 +100,14 @@ class ConformerConfig:
         def fail(name: str, expected: str) -> None:
             raise ValueError(f"ConformerConfig: {name} is {getattr(self, name)!r}; expected {expected}")
 
-        for name in (
-            "d_model",
-            "num_heads",
-            "ffn_dim",
-            "num_layers",
-            "subsampling_factor",
-            "conv_norm_groups",
-            "lora_rank",
-        ):
-            if not _positive(getattr(self, name)):
-                fail(name, "a positive integer")
-        if self.input_dim is not None and not _positive(self.input_dim):
-            fail("input_dim", "None or a positive integer")
+        for name, largest in _LARGEST.items():
+            value = getattr(self, name)
+            if not (is_integer(value) and 1 <= value <= largest) and not (name == "input_dim" and value is None):
+                optional = "None or " if name == "input_dim" else ""
+                fail(name, f"{optional}a positive integer, at most {largest}")
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                fail(name, "True or False")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 fail(name, "one of " + ", ".join(map(repr, choices)))
@@ -116,12 +120,12 @@ class ConformerConfig:
                 "num_heads", f"an even head width d_model / num_heads with position='rotary' (d_model = {self.d_model})"
             )
         kernel = self.conv_kernel_size
-        if not _positive(kernel) or kernel % 2 == 0 or kernel > 63:
+        if not is_integer(kernel) or not 1 <= kernel <= 63 or kernel % 2 == 0:
             fail("conv_kernel_size", "an odd integer from 1 to 63")
-        if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
+        if not is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
             fail("dropout", "0 <= dropout < 1")
-        if not isinstance(self.layer_norm_eps, (int, float)) or not self.layer_norm_eps > 0.0:
-            fail("layer_norm_eps", "a positive number")
+        if not is_number(self.layer_norm_eps) or self.layer_norm_eps <= 0.0:
+            fail("layer_norm_eps", "a positive, finite number")
         if self.d_model % self.conv_norm_groups:
             fail("conv_norm_groups", f"a divisor of d_model = {self.d_model}")
         if self.conv_norm_statistics == "per_depth" and self.conv_norm != "batch":
@@ -136,12 +140,16 @@ class ConformerConfig:
             fail("input_dim", f"the width of the input features with subsampling={self.subsampling!r}")
         if isinstance(self.conditioning, str):
             fail("conditioning", f"a tuple, ({self.conditioning!r},) for one form")
+        if not isinstance(self.conditioning, (tuple, list)):
+            fail("conditioning", "a tuple of forms")
+        if not isinstance(self.sharing, (str, tuple, list)):
+            fail("sharing", "the name of a form or a tuple of layer indices")
         # JSON has lists only
         object.__setattr__(self, "conditioning", tuple(self.conditioning))
         if not isinstance(self.sharing, str):
             object.__setattr__(self, "sharing", tuple(self.sharing))
         unknown = [c for c in self.conditioning if c not in CONDITIONINGS]
-        if unknown or len(set(self.conditioning)) != len(self.conditioning):
+        if unknown or len({*self.conditioning}) != len(self.conditioning):
             fail("conditioning", "a subset of " + ", ".join(map(repr, CONDITIONINGS)))
         sharing_map(self.sharing, self.num_layers)
 
@@ -162,7 +170,7 @@ class ConformerConfig:
         """
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"ConformerConfig.from_json: not JSON ({error})") from error
         if not isinstance(values, dict):
             raise ValueError(f"ConformerConfig.from_json: got a JSON {type(values).__name__}; expected an object")

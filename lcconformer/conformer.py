@@ -8,6 +8,7 @@ from .config import ConformerConfig
 from .encoder import ConformerEncoder
 from .interop.keys import use_peer_names
 from .interop.torchaudio import LAYER_KEYS
+from .ops.checks import check_tensor
 
 __all__ = ["Conformer"]
 
@@ -76,7 +77,10 @@ class Conformer(nn.Module):
         Returns:
             ``(output [B, T, input_dim], lengths [B])``, the lengths as they were given.
         """
+        check_tensor("Conformer", "lengths", lengths)
         # torchaudio counts the frames i < length of T, which is the longest length rounded down
-        frames = lengths.ceil().minimum(lengths.max().floor()).long() if lengths.is_floating_point() else lengths
+        frames = lengths
+        if lengths.is_floating_point():
+            frames = (lengths.ceil().minimum(lengths.max().floor()) if lengths.numel() else lengths).long()
         output, _ = self.encoder(input, frames, depth=depth)
         return output, lengths

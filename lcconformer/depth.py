@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from .ops.checks import frame_mask
+from .validation import is_integer, need_integer, need_number
 
 __all__ = ["DepthSampler", "ExitRule"]
 
 _KINDS = ("uniform", "fixed", "curriculum", "log_normal", "sandwich")
+_MOST = 1 << 20  # loops: more than any encoder has
 
 
 def _uniform(seed: int, step: int, draw: int) -> float:
@@ -58,16 +60,21 @@ class DepthSampler:
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise ValueError(f"DepthSampler: kind is {self.kind!r}; expected one of {', '.join(_KINDS)}")
-        if not 1 <= self.low <= self.num_layers:
+        need_integer("DepthSampler", "num_layers", self.num_layers, 1, _MOST)
+        if not is_integer(self.low) or not 1 <= self.low <= self.num_layers:
             raise ValueError(
-                f"DepthSampler: low is {self.low} with num_layers = {self.num_layers}; expected 1 <= low <= num_layers"
+                f"DepthSampler: low is {self.low} with num_layers = {self.num_layers}; expected an integer, "
+                "1 <= low <= num_layers"
             )
-        if self.kind == "curriculum" and self.steps < 1:
-            raise ValueError(f"DepthSampler: steps is {self.steps}; a curriculum needs its length in steps, 1 or more")
-        if self.kind == "log_normal" and self.sigma <= 0:
-            raise ValueError(f"DepthSampler: sigma is {self.sigma}; expected a positive number")
-        if self.mean is not None and not self.mean > 0:
-            raise ValueError(f"DepthSampler: mean is {self.mean}; expected a positive number")
+        if not is_integer(self.seed):
+            raise ValueError(f"DepthSampler: seed is {self.seed!r}; expected an integer")
+        if not is_integer(self.steps) or (self.kind == "curriculum" and self.steps < 1):
+            raise ValueError(
+                f"DepthSampler: steps is {self.steps!r}; expected an integer, and 1 or more for a curriculum"
+            )
+        need_number("DepthSampler", "sigma", self.sigma, 0, below=10, open=True)
+        if self.mean is not None:
+            need_number("DepthSampler", "mean", self.mean, 0, below=_MOST, open=True)
 
     def depths(self, step: int) -> tuple[int, ...]:
         """Depths to train in ``step`` (from 0), the deepest first: one, or up to three for ``"sandwich"``."""
@@ -136,12 +143,10 @@ class ExitRule:
             raise ValueError(f"ExitRule: kind is {self.kind!r}; expected 'fixed', 'change' or 'cosine'")
         if self.kind == "fixed" and self.depth is None:
             raise ValueError("ExitRule: kind 'fixed' needs depth, the number of loops")
-        if self.depth is not None and self.depth < 1:
-            raise ValueError(f"ExitRule: depth is {self.depth}; expected 1 or more")
-        if not self.threshold > 0:
-            raise ValueError(f"ExitRule: threshold is {self.threshold}; expected a positive number")
-        if self.min_depth < 1:
-            raise ValueError(f"ExitRule: min_depth is {self.min_depth}; expected 1 or more")
+        if self.depth is not None:
+            need_integer("ExitRule", "depth", self.depth, 1, _MOST)
+        need_number("ExitRule", "threshold", self.threshold, 0, open=True)
+        need_integer("ExitRule", "min_depth", self.min_depth, 1, _MOST)
 
     def distance(self, new: Tensor, old: Tensor, lengths: Tensor | None) -> Tensor:
         """Distance ``[B]`` between two successive hidden states ``[B, T, d_model]``, over frames without padding."""

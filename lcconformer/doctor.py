@@ -8,7 +8,7 @@ at its worst tensor, plus two roundings.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,10 +91,10 @@ def _reasons(op: str, dtype: torch.dtype, device: str, sizes: Sizes, which: str)
     return reasons
 
 
-def check(op: str, device: str, sizes: Sizes) -> Iterator[Finding | Refusal]:
+def check(op: str, device: str, sizes: Sizes, dtypes: Sequence[torch.dtype] = _DTYPES) -> Iterator[Finding | Refusal]:
     """A finding per backend, dtype and direction, or why a backend cannot serve."""
     reference = getattr(importlib.import_module(f"lcconformer.ops.{op}"), f"{op}_reference")
-    for dtype in _DTYPES:
+    for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
         exact = _run(op, reference, torch.float64, device, sizes, dtype)
         low = _run(op, reference, dtype, device, sizes, dtype)

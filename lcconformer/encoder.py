@@ -12,7 +12,7 @@ from .config import ConformerConfig
 from .depth import ExitRule
 from .layer import Positions
 from .loop import weights
-from .ops.checks import check_lengths, frame_mask
+from .ops.checks import check_lengths, check_tensor, frame_mask
 from .stack import LayerStack
 from .subsampling import FrontEnd
 
@@ -194,7 +194,8 @@ class ConformerEncoder(LayerStack):
     def forget_packed_weights(self) -> None:
         """Drop the packed copies of the weights that inference keeps; the next call packs them anew.
 
-        Needed only after writing a few elements in ways that PyTorch does not count: through ``p.data`` or ``p.numpy()``.
+        Needed only after writing a few elements in ways that PyTorch does not count (through ``p.data`` or ``p.numpy()``) and
+        ahead of short calls; longer ones compare every value.
         """
         weights.forget(self)
 
@@ -208,6 +209,7 @@ class ConformerEncoder(LayerStack):
 
     def _enter(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
         width = self.config.input_dim or self.config.d_model
+        check_tensor("ConformerEncoder", "input", x)
         if x.dim() != 3 or x.shape[-1] != width:
             raise ValueError(f"ConformerEncoder: input has shape {list(x.shape)}; expected [B, T, {width}]")
         if not x.is_floating_point():

@@ -12,9 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ProgressBar", "replacing", "write_atomically"]
+__all__ = ["ProgressBar", "RunError", "check_output", "replacing", "write_atomically"]
 
 _EVERY = 10.0  # seconds between two lines where the standard error is no terminal
+
+
+class RunError(OSError):
+    """A run that cannot go on, through no fault of its options; the message says what is kept and how to continue."""
 
 
 @contextlib.contextmanager
@@ -37,8 +41,47 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
                 os.fchmod(file.fileno(), mode)  # safetensors puts a file of its own there, which is 0600
             os.fsync(file.fileno())  # or a power cut could leave the new name with no content
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_output(option: str, path: str | os.PathLike[str] | None, *suffixes: str, folder: bool = False) -> None:
+    """Check before the work that its result can be written; None is no path and passes.
+
+    Args:
+        option: name of the option that gives the path.
+        path: of a file to be written, whose folders need not exist yet.
+        suffixes: endings that the file may have; none given: any.
+        folder: the path is that of a folder.
+
+    Raises:
+        ValueError: the path is empty, of the wrong kind or ending, or below what is no folder or cannot be written to.
+    """
+    if path is None:
+        return
+    if not str(path):
+        raise ValueError(f"{option} is empty; give the path of a {'folder' if folder else 'file'}")
+    path = Path(path)
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise ValueError(f"{option} is {path}; expected a file that ends in {', '.join(suffixes)}")
+    if path.exists() and path.is_dir() != folder:
+        raise ValueError(f"{option} is {path}, which is {'no' if folder else 'a'} folder; choose another name")
+    place = path if folder else path.parent
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"{option} is {path}, but {place} is no folder that can be written to; choose another place")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush the new name of a file to the disk, where the system can do that for a folder."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:

@@ -43,7 +43,7 @@ def sharing_map(sharing: str | Sequence[int], num_layers: int) -> tuple[int, ...
     form, _, argument = sharing.partition(":")
     try:
         numbers = [int(n) for n in argument.split(",")] if argument else []
-    except ValueError:
+    except ValueError:  # also an integer of thousands of digits
         raise fail("the numbers after ':' are not integers") from None
     if form in ("all", "none"):
         if argument:

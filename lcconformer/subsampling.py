@@ -64,6 +64,9 @@ class FrontEnd(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
         x = self._mask(x, lengths)
+        if self.kind == "conv" and x.shape[1] == 0:
+            # a convolution refuses to see no frame
+            return self.forward(F.pad(x, (0, 0, 0, 1)), lengths)[0][:, :0], lengths
         if self.kind == "stack":
             b, t, c = x.shape
             out = (t + self.factor - 1) // self.factor

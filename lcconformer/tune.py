@@ -110,7 +110,13 @@ def tune(name: str, call: Callable[[], object], timer: Timer) -> dict[str, objec
 
 def calls(layer: LayerShape, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
     """Forward and backward of each op, at one layer's shape; residual_layer_norm last, for feed_forward uses its kernels."""
-    from lcconformer.kernels import feed_forward, glu_depthwise_conv, relpos_attention, residual_layer_norm
+    from lcconformer.kernels import (
+        feed_forward,
+        glu_depthwise_conv,
+        glu_depthwise_conv_backward,
+        relpos_attention,
+        residual_layer_norm,
+    )
     from lcconformer.ops.dropout import dropout_seed
 
     b, t, d, h, p = layer.batch, layer.frames, layer.d_model, layer.heads, layer.dropout
@@ -144,7 +150,7 @@ def calls(layer: LayerShape, device: torch.device) -> Iterator[tuple[str, Callab
     yield "glu_depthwise_conv forward", lambda: glu_depthwise_conv.forward(*convolve)
     _, *saved = glu_depthwise_conv.forward(*convolve)
     convolve_backward = (x, wide, weight, None, *affine, *saved, *options)
-    yield "glu_depthwise_conv backward", lambda: glu_depthwise_conv.backward(*convolve_backward)
+    yield "glu_depthwise_conv backward", lambda: glu_depthwise_conv_backward.backward(*convolve_backward)
 
     yield "residual_layer_norm forward", lambda: residual_layer_norm.forward(x, x, *norm, seed, 0.5, p, 1e-5)
     s, n, mean, rstd = residual_layer_norm.forward(x, x, *norm, seed, 0.5, p, 1e-5)

@@ -74,8 +74,10 @@ def test_bad_json(text, message):
         ({"dropout": -0.1}, r"dropout is -0\.1; expected 0 <= dropout < 1"),
         ({"dropout": float("nan")}, r"dropout is nan; expected 0 <= dropout < 1"),
         ({"dropout": "0.1"}, r"dropout is '0\.1'; expected 0 <= dropout < 1"),
-        ({"layer_norm_eps": "1e-5"}, r"layer_norm_eps is '1e-5'; expected a positive number"),
-        ({"layer_norm_eps": 0.0}, r"layer_norm_eps is 0\.0; expected a positive number"),
+        *[
+            ({"layer_norm_eps": eps}, rf"layer_norm_eps is {eps!r}; expected a positive, finite number")
+            for eps in ("1e-5", 0.0, float("inf"), float("nan"), True)
+        ],
         ({"conv_norm_groups": 3}, r"conv_norm_groups is 3; expected a divisor of d_model = 256"),
         ({"conv_norm_statistics": "per_depth"}, r"expected 'shared' unless conv_norm='batch'"),
         ({"subsampling_factor": 2}, r"subsampling_factor is 2; expected 1 with subsampling='none'"),
@@ -88,7 +90,16 @@ def test_bad_json(text, message):
         ({"conditioning": ("step", "adapter")}, r"conditioning is .*; expected a subset of 'layer_norm', 'step'"),
         ({"conditioning": ("step", "step")}, r"conditioning is .*; expected a subset"),
         ({"conditioning": "step"}, r"conditioning is 'step'; expected a tuple"),
+        ({"conditioning": 5}, r"conditioning is 5; expected a tuple of forms"),
+        ({"conditioning": ([],)}, r"conditioning is \(\[\],\); expected a subset"),
         ({"sharing": "some"}, r"sharing is 'some' with num_layers = 12: unknown form"),
+        ({"sharing": None}, r"sharing is None; expected the name of a form or a tuple"),
+        ({"sharing": "cycle:" + "9" * 5000}, r"the numbers after ':' are not integers"),
+        ({"attention_bias": 1}, r"attention_bias is 1; expected True or False"),
+        # what would take gigabytes for a list of the loops, or for one weight
+        ({"num_layers": 10**9}, r"num_layers is 1000000000; expected a positive integer, at most 10000"),
+        ({"d_model": 10**7}, r"d_model is 10000000; expected a positive integer, at most 65536"),
+        ({"num_layers": 10**30}, r"expected a positive integer, at most 10000"),
     ],
     ids=str,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -117,12 +118,22 @@ def test_sandwich():
     ("arguments", "message"),
     [
         ({"kind": "random"}, "kind is 'random'; expected one of uniform, fixed"),
-        ({"low": 0}, "low is 0 with num_layers = 12; expected 1 <= low <= num_layers"),
+        ({"low": 0}, "low is 0 with num_layers = 12; expected an integer, 1 <= low <= num_layers"),
+        ({"low": 1.5}, "low is 1.5 with num_layers = 12; expected an integer"),
         ({"low": 13}, "low is 13 with num_layers = 12"),
-        ({"num_layers": 0}, "low is 1 with num_layers = 0"),
-        ({"kind": "curriculum"}, "steps is 0; a curriculum needs its length in steps"),
-        ({"kind": "log_normal", "sigma": 0.0}, "sigma is 0.0; expected a positive number"),
-        ({"kind": "log_normal", "mean": 0.0}, "mean is 0.0; expected a positive number"),
+        ({"num_layers": 0}, "num_layers is 0; expected an integer from 1"),
+        ({"num_layers": 2.0}, "num_layers is 2.0; expected an integer"),
+        ({"seed": 0.5}, "seed is 0.5; expected an integer"),
+        ({"kind": "curriculum"}, "steps is 0; expected an integer, and 1 or more for a curriculum"),
+        ({"steps": math.inf}, "steps is inf; expected an integer"),
+        *[
+            ({"sigma": sigma}, f"sigma is {re.escape(repr(sigma))}; expected a finite number above 0 and below 10")
+            for sigma in (0.0, -1.0, math.nan, math.inf, 1e200)
+        ],
+        *[
+            ({"kind": "log_normal", "mean": mean}, f"mean is {mean}; expected a finite number above 0")
+            for mean in (0.0, math.nan, math.inf)
+        ],
     ],
     ids=str,
 )
@@ -136,16 +147,25 @@ def test_bad_sampler(arguments, message):
     [
         ({"kind": "entropy"}, "kind is 'entropy'; expected 'fixed', 'change' or 'cosine'"),
         ({}, "kind 'fixed' needs depth"),
-        ({"depth": 0}, "depth is 0; expected 1 or more"),
-        ({"kind": "change", "threshold": 0.0}, "threshold is 0.0; expected a positive number"),
-        ({"kind": "change", "threshold": float("nan")}, "threshold is nan; expected a positive number"),
-        ({"kind": "cosine", "min_depth": 0}, "min_depth is 0; expected 1 or more"),
+        ({"depth": 0}, "depth is 0; expected an integer from 1"),
+        ({"depth": 2.0}, "depth is 2.0; expected an integer from 1"),
+        *[
+            ({"kind": "change", "threshold": x}, f"threshold is {x}; expected a finite number above 0")
+            for x in (0.0, math.nan, math.inf)
+        ],
+        ({"kind": "cosine", "min_depth": 0}, "min_depth is 0; expected an integer from 1"),
     ],
     ids=str,
 )
 def test_bad_exit_rule(arguments, message):
     with pytest.raises(ValueError, match=message):
         ExitRule(**arguments)
+
+
+def test_log_normal_at_its_limits():
+    for mean in (1e-6, 1e6):
+        sampler = DepthSampler("log_normal", num_layers=5, mean=mean, sigma=9.9)
+        assert {sampler.depths(step)[0] for step in range(300)} <= set(range(1, 6))
 
 
 def test_exit_distances():

@@ -176,3 +176,23 @@ def test_fake_packed_utterances():
         position = torch.randn(9, 2, 4), torch.randn(2, 4), torch.randn(2, 4)
         out = ops.relpos_attention(q, q, q, *position, cu_seqlens=torch.tensor([0, 5, 9]))
         assert out.shape == (9, 2, 4)
+
+
+@pytest.mark.parametrize(("batch", "frames"), [(0, 5), (2, 0), (0, 0)])
+@pytest.mark.parametrize("op", CALLS)
+def test_gradients_of_nothing(op, batch, frames):
+    """Zeros for every input, on whatever backend: a parameter without a gradient would stop an optimizer's foreach."""
+    inputs: dict[str, Tensor] = {}
+
+    def make(name: str, *shape: int) -> Tensor:
+        inputs[name] = torch.randn([max(n, 0) for n in shape]).requires_grad_()
+        return inputs[name]
+
+    sizes = Sizes(batch=batch, frames=frames, d_model=8, heads=2, ffn_dim=12, kernel_size=3)
+    for name in ("torch", "cpu") if extension.why_missing() is None else ("torch",):
+        inputs.clear()
+        with lcconformer.backend(name):
+            out = CALLS[op](getattr(ops, op), make, sizes, torch.full((batch,), frames))
+        outputs = out if isinstance(out, tuple) else (out,)
+        sum((o.sum() for o in outputs), torch.zeros(())).backward()
+        assert [n for n, x in inputs.items() if x.grad is None or x.grad.count_nonzero()] == [], name

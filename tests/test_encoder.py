@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -397,6 +398,9 @@ def test_float64():
         (torch.zeros(2, 9, 16), torch.tensor([9, 10]), None, r"lengths span 9 \.\.\. 10; expected values from 0 to T = 9"),
         (torch.zeros(2, 9, 16), torch.tensor([9, -1]), None, r"lengths span -1 \.\.\. 9"),
         (torch.zeros(2, 9, 16), torch.tensor([9.0, 1.0]), None, r"lengths has dtype torch\.float32; expected int64"),
+        ([[1.0]], None, None, "input is a list; expected a tensor"),
+        (np.zeros((2, 9, 16), np.float32), None, None, "input is a ndarray; expected a tensor"),
+        (torch.zeros(2, 9, 16), [9, 9], None, "lengths is a list; expected a tensor"),
     ],
 )  # fmt: skip
 def test_bad_input(x, lengths, depth, message):
@@ -409,6 +413,32 @@ def test_empty_batch_and_single_frame():
         encoder = make_encoder(**changes).eval()
         assert encoder(torch.zeros(0, 5, 16), torch.zeros(0, dtype=torch.int64))[0].shape == (0, 5, 16)
         assert encoder(torch.randn(1, 1, 16), torch.tensor([1]))[0].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["none", "stack", "conv"])
+@pytest.mark.parametrize("lengths", [None, torch.tensor([0, 0])], ids=str)
+def test_no_frames_through_a_front_end(kind, lengths):
+    encoder = make_encoder(input_dim=10, subsampling=kind, subsampling_factor=1 if kind == "none" else 4)
+    x = torch.zeros(2, 0, 10, requires_grad=True)
+    out, out_lengths = encoder(x, lengths)
+    assert out.shape == (2, 0, 16)
+    assert lengths is None or out_lengths.tolist() == [0, 0]
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", NORMS)
+def test_engine_and_modules_agree_on_what_overflows(norm, dtype):
+    """Finite or not: a norm whose variance overflows does not pass its input off as constant."""
+    encoder = make_encoder(conv_norm=norm).eval().to(dtype)
+    for scale in (1.0, 1e10, 1e18, 1e20, 1e30, 1e38):
+        x = (torch.randn(1, 7, 16) * scale).to(dtype)
+        with torch.no_grad():
+            out = encoder(x)[0]
+            with engine("modules"):
+                want = encoder(x)[0]
+        assert torch.equal(out.isfinite(), want.isfinite()), scale
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 16), (0, 5, 16)])

@@ -19,7 +19,7 @@ FOLDERS = {
 ROOMS = (
     (
         "lcconformer.config", "lcconformer.sharing", "lcconformer.runtime", "lcconformer.tolerance",
-        "lcconformer.architectures", "lcconformer.plain",
+        "lcconformer.architectures", "lcconformer.plain", "lcconformer.validation",
     ),
     ("lcconformer.kernels", "lcconformer.extension"),
     ("lcconformer.ops",),

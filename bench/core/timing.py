@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Timing", "flush_l2", "peak_memory_mb", "time_interleaved", "time_once"]
+__all__ = ["Timing", "flush_l2", "peak_memory_mb", "quiet", "time_interleaved", "time_once"]
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
 
@@ -94,7 +94,7 @@ def time_interleaved(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Discard what is written to file descriptor 2: the native profiler reports there that it starts and stops."""
     sys.stderr.flush()
     kept = os.dup(2)
@@ -118,7 +118,7 @@ def peak_memory_mb(call: Callable[[], object], device: str) -> float:
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     from torch.profiler import ProfilerActivity, profile
 
-    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
     del result
     held = peak = 0

@@ -1,1 +1,1 @@
-"""Parts of ``bench/gpu.sh`` outside of the suite: the GPU tests in several processes, and constants of the machine."""
+"""What ``bench/gpu.sh`` runs: the driver with its plan, and the phases, each a command of its own."""

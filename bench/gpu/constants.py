@@ -1,9 +1,9 @@
-"""Measure constants of this machine: ``python -m lcconformer.bench.gpu.constants OUT.json [--device cpu]``.
+"""Measure constants of this machine: ``python -m lcconformer.bench.gpu.constants OUT [--small]``.
 
 They are the costs of launches, graph nodes, barriers and on-chip traffic (on a GPU, by constants.cu, if there is nvcc to
 build it), and the rates of the encoder's GEMMs at real shapes and of PyTorch's depthwise convolution.  Whatever cannot be
-measured is listed under ``missing`` with the reason.  The file is rewritten after each group, so that a run cut short
-keeps its results.
+measured is listed under ``missing`` with the reason.  OUT/machine.json is rewritten after each group, so that a run cut short
+keeps its results.  The ceilings that the suite's percentages refer to are measured first and go to OUT/bench.json.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from torch.nn import functional as F
 
 from lcconformer.runtime import write_atomically
 
-from ..core.rows import commit, device_name, versions
+from ..core.case import Case
+from ..core.rows import Results, commit, device_name, versions
 from ..core.timing import Timing, time_once
+from ..runs.suite import ceilings_of
 
 __all__ = ["measure"]
 
@@ -155,11 +157,13 @@ def measure(path: Path, device: str, small: bool) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lcconformer.bench.gpu.constants", description=__doc__)
-    parser.add_argument("out", type=Path, help="file to write (JSON)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
-    parser.add_argument("--small", action="store_true", help="use tiny shapes, to try the code")
+    parser.add_argument("out", type=Path, help="folder of the results")
+    parser.add_argument("--small", action="store_true", help="tiny shapes on the CPU, to try the code")
     args = parser.parse_args(argv)
-    found = measure(args.out, args.device, args.small)
+    device, dtype = ("cpu", "float32") if args.small else ("cuda", "bfloat16")
+    ceilings = ceilings_of(Case("inference", 1, 1, dtype=dtype, device=device), Results(args.out / "bench.json"))
+    print(f"ceilings, {dtype}: GEMM {ceilings.gemm_tflops:.4g} TFLOP/s, copy {ceilings.copy_gb_s:.4g} GB/s", flush=True)
+    found = measure(args.out / "machine.json", device, args.small)
     for group, values in found.items():
         if isinstance(values, dict) and group not in ("versions", "missing"):
             for name, value in values.items():

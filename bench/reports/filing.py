@@ -24,8 +24,8 @@ def file_results(source: Path, results: Path = RESULTS, readme_file: Path = read
     """File a result file, or the folder that ``bench/gpu.sh`` wrote.
 
     Args:
-        source: a file written by ``--json``, or a folder with ``bench.json`` and, from a GPU, ``gpu_tests.xml`` and
-            ``machine.json``.
+        source: a file written by ``--json``, or a folder with ``bench.json`` and, from a GPU, ``gpu_tests.xml``,
+            ``machine.json``, ``kernels.json`` and ``profiles.json``.
         results: folder to file them in.
         readme_file: README whose generated part is refreshed.
 
@@ -61,7 +61,9 @@ def file_results(source: Path, results: Path = RESULTS, readme_file: Path = read
         if source.is_dir() and constants.exists():
             values = json.loads(constants.read_text())
             if values.get("device_name") == name:
-                write_atomically(results / slug(name) / "machine.json", json.dumps(values, indent=1) + "\n")
+                for part in (constants, source / "kernels.json", source / "profiles.json"):
+                    if part.exists():
+                        write_atomically(results / slug(name) / part.name, part.read_bytes())
     evidence = results / EVIDENCE.name
     record_rows(found.rows, found.date[:10], evidence)
     report = source / "gpu_tests.xml"

@@ -35,6 +35,7 @@ COLOURS = {
     "lcconformer:triton": "#e11d48",
     "lcconformer:triton+loop": "#7e22ce",
     "lcconformer:triton+graphs": "#db2777",
+    "lcconformer:triton+loop+graphs": "#0d9488",
     "lcconformer:cuda": "#881337",
     "lcconformer:cuda+graphs": "#9333ea",
 }

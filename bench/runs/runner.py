@@ -41,8 +41,6 @@ class Runner:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def _forward(self) -> tuple[Tensor, ...]:
-        if self.provider.compile is not None:
-            torch.compiler.cudagraph_mark_step_begin()
         with self.provider.scope(), self.case.autocast():
             return as_tuple(self.module(self.x))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -13,7 +13,7 @@ from lcconformer.ops.registry import record
 from ..core.case import FRAME_SECONDS, Case
 from ..core.roofline import Ceilings, floor_ms, measure_ceilings, work
 from ..core.rows import Results, Row, commit, device_name, versions
-from ..core.timing import Timing, peak_memory_mb, time_interleaved
+from ..core.timing import MIN_ROUNDS, Timing, peak_memory_mb, time_interleaved
 from ..providers.registry import Provider, build
 from .gate import Gate, GateError
 from .runner import Runner
@@ -76,6 +76,9 @@ def run_case(
 ) -> list[Row]:
     """Measure all providers on one case, interleaved, add their rows to the results and return them.
 
+    A provider gets a first row of few rounds as soon as it is ready, so that a run cut short keeps it; the row of the
+    interleaved rounds replaces it.
+
     Args:
         case: what to run; its depth applies to lcconformer.
         providers: what to time; those that cannot run are skipped with a reason, those that are wrong get no row.
@@ -89,6 +92,7 @@ def run_case(
     gate = Gate(case)
     ready: dict[str, Runner] = {}
     memory: dict[str, float | None] = {}
+    first: dict[str, Timing] = {}
     for provider in providers:
         own = [case.layers]
         if provider.name == "lcconformer" and not case.op:
@@ -99,7 +103,9 @@ def run_case(
             try:
                 runner = prepare(provider, case.replace(depth=depth), gate)
                 memory[label] = _peak_memory(runner)
+                first |= time_interleaved({label: runner}, case.device, 0.0, MIN_ROUNDS if case.device == "cuda" else 1)
                 ready[label] = runner
+                results.add([_row(runner, first[label], memory[label], _eager(ready, first), ceilings)])
             except Skip as skip:
                 if results.skip(str(provider), str(case), str(skip)):
                     say(f"skipped  {provider}: {skip}")
@@ -113,7 +119,7 @@ def run_case(
                 say(f"FAILED   {provider} on {case}: {reason}")
     step(f"{case}: timing")
     timings = time_interleaved(ready, case.device, seconds, rounds)
-    eager = next((timings[label].median for label, runner in ready.items() if runner.provider.name == "eager"), None)
+    eager = _eager(ready, timings)
     rows = [_row(runner, timings[label], memory[label], eager, ceilings) for label, runner in ready.items()]
     results.add(rows)
     ready.clear()
@@ -125,10 +131,14 @@ def run_case(
     return rows
 
 
+def _eager(ready: Mapping[str, Runner], timings: Mapping[str, Timing]) -> float | None:
+    """Median of plain PyTorch, if it took part."""
+    return next((timings[label].median for label, runner in ready.items() if runner.provider.name == "eager"), None)
+
+
 def _peak_memory(runner: Runner) -> float | None:
     """Peak memory in MB; None for a captured graph, which keeps its memory and allocates nothing in a call."""
-    captured = runner.provider.graphs or (runner.provider.compile or {}).get("mode") is not None
-    return None if captured else peak_memory_mb(runner, runner.case.device)
+    return None if runner.provider.graphs else peak_memory_mb(runner, runner.case.device)
 
 
 def _row(runner: Runner, timing: Timing, memory: float | None, eager: float | None, ceilings: Ceilings) -> Row:

@@ -294,7 +294,10 @@ void bind(py::module_& m) {
     m.def("set_simd_level", &set_simd_level, "Use another; for tests.");
     m.def("max_threads", &max_threads, "Threads an OpenMP region started now would get.");
     m.def(
-        "fingerprint", [](uintptr_t parts, int64_t n) { return fingerprint(reinterpret_cast<const Bytes*>(parts), n); },
+        "fingerprint",
+        [](uintptr_t parts, int64_t n, bool complete) {
+            return fingerprint(reinterpret_cast<const Bytes*>(parts), n, complete);
+        },
         "A number that changes with n tensors, given as the address of n pairs (address, bytes) of int64.");
     m.attr("PANEL_COLUMNS") = kPanelColumns;
     m.attr("TILE_ROWS") = kTileRows;

@@ -14,7 +14,7 @@ namespace lcc::cpu {
 constexpr int64_t kPanelColumns = 64;  // of a packed matrix
 constexpr int64_t kTileRows = 6;       // kernels touch rows of their float32 inputs and outputs up to a multiple
 
-// An element is dropped if its 16 bits of Philox-4x32-7 are below the threshold; see lcconformer/kernels/_common.py.
+// An element is dropped if its 16 bits of Philox-4x32-7 are below the threshold; see kernels/common.py.
 struct Dropout {
     const int64_t* seed = nullptr;  // null: none
     uint32_t threshold = 0;
@@ -212,8 +212,8 @@ struct Bytes {
     int64_t size;
 };
 
-// A hash of up to 64 words of 4 bytes of each part, first and last among them, evenly spread.
-uint64_t fingerprint(const Bytes* parts, int64_t n);
+// A hash of all words of 4 bytes of each part, or of up to 64, first and last among them, evenly spread.
+uint64_t fingerprint(const Bytes* parts, int64_t n, bool complete);
 
 // "generic", "avx2", "avx512": the level in use, those this processor runs, and a switch for tests (false: unknown).
 const char* simd_level();

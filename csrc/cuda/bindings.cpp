@@ -20,6 +20,8 @@ void add_glu_depthwise_conv(Arguments<S>& args) {
         .template optional<&S::lengths>("lengths")
         .template optional<&S::scale>("scale")
         .template optional<&S::shift>("shift")
+        .template optional<&S::layer_norm>("layer_norm")
+        .template optional<&S::eps>("eps")
         .template required<&S::device>("device")
         .template required<&S::stream>("stream");
 }
@@ -45,7 +47,8 @@ void bind(py::module_& m) {
         .required<&Backward::dshift>("dshift")
         .required<&Backward::dscale>("dscale")
         .required<&Backward::partial>("partial")
-        .required<&Backward::slots>("slots");
+        .required<&Backward::slots>("slots")
+        .optional<&Backward::rows>("rows");
 
     bind_launch<Forward>(m, "glu_depthwise_conv_forward", &glu_depthwise_conv_forward);
     bind_launch<Backward>(m, "glu_depthwise_conv_backward", &glu_depthwise_conv_backward);

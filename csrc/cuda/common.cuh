@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #ifdef LCC_EMULATION
 #include "emulation/cuda_host.h"
@@ -21,31 +22,37 @@
 
 namespace lcc {
 
-inline void check(cudaError_t error, const char* what) {
-    if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+template <class... Params>
+void start(const char* /*name*/, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, uintptr_t stream,
+           Params... args) {
+    kernel<<<grid, block, shared, reinterpret_cast<cudaStream_t>(stream)>>>(args...);
 }
 
-// kernel<<<grid, block, shared, stream>>>(args...) on `device`, with an error instead of a silent nothing
-template <class... Params>
-void launch(const char* name, int device, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared,
-            uintptr_t stream, Params... args) {
-    check(cudaSetDevice(device), name);
-    if (shared > (48u << 10)) {
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
-              name);
+// A range of shared memory, counted in floats. Accesses are named so that the emulator can count bank conflicts.
+class Shared {
+   public:
+    __device__ explicit Shared(float* at) : at_(at) {}
+    template <class V>
+    __device__ V load(int i) const {
+        return *reinterpret_cast<const V*>(at_ + i);
     }
-    kernel<<<grid, block, shared, reinterpret_cast<cudaStream_t>(stream)>>>(args...);
-    check(cudaGetLastError(), name);
-}
+    template <class V>
+    __device__ void store(int i, const V& value) const {
+        *reinterpret_cast<V*>(at_ + i) = value;
+    }
+    __device__ Shared operator+(int floats) const { return Shared(at_ + floats); }
+
+   private:
+    float* at_;
+};
 
 // Hands out the block's dynamic shared memory piece by piece; every thread takes the same pieces in the same order.
 class SharedMemory {
    public:
-    template <class T>
-    __device__ T* take(int count) {
+    __device__ Shared take(int floats) {
         extern __shared__ __align__(16) unsigned char memory[];
-        T* piece = reinterpret_cast<T*>(memory + used_);
-        used_ += (count * static_cast<int>(sizeof(T)) + 15) / 16 * 16;
+        const Shared piece(reinterpret_cast<float*>(memory) + used_);
+        used_ += (floats + 3) / 4 * 4;
         return piece;
     }
 
@@ -53,12 +60,58 @@ class SharedMemory {
     int used_ = 0;
 };
 
+// 2^x within 2 ulp and 1 / x within 1 ulp, subnormal results flushed to zero: one instruction each
+__device__ inline float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ inline float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 }  // namespace lcc
 #endif
 
 namespace lcc {
 
 constexpr int kWarp = 32;
+
+inline void check(cudaError_t error, const char* what) {
+    if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+// makes `device` the current one, and the previous one again at the end of the scope
+class DeviceGuard {
+   public:
+    DeviceGuard(int device, const char* what) : device_(device) {
+        check(cudaGetDevice(&previous_), what);
+        if (device_ != previous_) check(cudaSetDevice(device_), what);
+    }
+    ~DeviceGuard() {
+        if (device_ != previous_) cudaSetDevice(previous_);
+    }
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+   private:
+    int device_, previous_ = 0;
+};
+
+// kernel<<<grid, block, shared, stream>>>(args...) on `device`, with an error instead of a silent nothing
+template <class... Params>
+void launch(const char* name, int device, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared,
+            uintptr_t stream, Params... args) {
+    const DeviceGuard guard(device, name);
+    if (shared > (48u << 10)) {
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+              name);
+    }
+    start(name, kernel, grid, block, shared, stream, args...);
+    check(cudaGetLastError(), name);
+}
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -75,33 +128,49 @@ struct alignas(2 * sizeof(T)) Pair {
     T x, y;
 };
 
-// channels c, c + 1 of a row of `channels`; zero where there is none. `paired`: the row allows loads of two.
+// eight elements, loaded sixteen bytes at a time
 template <class T>
-__device__ inline float2 load_pair(const T* row, int c, int channels, bool paired) {
-    if (paired && c + 1 < channels) {
-        const auto pair = *reinterpret_cast<const Pair<T>*>(row + c);
-        return make_float2(to_float(pair.x), to_float(pair.y));
-    }
-    return make_float2(c < channels ? to_float(row[c]) : 0.0f, c + 1 < channels ? to_float(row[c + 1]) : 0.0f);
-}
+struct alignas(16) Eight {
+    T values[8];
+};
 
 template <class T>
-__device__ inline void store_pair(T* row, int c, int channels, bool paired, float2 value) {
-    if (paired && c + 1 < channels) {
-        Pair<T> pair;
-        assign(pair.x, value.x);
-        assign(pair.y, value.y);
-        *reinterpret_cast<Pair<T>*>(row + c) = pair;
+__device__ inline float2 to_floats(const Pair<T>& pair) {
+    return make_float2(to_float(pair.x), to_float(pair.y));
+}
+
+// Elements first ... first + n - 1 of a row of `count`, as a Pair or an Eight; zero beyond the end.
+// kWhole: they are all there, and aligned to the size of V or 16 bytes.
+template <class V, bool kWhole, class T>
+__device__ inline V load_some(const T* row, int first, int count) {
+    if (kWhole) return *reinterpret_cast<const V*>(row + first);
+    constexpr int n = sizeof(V) / sizeof(T);
+    V some{};
+    T* values = reinterpret_cast<T*>(&some);
+    for (int i = 0; i < n; ++i) {
+        if (first + i < count) values[i] = row[first + i];
+    }
+    return some;
+}
+
+// elements first, first + 1 of a row of `count`, those that are there
+template <bool kWhole, class T>
+__device__ inline void store_pair(T* row, int first, int count, float2 value) {
+    Pair<T> pair;
+    assign(pair.x, value.x);
+    assign(pair.y, value.y);
+    if (kWhole) {
+        *reinterpret_cast<Pair<T>*>(row + first) = pair;
         return;
     }
-    if (c < channels) assign(row[c], value.x);
-    if (c + 1 < channels) assign(row[c + 1], value.y);
+    if (first < count) row[first] = pair.x;
+    if (first + 1 < count) row[first + 1] = pair.y;
 }
 
-// whether rows at multiples of `strides` elements from `base` start at a multiple of two elements
+// whether rows at multiples of `strides` elements from `base` start at a multiple of 16 bytes and of 8 elements
 template <class T, class... Strides>
-bool rows_paired(const T* base, Strides... strides) {
-    return reinterpret_cast<uintptr_t>(base) % (2 * sizeof(T)) == 0 && ((strides % 2 == 0) && ...);
+bool rows_aligned(const T* base, Strides... strides) {
+    return reinterpret_cast<uintptr_t>(base) % 16 == 0 && ((strides % 8 == 0) && ...);
 }
 
 }  // namespace lcc

@@ -1,12 +1,13 @@
-// GLU, zeroed padding, depthwise convolution, folded norm and SiLU in one kernel; and its backward pass.
+// GLU, zeroed padding, depthwise convolution, norm and SiLU in one kernel; and its backward pass.
 //
 //     h[b, t, c] = x[b, t, c] * sigmoid(x[b, t, C + c]),   0 where t >= lengths[b] or t is outside of 0 ... T - 1
 //     z[b, t, c] = bias[c] + sum_k weight[c, k] * h[b, t + k - (K - 1) / 2, c]
-//     out = silu(z * scale[c] + shift[c])
+//     zhat = z, or with LayerNorm (z - mean) / sqrt(var + eps), mean and var over the channels of a frame
+//     out = silu(zhat * scale[c] + shift[c])
 //
-// B batch, T frames, C channels, K kernel width (odd, at most 63). Elements are float32, float16 or bfloat16, sums
-// float32. `scale` and `shift` are an evaluation BatchNorm, folded. LayerNorm, GroupNorm and BatchNorm statistics need
-// whole rows, utterances or batches, which a block of 64 channels x 64 frames does not see: they follow outside, on z.
+// B batch, T frames, C channels (at most 1024 with LayerNorm), K kernel width (odd, at most 63). Elements are float32,
+// float16 or bfloat16, sums float32. `scale` and `shift` are LayerNorm's, or an evaluation BatchNorm, folded. GroupNorm and
+// BatchNorm statistics need whole utterances or batches, which no block sees.
 #pragma once
 
 #include <cstddef>
@@ -16,19 +17,26 @@
 
 namespace lcc::cuda {
 
-// the tile of a block: one warp covers 64 channels, two a lane, and 16 frames; four warps
+// The tile of a block of four warps. A warp has 16 frames of 64 channels, two a lane. Without LayerNorm the warps follow
+// each other in time; with it, two by two, they cover 128 channels of 32 frames, and go over all channels.
+constexpr int kGluConvWarps = 4;
 constexpr int kGluConvRows = 16;
-constexpr int kGluConvFrames = 4 * kGluConvRows;
-constexpr int kGluConvChannels = 64;
-constexpr int kGluConvMaxWidth = kGluConvFrames - 1;
+constexpr int kGluConvGroup = 64;
+constexpr int kGluConvLayerGroups = 2;
+constexpr int kGluConvMaxWidth = kGluConvWarps * kGluConvRows - 1;
+constexpr int kGluConvMaxLayerChannels = 1024;
 
-// bytes of dynamic shared memory of a block, by kernel width: GLU and weights; backward also the gradient
-constexpr size_t glu_depthwise_conv_forward_shared(int width) {
-    return (kGluConvFrames + 2 * width - 1) * kGluConvChannels * sizeof(float);
+// bytes of dynamic shared memory of a block, by kernel width: GLU and weights (four floats apart), the moments of rows;
+// backward also the gradient
+constexpr size_t glu_depthwise_conv_forward_shared(int width, bool layer_norm) {
+    const int groups = layer_norm ? kGluConvLayerGroups : 1, frames = kGluConvWarps / groups * kGluConvRows;
+    const int channels = groups * kGluConvGroup;
+    return ((frames + width - 1) * channels + width * (channels + 4) + (layer_norm ? groups * frames * 4 : 0)) *
+           sizeof(float);
 }
 constexpr size_t glu_depthwise_conv_backward_shared(int width) {
-    const int taps = (width + kGluConvRows - 1) / kGluConvRows * kGluConvRows;
-    return (2 * kGluConvFrames - 2 + taps + 2 * width) * kGluConvChannels * sizeof(float);
+    const int frames = kGluConvWarps * kGluConvRows, taps = (width + kGluConvRows - 1) / kGluConvRows * kGluConvRows;
+    return ((2 * frames - 2 + taps + width) * kGluConvGroup + width * (kGluConvGroup + 4)) * sizeof(float);
 }
 
 struct GluDepthwiseConv {
@@ -41,8 +49,11 @@ struct GluDepthwiseConv {
     const int64_t* lengths;  // [B] or null
     const float* scale;      // [C], or null with shift
     const float* shift;      // [C], or null with scale
+    bool layer_norm;         // with scale and shift
+    float eps;               // of LayerNorm
     int device;
     uintptr_t stream;  // cudaStream_t
+    bool aligned;      // set by the launchers: eight elements can be loaded at a time
 };
 
 struct GluDepthwiseConvForward : GluDepthwiseConv {
@@ -62,8 +73,9 @@ struct GluDepthwiseConvBackward : GluDepthwiseConv {
     void* dbias;     // [C]
     float* dshift;   // [C], of a shift that is 0 where there is none
     float* dscale;   // [C], of a scale that is 1 where there is none
-    float* partial;  // [slots, K + 2, C] scratch; need not be set
+    float* partial;  // [slots, K + 3, C] scratch; need not be set
     int slots;       // of glu_depthwise_conv_slots
+    float* rows;     // [B, T, 4] scratch of LayerNorm, aligned to 16 bytes; need not be set
 };
 
 // Blocks that share the frames of one group of channels. A function of the sizes alone: the order of every sum, and so

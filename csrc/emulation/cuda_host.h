@@ -27,8 +27,30 @@ struct alignas(8) float2 {
     float x, y;
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
+using std::max;
 using std::min;
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+
+// --- a runtime of two devices
+using cudaError_t = int;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidDevice = 101;
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "none" : "invalid device ordinal"; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = emulation::device(), cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) {
+    if (device < 0 || device > 1) return cudaErrorInvalidDevice;
+    return emulation::device() = device, cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+    return cudaSuccess;
+}
 
 // --- 16-bit floats, rounded to nearest even
 struct __nv_bfloat16 {
@@ -152,13 +174,43 @@ inline void __threadfence() { emulation::current()->yield(); }
 
 namespace lcc {
 
+// a range of a piece that starts `offset` bytes into the block's dynamic shared memory
+class Shared {
+   public:
+    Shared(float* piece, size_t offset, int at = 0) : piece_(piece), offset_(offset), at_(at) {}
+    template <class V>
+    V load(int i, EMULATION_HERE) const {
+        count<V>(i, {"load", file, line});
+        return *reinterpret_cast<const V*>(piece_ + at_ + i);
+    }
+    template <class V>
+    void store(int i, const V& value, EMULATION_HERE) const {
+        count<V>(i, {"store", file, line});
+        *reinterpret_cast<V*>(piece_ + at_ + i) = value;
+    }
+    Shared operator+(int floats) const { return Shared(piece_, offset_, at_ + floats); }
+
+   private:
+    template <class V>
+    void count(int i, emulation::Place place) const {
+        emulation::current()->shared_access(place, offset_ + (at_ + i) * sizeof(float), sizeof(V));
+    }
+
+    float* piece_;
+    size_t offset_;
+    int at_;
+};
+
 class SharedMemory {
    public:
-    template <class T>
-    T* take(int count) {
-        return static_cast<T*>(emulation::current()->shared_piece(sizeof(T) * count));
+    Shared take(int floats) {
+        const auto [memory, offset] = emulation::current()->shared_piece(sizeof(float) * floats);
+        return Shared(static_cast<float*>(memory), offset);
     }
 };
+
+inline float exp2_fast(float x) { return std::exp2(x); }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
 
 constexpr size_t kMaxShared = 99 << 10;  // of a block on sm_86, sm_89, sm_120: the least of all targets
 constexpr unsigned kMaxThreads = 1024;
@@ -175,8 +227,9 @@ void emulate(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
 }
 
 template <class... Params>
-void launch(const char* name, int /*device*/, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared,
-            uintptr_t /*stream*/, Params... args) {
+void start(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, uintptr_t /*stream*/,
+           Params... args) {
+    emulation::launched_on() = emulation::device();
     emulate(name, kernel, grid, block, shared, false, args...);
 }
 

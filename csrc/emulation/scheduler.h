@@ -15,11 +15,14 @@
 #include <cstring>
 #include <exception>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
+#include <set>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -41,7 +44,7 @@ struct Failure : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-// a wait, by name and by place in the source
+// a wait or an access, by name and by place in the source
 struct Place {
     const char* what = "";
     const char* file = "";
@@ -52,6 +55,19 @@ struct Place {
 };
 
 using Lanes = std::array<uint64_t, kWarpSize>;
+
+// of dynamic shared memory, by one thread
+struct Access {
+    Place place;
+    size_t offset, bytes;
+};
+
+// What the accesses of the worst block to its dynamic shared memory cost. A warp's access takes a wavefront for each 128
+// bytes of its lanes (16 lanes of 8 bytes, 8 of 16), and one more for each further word that a bank is asked for: conflicts.
+struct Traffic {
+    bool counted = false;
+    uint64_t wavefronts = 0, conflicts = 0;
+};
 
 struct Block;
 
@@ -64,6 +80,7 @@ struct Fiber {
     Place waits;     // empty: can run
     Lanes lanes{};   // what each lane brought to the last warp operation
     int pieces = 0;  // of dynamic shared memory taken so far
+    std::vector<Access> accesses;
     void* stack = nullptr;
     void* fake_stack = nullptr;  // of AddressSanitizer
 };
@@ -79,6 +96,7 @@ struct WarpOperation {
 struct SharedPiece {
     size_t bytes;
     std::unique_ptr<unsigned char[]> memory;
+    size_t offset = 0;  // in dynamic shared memory
 };
 
 struct Block {
@@ -112,7 +130,8 @@ class Grid {
     void yield();
     const Lanes& exchange(Place place, uint32_t mask, uint64_t value);
     void* shared_array(Place place, size_t bytes);
-    void* shared_piece(size_t bytes);
+    std::pair<void*, size_t> shared_piece(size_t bytes);
+    void shared_access(Place place, size_t offset, size_t bytes);
 
     uint3 grid_dim() const { return grid_; }
     uint3 block_dim() const { return block_; }
@@ -131,6 +150,7 @@ class Grid {
     [[noreturn]] void fail(const std::string& why) const;
     static std::string name(const Fiber& fiber);
     void* take_stack();
+    static void count_traffic(const Block& block);
 
     uint3 grid_, block_;
     size_t shared_;
@@ -155,6 +175,21 @@ inline Grid*& current() {
 
 inline unsigned& seed() {
     static unsigned value = 0;
+    return value;
+}
+
+// of the fake runtime: the current device, and that of the last launch
+inline int& device() {
+    static int value = 0;
+    return value;
+}
+inline int& launched_on() {
+    static int value = -1;
+    return value;
+}
+
+inline Traffic& traffic() {
+    static Traffic value;
     return value;
 }
 
@@ -190,6 +225,7 @@ inline void Grid::run() {
         if (fiber->done) {
             free_stacks_.push_back(fiber->stack);
             const auto ended = [](const auto& b) { return b->done == static_cast<int>(b->fibers.size()); };
+            if (traffic().counted && ended(fiber->block)) count_traffic(*fiber->block);
             resident_.erase(std::remove_if(resident_.begin(), resident_.end(), ended), resident_.end());
         }
     }
@@ -364,7 +400,7 @@ inline void* Grid::shared_array(Place place, size_t bytes) {
     return arrays.back().second.memory.get();
 }
 
-inline void* Grid::shared_piece(size_t bytes) {
+inline std::pair<void*, size_t> Grid::shared_piece(size_t bytes) {
     Block& block = *running_->block;
     const size_t number = running_->pieces++;
     if (number == block.pieces.size()) {
@@ -376,10 +412,49 @@ inline void* Grid::shared_piece(size_t bytes) {
             fail(why.str());
         }
         block.pieces.push_back(poisoned(bytes));
+        block.pieces.back().offset = block.dynamic_bytes - (bytes + 15) / 16 * 16;
     }
     if (block.pieces[number].bytes != bytes)
         fail(name(*running_) + " takes other pieces of shared memory than its block");
-    return block.pieces[number].memory.get();
+    return {block.pieces[number].memory.get(), block.pieces[number].offset};
+}
+
+inline void Grid::shared_access(Place place, size_t offset, size_t bytes) {
+    if (traffic().counted) running_->accesses.push_back({place, offset, bytes});
+}
+
+// The n-th access of each lane from one place in the source is one access of the warp.
+inline void Grid::count_traffic(const Block& block) {
+    constexpr int kBanks = 32, kWord = 4;
+    uint64_t wavefronts = 0, conflicts = 0;
+    for (size_t first = 0; first < block.fibers.size(); first += kWarpSize) {
+        std::map<std::tuple<std::string, int, int>, std::vector<std::pair<int, const Access*>>> of_warp;
+        for (size_t i = first; i < std::min(first + kWarpSize, block.fibers.size()); ++i) {
+            std::map<std::pair<std::string, int>, int> seen;
+            for (const Access& access : block.fibers[i].accesses) {
+                const std::pair<std::string, int> at{access.place.what, access.place.line};
+                of_warp[{at.first, at.second, seen[at]++}].emplace_back(static_cast<int>(i - first), &access);
+            }
+        }
+        for (const auto& [at, lanes] : of_warp) {
+            const int together = 128 / static_cast<int>(lanes.front().second->bytes);
+            for (int from = 0; from < kWarpSize; from += std::min(together, kWarpSize)) {
+                std::array<std::set<size_t>, kBanks> words;
+                for (const auto& [lane, access] : lanes) {
+                    if (lane < from || lane >= from + together) continue;
+                    for (size_t byte = access->offset; byte < access->offset + access->bytes; byte += kWord) {
+                        words[byte / kWord % kBanks].insert(byte / kWord);
+                    }
+                }
+                size_t most = 0;
+                for (const auto& bank : words) most = std::max(most, bank.size());
+                wavefronts += most;
+                conflicts += most > 0 ? most - 1 : 0;
+            }
+        }
+    }
+    traffic().wavefronts = std::max(traffic().wavefronts, wavefronts);
+    traffic().conflicts = std::max(traffic().conflicts, conflicts);
 }
 
 inline std::string Grid::name(const Fiber& fiber) {

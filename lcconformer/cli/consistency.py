@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data import load_corpus
-from ..runtime import ProgressBar, write_atomically
+from ..runtime import ProgressBar, check_output, write_atomically
 from ..ssl.evaluation.consistency import MEASURES, model_consistency, summarise
 from ..ssl.evaluation.hidden_states import random_init_like
 from ..ssl.evaluation.output import describe_machine, write_json
@@ -43,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.frames < 2:
         raise ValueError(f"--frames is {args.frames}; expected 2 or more, well above the encoder's width")
+    check_output("--json", args.json)
+    check_output("--plot", args.plot, ".png", ".pdf", ".svg")
     model = load_model(args.checkpoint, args.device)
     models = {"checkpoint": model}
     if args.compare:
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
 
         labels = run_names(args.checkpoint, args.compare)
         figure = consistency_figure({labels.get(name, name): pairs for name, pairs in matrices.items()})
-        image = render(figure, args.plot.rpartition(".")[2])
+        image = render(figure, args.plot.rpartition(".")[2].lower())
         print(f"wrote {write_atomically(args.plot, image)}", file=sys.stderr)
 
 

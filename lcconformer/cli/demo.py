@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..runtime import check_output
 from ..ssl.demo import load_demo_speech, plan_for_time, run_demo
 from ..ssl.demo.summary import format_results
 
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if not 0.5 <= args.minutes <= 600:
         raise ValueError(f"--minutes is {args.minutes:g}; expected 0.5 to 600")
+    check_output("--out", args.out, folder=True)
     torch.set_num_threads(min(2, os.cpu_count() or 1))
     try:
         train, test = load_demo_speech(args.data)

@@ -14,8 +14,9 @@ from typing import Any
 import torch.distributed as dist
 
 from ..config import ConformerConfig
+from ..runtime import check_output
 from ..ssl.checkpoint import Checkpoint, checkpoint_path, find_checkpoints, load_checkpoint
-from ..ssl.model import FeatureSettings
+from ..ssl.model import FeatureSettings, check_model
 from ..ssl.objectives import OBJECTIVES, ObjectiveSettings
 from ..ssl.pretraining import PretrainSettings, load_speech, pretrain
 from ..ssl.pretraining.distributed import join_ranks
@@ -204,6 +205,7 @@ def resumed(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[PretrainS
     if "subsampling" in given:
         given["subsampling"] = ":".join(map(str, _subsampling(given["subsampling"])))
     settings = PretrainSettings.from_checkpoint(checkpoint.meta)
+    check_model(checkpoint)
     stored = checkpoint.meta.get("speech")
     if stored is None and not given.get("data"):
         raise ValueError(
@@ -247,9 +249,11 @@ def run_folder(args: argparse.Namespace) -> Path:
     if isinstance(resume, str):
         if out is not None and os.path.realpath(out) != os.path.realpath(resume):
             raise ValueError(f"--out is {out} but --resume is {resume}: give one of them, or the same folder")
+        check_output("--resume", resume, folder=True)
         return Path(resume)
     if out is None:
         raise ValueError("--out is missing: give the folder for checkpoints and logs")
+    check_output("--out", out, folder=True)
     return Path(out)
 
 

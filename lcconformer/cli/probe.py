@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..data import PHONES, Corpus
-from ..runtime import ProgressBar
+from ..runtime import ProgressBar, check_output
 from ..ssl.evaluation.classifiers import PROBES
 from ..ssl.evaluation.depth_timing import time_depths
 from ..ssl.evaluation.hidden_states import random_init_like
@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    check_output("--json", args.json)
     settings = ProbeSettings(args.max_frames, args.hidden, args.epochs, args.seed)
     model = load_model(args.checkpoint, args.device)
     depths = parse_depths(args.depths, model.config.num_layers)

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from ..runtime import check_output
 from ..tune import DTYPES, OPS, LayerShape, tune_gpu
 
 __all__ = ["add_arguments", "run"]
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    check_output("--folder", args.folder, folder=True)
     layer = LayerShape(**{field.name: getattr(args, field.name) for field in dataclasses.fields(LayerShape)})
     path, count = tune_gpu(layer, args.op or OPS, args.folder)
     print(f"{count} configurations in {path}")

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import os
 import threading
 import warnings
@@ -45,6 +46,22 @@ FORMATS = (
 _SUFFIXES = frozenset({".mp3", ".opus", ".ogg", ".flac", ".wav"})
 _SILENCE = 4  # largest range of a silent file's samples in 16-bit steps: -84 dB of full scale
 _WARNINGS = 20
+# far beyond any corpus; a damaged or hostile file must not fill the memory
+_MOST_SKIPPED = 100_000  # files that are listed
+_LARGEST_AUDIO = 1 << 28  # bytes of a file of audio, unpacked
+_LARGEST_META = 1 << 26, 1 << 14  # bytes of meta.jsonl, unpacked: at least this many, or so many per file of audio
+_LARGEST_LINE = 1 << 20  # bytes
+# what zipfile raises for a member that is damaged, encrypted or packed in a way that it does not know
+_UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    OSError,
+    RuntimeError,
+    NotImplementedError,
+    ValueError,
+)
 _SKIPPING = threading.Lock()
 
 
@@ -57,7 +74,7 @@ class _Skipped(dict[str, str]):
 
     def add(self, file: str, reason: str) -> None:
         with _SKIPPING:
-            if file in self:
+            if file in self or len(self) >= _MOST_SKIPPED:
                 return
             self[file] = reason
             count = len(self)
@@ -84,8 +101,18 @@ class _Archive:
     def names(self) -> list[str]:
         return self._zip().namelist()
 
-    def open(self, name: str) -> BinaryIO:
-        return io.BytesIO(self._zip().read(name))
+    def open(self, name: str, most: int) -> BinaryIO:
+        """Unpack a member of at most ``most`` bytes into memory.
+
+        Raises:
+            BadAudioError: it is larger.
+        """
+        # whatever size the archive gives: a bomb says what it likes
+        with self._zip().open(name) as member:
+            content = member.read(most + 1)
+        if len(content) > most:
+            raise BadAudioError(f"is larger than {most >> 20} MB unpacked")
+        return io.BytesIO(content)
 
 
 class _Folder:
@@ -97,8 +124,18 @@ class _Folder:
     def names(self) -> list[str]:
         return [entry.name for entry in self.path.iterdir() if entry.is_file()]
 
-    def open(self, name: str) -> BinaryIO:
-        return (self.path / name).open("rb")
+    def open(self, name: str, most: int) -> BinaryIO:
+        """Open a file of at most ``most`` bytes.
+
+        Raises:
+            BadAudioError: it is larger, or not a regular file: reading a pipe or a device might never end.
+        """
+        path = self.path / name
+        if not path.is_file():
+            raise BadAudioError("is not a regular file")
+        if path.stat().st_size > most:
+            raise BadAudioError(f"is larger than {most >> 20} MB")
+        return path.open("rb")
 
 
 class Corpus(Sequence[Utterance]):
@@ -253,13 +290,17 @@ def load_corpus(path: str | os.PathLike[str], *, min_seconds: float = 0.2, max_s
     files: _Archive | _Folder
     found = None
     try:
+        if not path.is_dir() and not path.is_file():
+            raise ValueError(f"{path} is no corpus but a device or a pipe: expected {FORMATS}")
         if path.is_dir():
             files = _Folder(path)
             found = _from_meta(files, skipped) if "meta.jsonl" in files.names() else _from_librispeech(files, skipped)
         elif zipfile.is_zipfile(path):
             files = _Archive(path)
             found = _from_meta(files, skipped) if "meta.jsonl" in files.names() else None
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except BadAudioError as error:
+        raise ValueError(f"meta.jsonl of {path} {error}") from error
+    except _UNREADABLE as error:
         raise ValueError(f"{path} is damaged ({error}): copy or download it again") from error
     if found is None:
         raise ValueError(f"{path} is no corpus: expected {FORMATS}")
@@ -294,14 +335,14 @@ def _from_meta(files: _Archive | _Folder, skipped: _Skipped) -> list[Utterance]:
     names = sorted(name for name in files.names() if "/" not in name and Path(name).suffix.lower() in _SUFFIXES)
     audio = {Path(name).stem: name for name in names}
     found = []
-    with files.open("meta.jsonl") as meta:
-        lines = meta.read().decode("utf-8", "replace").splitlines()
-    for number, line in enumerate(lines, 1):
+    least, each = _LARGEST_META
+    # lines end at newlines alone: U+2028 and the like may be part of a text
+    for number, line in enumerate(_lines(files, max(least, each * len(audio))), 1):
         where = f"meta.jsonl line {number}"
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8", "replace"))
             keys = ("utt", "spk", "split", "text", "phones")
             utt, speaker, split, text, phones = (str(row.get(key) or "") for key in keys)
             samples = row.get("n")
@@ -322,6 +363,13 @@ def _from_meta(files: _Archive | _Folder, skipped: _Skipped) -> list[Utterance]:
     return found
 
 
+def _lines(files: _Archive | _Folder, most: int) -> Iterator[bytes]:
+    """Yield the lines of ``meta.jsonl``; a longer one than any that we use comes in pieces, none of which is JSON."""
+    with files.open("meta.jsonl", most) as meta:
+        while line := meta.readline(_LARGEST_LINE):
+            yield line
+
+
 def _from_librispeech(files: _Folder, skipped: _Skipped) -> list[Utterance] | None:
     path = files.path
     transcripts = sorted(path.rglob("*.trans.txt"))
@@ -330,11 +378,18 @@ def _from_librispeech(files: _Folder, skipped: _Skipped) -> list[Utterance] | No
     root = path.resolve()
     texts: dict[Path, str] = {}
     for transcript in transcripts:
-        for line in transcript.read_text("utf-8", "replace").splitlines():
-            utt, _, text = line.strip().partition(" ")
+        name = str(transcript.relative_to(path))
+        try:
+            with files.open(name, _LARGEST_META[0]) as lines:
+                content = lines.read().decode("utf-8-sig", "replace").split("\n")
+        except (BadAudioError, OSError) as error:
+            skipped.add(name, f"no transcripts can be read from it ({error})")
+            continue
+        for line in filter(None, map(str.strip, content)):
+            utt, _, text = line.partition(" ")
             file = transcript.parent / f"{utt}.flac"
-            if not utt or Path(utt).name != utt or not file.is_file():
-                skipped.add(f"{transcript.relative_to(path)}: {utt}", "no audio file for this transcript")
+            if Path(utt).name != utt or not _is_file(file):
+                skipped.add(f"{name}: {utt[:100]}", "no audio file for this transcript")
             else:
                 texts[file] = text
 
@@ -350,6 +405,13 @@ def _from_librispeech(files: _Folder, skipped: _Skipped) -> list[Utterance] | No
         return [utterance for utterance in pool.map(read, texts) if utterance is not None]
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
 def _read_length(files: _Archive | _Folder, source: str, skipped: _Skipped) -> int | None:
     try:
         with _open_audio(files, source) as header:
@@ -363,13 +425,15 @@ def _read_length(files: _Archive | _Folder, source: str, skipped: _Skipped) -> i
 def _open_audio(files: _Archive | _Folder, source: str) -> Iterator[Any]:
     """Open a ``soundfile.SoundFile`` and check that it is mono and 16 kHz; all failures inside become BadAudioError."""
     try:
-        with files.open(source) as raw, _soundfile().SoundFile(raw) as file:
+        with files.open(source, _LARGEST_AUDIO) as raw, _soundfile().SoundFile(raw) as file:
             if file.channels != 1:
                 raise BadAudioError(f"has {file.channels} channels: mix it down to one")
             if file.samplerate != SAMPLE_RATE:
                 raise BadAudioError(f"is sampled at {file.samplerate} Hz: resample it to {SAMPLE_RATE} Hz")
             yield file
-    except (RuntimeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except BadAudioError:
+        raise
+    except _UNREADABLE as error:
         raise BadAudioError(f"cannot be decoded ({error})") from error
 
 

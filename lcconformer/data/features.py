@@ -14,6 +14,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from ..validation import need_integer, need_number
+
 SAMPLE_RATE = 16_000
 FRAME_SHIFT = 160
 """Samples from one frame to the next: 10 ms."""
@@ -81,11 +83,13 @@ class LogMel(nn.Module):
         self, num_bins: int = 80, low_freq: float = 20.0, high_freq: float = 8000.0, normalize: bool = True
     ) -> None:
         super().__init__()
-        if not 0 <= low_freq < high_freq <= SAMPLE_RATE / 2:
+        for name, value in (("low_freq", low_freq), ("high_freq", high_freq)):
+            need_number("LogMel", name, value, 0)
+        if not low_freq < high_freq <= SAMPLE_RATE / 2:
             raise ValueError(f"need 0 <= low_freq < high_freq <= {SAMPLE_RATE // 2}, got {low_freq} and {high_freq}")
-        if num_bins < 1:
-            raise ValueError(f"num_bins must be at least 1, got {num_bins}")
-        filters = _mel_filters(num_bins, low_freq, high_freq)
+        need_integer("LogMel", "num_bins", num_bins, 1, _FFT // 2)
+        with torch.device("cpu"):  # whatever the default device: the values are looked at
+            filters = _mel_filters(num_bins, low_freq, high_freq)
         empty = int((filters.sum(0) == 0).sum())
         if empty:
             raise ValueError(
@@ -95,7 +99,7 @@ class LogMel(nn.Module):
         self.num_bins, self.low_freq, self.high_freq, self.normalize = num_bins, low_freq, high_freq, normalize
         window = torch.hann_window(_WINDOW, periodic=False, dtype=torch.float64).pow(0.85).float()
         self.register_buffer("window", window, persistent=False)
-        self.register_buffer("filters", filters, persistent=False)
+        self.register_buffer("filters", filters.to(window.device), persistent=False)
 
     def extra_repr(self) -> str:
         return f"{self.num_bins}, {self.low_freq}-{self.high_freq} Hz, normalize={self.normalize}"
@@ -114,14 +118,21 @@ class LogMel(nn.Module):
             ValueError: wrong shapes or lengths (the values of lengths are checked on the CPU only), fewer than 80 samples
                 (no frame), or this module is no longer float32.
         """
+        for name, given in (("audio", audio), ("lengths", lengths)):
+            if given is not None and not isinstance(given, torch.Tensor):
+                raise ValueError(f"{name} must be a tensor, got a {type(given).__name__}")
         if audio.ndim != 2 or audio.shape[1] < FRAME_SHIFT // 2:
             raise ValueError(f"audio must be [B, S] with S >= {FRAME_SHIFT // 2}, got {list(audio.shape)}")
         if lengths is None:
             lengths = torch.full((audio.shape[0],), audio.shape[1], dtype=torch.int64, device=audio.device)
         if lengths.shape != audio.shape[:1]:
             raise ValueError(f"lengths must be [{audio.shape[0]}], one per utterance, got {list(lengths.shape)}")
-        if lengths.device.type == "cpu" and bool((lengths > audio.shape[1]).any()):
-            raise ValueError(f"lengths must be at most S = {audio.shape[1]}, got {int(lengths.max())}")
+        if lengths.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"lengths must be int64, got {lengths.dtype}")
+        if lengths.device.type == "cpu" and bool(((lengths < 0) | (lengths > audio.shape[1])).any()):
+            raise ValueError(
+                f"lengths must be 0 to S = {audio.shape[1]}, got {int(lengths.min())} to {int(lengths.max())}"
+            )
         if self.filters.dtype != torch.float32:
             raise ValueError(f"LogMel must stay in float32, got {self.filters.dtype}: cast only the encoder")
         total, frames = frame_count(audio.shape[1]), frame_count(lengths)

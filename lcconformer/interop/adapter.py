@@ -76,7 +76,7 @@ class Described:
 
 
 def need_types(layer: nn.Module, types: Mapping[str, type[nn.Module]]) -> None:
-    """Require submodules of exactly these classes: a wrapper (LoRA, quantisation, parametrisation) computes otherwise."""
+    """Require submodules of exactly these classes: wrappers (LoRA, quantisation, parametrisation) compute something else."""
     for name, cls in types.items():
         found = type(layer.get_submodule(name))
         if cls is nn.Linear and found is nn.modules.linear.NonDynamicallyQuantizableLinear:
@@ -108,7 +108,7 @@ def check_convolutions(layer: nn.Module, pointwise1: str, depthwise: str, pointw
         conv: nn.Conv1d = layer.get_submodule(name)  # type: ignore[assignment]
         (kernel,) = conv.kernel_size
         same = conv.stride == (1,) and conv.dilation == (1,) and conv.padding == (kernel // 2,) and kernel % 2 == 1
-        need(same and conv.padding_mode == "zeros", f"{name} is no convolution of stride 1 with 'same' zero padding")
+        need(same and conv.padding_mode == "zeros", f"{name} is not a stride-1 convolution with 'same' zero padding")
         if name == depthwise:
             need(conv.groups == conv.in_channels == conv.out_channels, f"{name} is not depthwise")
             need(kernel <= 63, f"{name} has a kernel of {kernel}; ours go up to 63")

@@ -23,10 +23,21 @@ from lcconformer.ops.derivatives import transformed
 from lcconformer.ops.registry import Choice, forced_backend, strict
 from lcconformer.stack import LayerStack
 
-from . import inference, modules, training
+from . import captured, inference, modules, training
+from .captured import captured_training
 from .kernels import explain_ops
 
-__all__ = ["ENGINES", "Decision", "Explanation", "choose", "decide", "engine", "explain", "forced_engine"]
+__all__ = [
+    "ENGINES",
+    "Decision",
+    "Explanation",
+    "captured_training",
+    "choose",
+    "decide",
+    "engine",
+    "explain",
+    "forced_engine",
+]
 
 ENGINES = ("modules", "loop")
 _log = logging.getLogger("lcconformer")
@@ -129,7 +140,8 @@ def decide(stack: LayerStack, x: Tensor, backprop_depth: int, *, explaining: boo
         lost = bool(changeable) and not chosen and not slower and forced_backend() == "auto"
         return Decision("modules", by_modules, against, lost)
     if kernels is not None:
-        return Decision("training", functools.partial(training.run, backprop_depth=backprop_depth, kernels=kernels))
+        train = captured.run if captured.wanted(x) else training.run
+        return Decision("training", functools.partial(train, backprop_depth=backprop_depth, kernels=kernels))
     return Decision("inference", inference.run)
 
 
@@ -169,7 +181,8 @@ class Explanation:
     Attributes:
         engine: ``"modules"``, ``"training"`` or ``"inference"``; None: a forced engine cannot serve, and the call raises.
         against: why no engine of the loop serves; empty if one does.
-        ops: the choice of backend of each op.  The inference engine on a CPU has one for all: ``shared_loop``.
+        ops: the choice of backend of each op.  The inference engine has one for all, ``shared_loop``: ``"cpu"``, ``"triton"``,
+            or ``"modules"``, whose ops follow.
     """
 
     engine: str | None
@@ -195,8 +208,5 @@ class Explanation:
 def explain(stack: LayerStack, x: Tensor) -> Explanation:
     """Work out what would run the loops of ``x [B, T, d_model]`` in the present grad mode, without running or logging."""
     decision = decide(stack, x, len(stack.layer_map), explaining=True)
-    if decision.engine == "inference" and x.device.type == "cpu":
-        ops = {inference.OP: Choice(inference.OP, "cpu")}
-    else:
-        ops = explain_ops(stack, x)
+    ops = inference.explain(stack, x) if decision.engine == "inference" else explain_ops(stack, x)
     return Explanation(decision.engine, decision.against, ops)

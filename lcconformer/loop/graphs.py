@@ -1,14 +1,14 @@
-"""Inference on a GPU: one loop recorded as a CUDA graph and replayed for each loop, at the cost of one launch.
+"""Inference on a GPU: recorded as CUDA graphs, and replayed at the cost of one launch.
 
-For each shape there are static buffers: the residual stream, the lengths, projected positions.  The first graph projects the
-positions; then every unique layer has a graph that turns the residual stream into that of the next loop, in place, so that
-any depth is a number of replays.  (The layer's output is copied back into the static buffer: one more kernel a loop,
-which ping-pong buffers could not spare, because the memory of a graph's output is the allocator's choice.)  With padding
-masked, T is rounded up to a multiple of 64 and the rest is padding.
+For each shape there are static buffers for the input and the lengths, and what runs the loops in them: the chain of kernels
+(:mod:`.chain`), all loops as one graph; or, where it cannot serve, the modules: every unique layer has a graph that turns the
+residual stream into that of the next loop, in place, so that any depth is a number of replays.  With padding masked, T is
+rounded up to a multiple of 64 and the rest is padding.
 
-Graphs read the encoder's parameters in place, so that updating these in place needs no new recording; graphs are recorded
-again when a tensor has moved.  Outputs are copies: the next call writes over the buffers.  Recording synchronises, a
-replay does not.  Calls on several streams or threads take turns.
+A shape is recorded when it comes for the second time: a recording costs more than a call, and pays only for shapes that
+come often.  Graphs read the encoder's parameters in place, so that updating these in place needs no new recording; graphs
+are recorded again when a tensor has moved.  Outputs are copies: the next call writes over the buffers.  Recording
+synchronises, a replay does not.  Calls on several streams or threads take turns.
 """
 
 from __future__ import annotations
@@ -16,56 +16,46 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from lcconformer.layer import ConformerLayer, Positions
-from lcconformer.ops.registry import forced_backend
+from lcconformer.ops.registry import Choice, forced_backend, note
 from lcconformer.positions import relative_sinusoids
 from lcconformer.stack import LayerStack
 
+from . import chain
+from .recording import CudaGraphs, Record, Replay, unrecorded
 from .watch import watch
 
-__all__ = ["BUCKET", "SHAPES", "Record", "run"]
+__all__ = ["BUCKET", "SHAPES", "padded_frames", "run"]
 
 BUCKET = 64  # frames
 SHAPES = 16  # recorded at a time; the one not used for longest makes room
-
-Replay = Callable[[], None]
-Record = Callable[[Callable[[], None]], Replay]  # runs a function at least once and returns what replays it
+SEEN = 1024  # shapes that are remembered to have come once
 
 
-class CudaGraphs:
-    """Records functions as CUDA graphs in one pool of memory: no graph relies on what another left there."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, call: Callable[[], None]) -> Replay:
-        # a warm-up: the first run compiles, tunes and allocates
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            call()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        # other threads may go on allocating
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-            call()
-        return graph.replay
+def padded_frames(stack: LayerStack, x: Tensor) -> int:
+    """Return the frames that ``x [B, T, d_model]`` is computed with."""
+    t = x.shape[1]
+    return -(-t // BUCKET) * BUCKET if stack.config.padding == "masked" else t
 
 
-class _Shape:
-    """The static buffers of one shape, and the graphs that work in them."""
+class _Modules:
+    """The modules as graphs: one that projects the positions, then one for each unique layer, replayed loop by loop.
 
-    def __init__(self, stack: LayerStack, x: Tensor, frames: int, masked: bool, record: Record) -> None:
-        b, _, d = x.shape
-        self.x = x.new_zeros((b, frames, d))
-        self.lengths = torch.full((b,), frames, device=x.device) if masked else None
-        self.record = record
+    Args:
+        x: static ``[B, T, d_model]``, the residual stream; a loop works in place.
+        lengths: static ``[B]``, or None.
+        record: what records and replays.
+    """
+
+    def __init__(self, stack: LayerStack, x: Tensor, lengths: Tensor | None, record: Record) -> None:
+        self.x, self.lengths, self.record = x, lengths, record
+        frames, d = x.shape[1:]
         self.positions: dict[int, Positions] = {}
         self.loops: dict[int, Replay] = {}
         layers = {i: cast(ConformerLayer, stack.layers[i]) for i in set(stack.layer_map)}
@@ -83,7 +73,18 @@ class _Shape:
         self.start = record(project)
         self.table = table  # the graph reads it
 
-    def loop(self, stack: LayerStack, k: int) -> None:
+    def run(self, stack: LayerStack, depth: int, all_states: bool) -> Iterator[Tensor]:
+        """Yield the outputs ``[B, T, d_model]`` of loops 0 ... ``depth - 1``, or of the last alone.
+
+        The next loop overwrites them.
+        """
+        self.start()
+        for k in range(depth):
+            self._loop(stack, k)
+            if all_states or k == depth - 1:
+                yield self.x
+
+    def _loop(self, stack: LayerStack, k: int) -> None:
         """Run loop ``k``, recording it on its first run."""
         told_apart = stack.config.conditioning or stack.config.conv_norm_statistics == "per_depth"
         key = k if told_apart else stack.layer_map[k]
@@ -97,30 +98,66 @@ class _Shape:
         self.x.copy_(stack.step(k, self.x, self.lengths, self.positions))
 
 
+class _Shape:
+    """The static input of one shape, and what runs its loops: the chain of kernels where it serves, else the modules."""
+
+    def __init__(self, stack: LayerStack, x: Tensor, frames: int, masked: bool, record: Record) -> None:
+        b, _, d = x.shape
+        self.x = x.new_zeros((b, frames, d))
+        self.lengths = torch.full((b,), frames, device=x.device) if masked else None
+        self.chained = not chain.reasons(stack, x, b * frames)
+        kind = chain.Chain if self.chained else _Modules
+        self.loops: _Modules | chain.Chain = kind(stack, self.x, self.lengths, record)
+
+    def run(
+        self, stack: LayerStack, x: Tensor, lengths: Tensor | None, depth: int, return_hidden_states: bool
+    ) -> list[Tensor]:
+        frames = x.shape[1]
+        self.x[:, :frames].copy_(x)
+        self.x[:, frames:].zero_()
+        if self.lengths is not None:
+            self.lengths.copy_(lengths) if lengths is not None else self.lengths.fill_(frames)
+        if self.chained:
+            note(Choice("shared_loop", "triton"))
+        return [
+            state[:, :frames].clone(memory_format=torch.contiguous_format)
+            for state in self.loops.run(stack, depth, return_hidden_states)
+        ]
+
+
 class _Graphs:
     """The recorded shapes of one stack."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.shapes: OrderedDict[tuple, _Shape] = OrderedDict()
+        self.seen: OrderedDict[tuple, None] = OrderedDict()
         self.places: tuple[list, ...] = ()
         self.memory: list = []
         self.done: torch.cuda.Event | None = None
 
     def shape(self, stack: LayerStack, x: Tensor, lengths: Tensor | None, record: Record | None) -> _Shape:
-        """Return the shape of a call, recorded if it is new or if a weight has moved in memory."""
+        """Return the shape of a call: a new one if it is not kept, or if a weight has moved in memory.
+
+        A shape that comes for the first time is not kept, and its loops are not recorded.
+        """
         now = watch(stack)
         if now.places() != self.places:
             self._drop(0)
             self.places, self.memory = now.places(), now.memory()
         masked = stack.config.padding == "masked"
-        frames = -(-x.shape[1] // BUCKET) * BUCKET if masked else x.shape[1]
+        frames = padded_frames(stack, x)
         settings = forced_backend(), torch.get_float32_matmul_precision()
         key = (x.shape[0], frames, x.dtype, x.device, masked or lengths is not None, *settings)
         if key not in self.shapes:
+            masked = masked or lengths is not None
+            if record is None and key not in self.seen:
+                self.seen[key] = None
+                if len(self.seen) > SEEN:
+                    self.seen.popitem(last=False)
+                return _Shape(stack, x, frames, masked, unrecorded)
             self._drop(SHAPES - 1)
-            record = record or CudaGraphs(x.device)
-            self.shapes[key] = _Shape(stack, x, frames, masked or lengths is not None, record)
+            self.shapes[key] = _Shape(stack, x, frames, masked, record or CudaGraphs(x.device))
         self.shapes.move_to_end(key)
         return self.shapes[key]
 
@@ -146,7 +183,7 @@ def run(
     """Return the outputs ``[B, T, d_model]`` of each loop if ``return_hidden_states``, else of the last alone.
 
     Args:
-        record: what records and replays; None: CUDA graphs.
+        record: what records and replays; None: CUDA graphs, from the second call with a shape on.
     """
     graphs = _kept.setdefault(stack, _Graphs())
     # buffers made in inference mode could not be written outside of it
@@ -154,17 +191,7 @@ def run(
         if graphs.done is not None:
             torch.cuda.current_stream().wait_event(graphs.done)
         shape = graphs.shape(stack, x, lengths, record)
-        frames = x.shape[1]
-        shape.x[:, :frames].copy_(x)
-        shape.x[:, frames:].zero_()
-        if shape.lengths is not None:
-            shape.lengths.copy_(lengths) if lengths is not None else shape.lengths.fill_(frames)
-        shape.start()
-        outputs = []
-        for k in range(depth):
-            shape.loop(stack, k)
-            if return_hidden_states or k == depth - 1:
-                outputs.append(shape.x[:, :frames].clone(memory_format=torch.contiguous_format))
+        outputs = shape.run(stack, x, lengths, depth, return_hidden_states)
         if x.is_cuda:
             graphs.done = graphs.done or torch.cuda.Event()
             graphs.done.record()

@@ -1,4 +1,5 @@
-"""The inference engine: on a GPU the loop as CUDA graphs (:mod:`.graphs`), on a CPU on packed weights (:mod:`.weights`).
+"""The inference engine: on a GPU a chain of kernels (:mod:`.chain`), or the modules, as CUDA graphs (:mod:`.graphs`); on a CPU
+five kernels a loop on packed weights (:mod:`.weights`).
 
 On the CPU a loop is five kernels in buffers made once per call: rows (feed-forward, norm, projection), attention, rows,
 convolution, rows.  Everything is float32 inside, whatever the dtype of the stack, and a frame gets the same bits in
@@ -18,11 +19,12 @@ from lcconformer.ops.native import common, cpu_kernels, i64, pointer
 from lcconformer.ops.registry import Choice, forced_backend, note
 from lcconformer.stack import LayerStack
 
-from . import graphs, weights
+from . import chain, graphs, weights
+from .kernels import explain_ops
 from .watch import watch
 from .weights import FeedForward, PackedLayer, padded_columns
 
-__all__ = ["chosen", "reasons", "run", "slower"]
+__all__ = ["chosen", "explain", "reasons", "run", "slower"]
 
 OP = "shared_loop"
 
@@ -64,11 +66,21 @@ _BFLOAT16_FRAMES = 192
 def slower(x: Tensor) -> list[str]:
     """Return why the modules are, or may be, faster for ``x [B, T, d_model]``; empty: they are not."""
     if x.device.type == "cuda":
-        return ["no GPU has measured the engine yet; LCCONFORMER_ENGINE=loop forces it"]
+        return []
     products = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if x.dtype == torch.bfloat16 and products and x.shape[0] * x.shape[1] > _BFLOAT16_FRAMES:
         return ["the engine works in float32, and this processor is faster at products of bfloat16"]
     return []
+
+
+def explain(stack: LayerStack, x: Tensor) -> dict[str, Choice]:
+    """Return what computes the loops of ``x [B, T, d_model]``, which this engine serves."""
+    if x.device.type == "cpu":
+        return {OP: Choice(OP, "cpu")}
+    against = chain.reasons(stack, x, x.shape[0] * graphs.padded_frames(stack, x))
+    if not against:
+        return {OP: Choice(OP, "triton")}
+    return {OP: Choice(OP, "modules", (("triton", tuple(against)),)), **explain_ops(stack, x)}
 
 
 @torch.no_grad()
@@ -79,7 +91,7 @@ def run(stack: LayerStack, x: Tensor, lengths: Tensor | None, depth: int, return
     if x.device.type == "cuda":
         return graphs.run(stack, x, lengths, depth, return_hidden_states)
     note(Choice(OP, "cpu"))
-    layers = weights.packed(stack, depth)
+    layers = weights.packed(stack, depth, x.shape[0] * x.shape[1])
     loop = _Loop(stack, x, lengths)
     outputs = []
     for k, layer in enumerate(layers):

@@ -19,6 +19,7 @@ from lcconformer.ops.residual_layer_norm import arguments as residual_layer_norm
 from lcconformer.ops.residual_layer_norm.library import OP as RESIDUAL_LAYER_NORM
 from lcconformer.stack import LayerStack
 
+from .gradients import Accumulate, add_partial_sums
 from .watch import watch
 
 __all__ = ["Kernels", "choose_kernels", "explain_ops", "products_dtype"]
@@ -32,6 +33,7 @@ class Kernels:
         relpos_attention, glu_depthwise_conv, feed_forward, residual_layer_norm: backends, as the ops choose them.
         names: their names, in this order.
         dtype: of the matrix products; the residual stream has another one under autocast.
+        accumulate: adds up the partial sums that the backends return.
     """
 
     relpos_attention: relpos_attention.Backend
@@ -40,6 +42,7 @@ class Kernels:
     residual_layer_norm: residual_layer_norm.Backend
     names: tuple[str, ...]
     dtype: torch.dtype
+    accumulate: Accumulate
 
 
 def products_dtype(x: Tensor) -> torch.dtype:
@@ -98,6 +101,11 @@ def choose_kernels(stack: LayerStack, x: Tensor, explaining: bool) -> Kernels:
     convolution = ask(GLU_DEPTHWISE_CONV, traits["glu_depthwise_conv"])
     hidden = ask(FEED_FORWARD, traits["feed_forward"])
     norm = ask(RESIDUAL_LAYER_NORM, traits["residual_layer_norm"])
+    accumulate: Accumulate = add_partial_sums
+    if norm == "triton":
+        from lcconformer.kernels import partials
+
+        accumulate = partials.accumulate
     return Kernels(
         RELPOS_ATTENTION.backends[attention],
         GLU_DEPTHWISE_CONV.backends[convolution],
@@ -105,4 +113,5 @@ def choose_kernels(stack: LayerStack, x: Tensor, explaining: bool) -> Kernels:
         RESIDUAL_LAYER_NORM.backends[norm],
         names=(attention, convolution, hidden, norm),
         dtype=products_dtype(x),
+        accumulate=accumulate,
     )

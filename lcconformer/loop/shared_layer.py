@@ -7,6 +7,7 @@ The branches are feed-forward, attention, convolution (or convolution, attention
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,13 +32,14 @@ __all__ = ["KEPT", "LAST", "SEEDS", "Plan", "SharedLayer", "plan_of"]
 _ALPHAS = (0.5, 1.0, 1.0, 0.5)
 # the matrix that a branch applies to its normalised input
 _FIRST = {"ffn1": "ffn1.up", "attention": "attention.qkv", "conv": "conv.pointwise1", "ffn2": "ffn2.up"}
-# tensors a branch keeps: the up-projection; queries, keys and values, output and softmax; values and gates
-_KEPT = {"ffn1": 1, "attention": 3, "conv": 1, "ffn2": 1}
+# the one that it applies last
+_LAST = {"ffn1": "ffn1.down", "attention": "attention.out", "conv": "conv.pointwise2", "ffn2": "ffn2.down"}
+# tensors a branch keeps: the up-projection; queries, keys and values, and softmax; values and gates
+_KEPT = {"ffn1": 1, "attention": 2, "conv": 1, "ffn2": 1}
 
-KEPT = (
-    2 + 4 * 3 + sum(_KEPT.values())
-)  # tensors a loop keeps: statistics of n_0; x, its statistics, and those of a branch
-LAST = KEPT - 3 - _KEPT["ffn2"]  # index of the last residual sum among them
+# tensors a loop keeps: statistics of n_0; x, its statistics, and those of a branch
+KEPT = 2 + 4 * 3 + sum(_KEPT.values())
+LAST = -3  # index of the last residual sum among them
 SEEDS = 8  # of a loop: inside each branch, and on each branch
 
 
@@ -69,6 +71,11 @@ class Plan:
     momentum: float
     masked: bool
     statistics: tuple[Tensor | None, ...]
+
+    def dtypes(self, products: torch.dtype) -> list[torch.dtype]:
+        """Return the dtypes in which :class:`SharedLayer` takes the parameters: norms in that of accumulation."""
+        wide = torch.float64 if products == torch.float64 else torch.float32
+        return [wide if "norm." in name else products for name in self.names]
 
 
 def plan_of(layer: ConformerLayer) -> Plan:
@@ -121,7 +128,7 @@ class SharedLayer:
         plan, kernels: what to do and by which kernels.
         lengths: ``[B]`` or None.
         pos: projected positions ``[2T-1, H, D]`` in C.
-        parameters: of ``plan.names``; cast here, once for all loops.
+        parameters: of ``plan.names``, in the dtypes that :meth:`Plan.dtypes` gives.
     """
 
     def __init__(
@@ -129,9 +136,7 @@ class SharedLayer:
     ) -> None:
         self.plan, self.kernels, self.lengths = plan, kernels, lengths
         self._dtype = kernels.dtype
-        wide = torch.float64 if self._dtype == torch.float64 else torch.float32
-        given = zip(plan.names, parameters)
-        self._weights = {n: p.to(wide if "norm." in n else self._dtype) for n, p in given}
+        self._weights = dict(zip(plan.names, parameters))
         names = [*(f"{b}.norm" for b in plan.branches), "norm"]
         self._norm_names = names
         self._norms = [
@@ -168,22 +173,25 @@ class SharedLayer:
         """Compute the output of a loop from its last residual sum, both ``[M, D]``: the same bits as in :meth:`forward`."""
         return self.kernels.residual_layer_norm.layer_norm(x, *self._norms[4], x.dtype)[0]
 
-    def forward(self, x: Tensor, seeds: list[Tensor | None], *, update: bool) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, x: Tensor, seeds: list[Tensor | None], *, update: bool, attended: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Run one loop and return (output ``[B, T, D]``, the ``KEPT`` tensors its backward needs beside ``x``).
 
         Args:
             x: ``[B, T, D]``.
             seeds: of dropout, ``SEEDS`` of them, None for none.
             update: move the running statistics of a training BatchNorm.
+            attended: where the output of attention goes, ``[M, D]`` in C, for the backward; None: it is not kept.
         """
         b, t, d = x.shape
         norms = self.kernels.residual_layer_norm
         n, mean, rstd = norms.layer_norm(rows_of(x), *self._norms[0], self._dtype)
         kept = [mean, rstd]
         for r, branch in enumerate(self.plan.branches):
-            h = n.view(b * t, d).to(self._dtype)
+            h = n.view(b * t, d)
             if branch == "attention":
-                y, inner = self._attention(h, (b, t), seeds[r], self.plan.inside[r])
+                y, inner = self._attention(h, (b, t), seeds[r], self.plan.inside[r], attended)
             elif branch == "conv":
                 y, inner = self._convolution(h, (b, t), update)
             else:
@@ -192,63 +200,94 @@ class SharedLayer:
             x, n, mean, rstd = norms.forward(
                 ResidualLayerNorm(
                     x, y.view(b, t, d), norm.weight, norm.bias, seeds[4 + r], _ALPHAS[r], self.plan.on[r], norm.eps
-                )
+                ),
+                dtype=x.dtype if r == 3 else self._dtype,
             )
-            kept += [x.view(b * t, d), mean, rstd, *inner]
+            kept += [*inner, x.view(b * t, d), mean, rstd]
         return n, kept
 
     def backward(
-        self, dout: Tensor, x: Tensor, kept: list[Tensor], seeds: list[Tensor | None], gradients: Gradients, batch: int
+        self,
+        dout: Tensor,
+        zeros: Tensor,
+        find_x: Callable[[], Tensor],
+        kept: list[Tensor],
+        attended: Tensor,
+        seeds: list[Tensor | None],
+        gradients: Gradients,
+        batch: int,
     ) -> Tensor:
-        """Return the gradient of ``x [M, D]`` from that of the output ``[M, D]``; add those of parameters to ``gradients``."""
-        m, d = x.shape
+        """Return the gradient of x ``[M, D]`` from that of the output; hand those of parameters to ``gradients``.
+
+        Args:
+            dout: ``[M, D]``.
+            zeros: ``[M, D]``.
+            find_x: returns x ``[M, D]``; called when nothing else is kept any more.
+            kept: what :meth:`forward` returned; emptied, so that each tensor ends with its last use.
+            attended: as :meth:`forward` filled it.
+        """
+        m, d = dout.shape
         shape = (batch, m // batch)
-        dn, dx = dout, dout.new_zeros(1, d).expand(m, d)
-        end = len(kept)
+        dn, dx = dout, zeros
+        del dout
         dfirst = None  # gradient of what the following branch's first matrix gives
         for r in (3, 2, 1, 0):
             branch, following = self.plan.branches[r], self.plan.branches[r + 1] if r < 3 else None
-            start = end - 3 - _KEPT[branch]
-            (s, mean, rstd, *inner), end = kept[start:end], start
-            first = _FIRST[following] if following else None
-            norm = self._norms[r + 1]
-            dx, dy, n, dnorm = self.kernels.residual_layer_norm.layer_norm_backward(
+            s, mean, rstd = kept[-3:]
+            inner = kept[-3 - _KEPT[branch] : -3]
+            del kept[-3 - _KEPT[branch] :]
+            alpha, seed = _ALPHAS[r], seeds[4 + r]
+            dy = gradients.rows(_LAST[branch], "dy", s, d, self._dtype)
+            if dy is None and not (alpha == 1.0 and seed is None and self._dtype == s.dtype):
+                dy = torch.empty_like(s, dtype=self._dtype)
+            n = self._first_rows(following, s, gradients)
+            dx, dnorm = self.kernels.residual_layer_norm.layer_norm_backward(
                 dn,
                 dx,
                 s,
                 mean,
                 rstd,
-                norm.weight,
-                norm.bias,
-                dtype=self._dtype,
-                recompute=first is not None and gradients.wants(first),
-                alpha=_ALPHAS[r],
-                seed=seeds[4 + r],
+                self._norms[r + 1].weight,
+                self._norms[r + 1].bias,
+                n=n,
+                dy=dy,
+                alpha=alpha,
+                seed=seed,
                 dropout_p=self.plan.on[r],
             )
             self._first_done(r + 1, dnorm, dfirst, n, gradients)
-            dy = dx.to(self._dtype) if dy is None else dy
+            del s, dn, n, dfirst
+            dy = dx if dy is None else dy
             if branch == "attention":
-                dn, dfirst = self._attention_backward(dy, inner, shape, seeds[r], self.plan.inside[r], gradients)
+                dn, dfirst = self._attention_backward(
+                    dy, inner, attended, shape, seeds[r], self.plan.inside[r], gradients
+                )
             elif branch == "conv":
                 dn, dfirst = self._convolution_backward(dy, inner, shape, gradients)
             else:
                 dn, dfirst = self._feed_forward_backward(branch, dy, inner, seeds[r], self.plan.inside[r], gradients)
-        mean, rstd = kept[:2]
-        norm, recompute = self._norms[0], gradients.wants(_FIRST[self.plan.branches[0]])
-        dx, _, n, dnorm = self.kernels.residual_layer_norm.layer_norm_backward(
-            dn, dx, x, mean, rstd, norm.weight, norm.bias, dtype=self._dtype, recompute=recompute
+            del dy
+        mean, rstd = kept
+        x, norm = find_x(), self._norms[0]
+        n = self._first_rows(self.plan.branches[0], x, gradients)
+        dx, dnorm = self.kernels.residual_layer_norm.layer_norm_backward(
+            dn, dx, x, mean, rstd, norm.weight, norm.bias, n=n
         )
         self._first_done(0, dnorm, dfirst, n, gradients)
         return dx
 
+    def _first_rows(self, branch: str | None, s: Tensor, gradients: Gradients) -> Tensor | None:
+        """Return where the input ``[M, D]`` of a branch's first matrix has to be recomputed; None: it is not needed."""
+        if branch is None or not gradients.wants(_FIRST[branch]):
+            return None
+        rows = gradients.rows(_FIRST[branch], "h", s, s.shape[1], self._dtype)
+        return torch.empty_like(s, dtype=self._dtype) if rows is None else rows
+
     def _first_done(self, r: int, dnorm: Tensor, dfirst: Tensor | None, n: Tensor | None, gradients: Gradients) -> None:
-        """Add the gradients of norm r and of the first matrix of branch r, now that n_r is recomputed."""
-        gradients.add(f"{self._norm_names[r]}.weight", dnorm[0])
-        gradients.add(f"{self._norm_names[r]}.bias", dnorm[1])
+        """Hand over the gradients of norm r and of the first matrix of branch r, now that n_r is recomputed."""
+        gradients.add(dnorm, f"{self._norm_names[r]}.weight", f"{self._norm_names[r]}.bias")
         if dfirst is not None and n is not None:
-            first = _FIRST[self.plan.branches[r]]
-            gradients.product(first, dfirst, n, bias=not first.endswith(".up"))
+            gradients.product(_FIRST[self.plan.branches[r]], dfirst, n)
 
     def _feed_forward(self, name: str, h: Tensor, seed: Tensor | None, p: float) -> tuple[Tensor, list[Tensor]]:
         weight, bias = self._weights[f"{name}.up.weight"], self._weights.get(f"{name}.up.bias")
@@ -257,9 +296,21 @@ class SharedLayer:
 
     def _feed_forward_backward(self, name, dy, inner, seed, p, gradients) -> tuple[Tensor, Tensor]:
         down, bias = self._weights[f"{name}.down.weight"], self._weights.get(f"{name}.up.bias")
-        du, g, dbias = self.kernels.feed_forward.up_backward(dy, down, inner[0], bias, seed, p)
+        u, width = inner.pop(), down.shape[1]
+        du, g, dbias = self.kernels.feed_forward.up_backward(
+            dy,
+            down,
+            u,
+            bias,
+            seed,
+            p,
+            du=gradients.rows(f"{name}.up", "dy", dy, width, dy.dtype),
+            g=gradients.rows(f"{name}.down", "h", dy, width, dy.dtype),
+        )
+        del u
         gradients.product(f"{name}.down", dy, g)
-        gradients.add(f"{name}.up.bias", dbias)
+        del g
+        gradients.add(dbias, f"{name}.up.bias")
         return self._linear_backward(f"{name}.up", du), du
 
     def _heads(self, qkv: Tensor, shape: tuple[int, int], seed: Tensor | None, p: float) -> RelposAttention:
@@ -267,21 +318,25 @@ class SharedLayer:
         return RelposAttention(q, k, v, *self._positions, self.lengths, None, seed, p)
 
     def _attention(
-        self, h: Tensor, shape: tuple[int, int], seed: Tensor | None, p: float
+        self, h: Tensor, shape: tuple[int, int], seed: Tensor | None, p: float, attended: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
         qkv = self._linear("attention.qkv", h)
-        o, lse = self.kernels.relpos_attention.forward(self._heads(qkv, shape, seed, p))
-        return self._linear("attention.out", o.view(h.shape)), [qkv, o, lse]
-
-    def _attention_backward(self, dy, inner, shape, seed, p, gradients) -> tuple[Tensor, Tensor]:
-        qkv, o, lse = inner
-        do = self._linear_backward("attention.out", dy).view(o.shape)
-        gradients.product("attention.out", dy, o.view(dy.shape))
         heads = self._heads(qkv, shape, seed, p)
-        dq, dk, dv, *shared = self.kernels.relpos_attention.backward(do, heads, o, lse)
+        out = None if attended is None else attended.view(heads.q.shape)
+        o, lse = self.kernels.relpos_attention.forward(heads, out=out)
+        return self._linear("attention.out", o.view(h.shape)), [qkv, lse]
+
+    def _attention_backward(self, dy, inner, attended, shape, seed, p, gradients) -> tuple[Tensor, Tensor]:
+        lse, qkv = inner.pop(), inner.pop()
+        heads = self._heads(qkv, shape, seed, p)
+        o = attended.view(heads.q.shape)
+        do = self._linear_backward("attention.out", dy).view(o.shape)
+        gradients.product("attention.out", dy, attended)
+        dq, dk, dv, *shared = self.kernels.relpos_attention.backward(do, heads, o, lse, partial=True)
         for name, gradient in zip(("pos", "attention.u", "attention.v_bias"), shared):
-            gradients.add(name, gradient)
-        dqkv = torch.cat([x.reshape(dy.shape) for x in (dq, dk, dv)], 1)
+            gradients.add(gradient, name)
+        rows = gradients.rows("attention.qkv", "dy", dy, qkv.shape[1], dy.dtype)
+        dqkv = torch.cat([x.reshape(dy.shape) for x in (dq, dk, dv)], 1, out=rows)
         return self._linear_backward("attention.qkv", dqkv), dqkv
 
     def _convolution(self, h: Tensor, shape: tuple[int, int], update: bool) -> tuple[Tensor, list[Tensor]]:
@@ -295,16 +350,21 @@ class SharedLayer:
         return self._linear("conv.pointwise2", c.reshape(h.shape)), [p]
 
     def _convolution_backward(self, dy, inner, shape, gradients) -> tuple[Tensor, Tensor]:
-        (p,) = inner
+        p = inner.pop()
         args = replace(self._conv, x=p.view(*shape, -1))
-        c, saved = self.kernels.glu_depthwise_conv.forward(args, True)
+        rows = gradients.rows("conv.pointwise2", "h", dy, dy.shape[1], dy.dtype)
+        c, saved = self.kernels.glu_depthwise_conv.forward(
+            args, True, out=None if rows is None else rows.view(*shape, -1)
+        )
         gradients.product("conv.pointwise2", dy, c.reshape(dy.shape))
         del c
         dc = self._linear_backward("conv.pointwise2", dy).view(*shape, -1)
-        dp, dweight, dbias, dnorm = self.kernels.glu_depthwise_conv.backward(dc, args, saved)
-        gradients.add("conv.depthwise.weight", dweight.t()[:, None])
-        gradients.add("conv.depthwise.bias", dbias)
-        for name, gradient in zip(("bias", "weight"), dnorm):
-            gradients.add(f"conv.depthwise_norm.{name}", gradient)
+        rows = gradients.rows("conv.pointwise1", "dy", dy, p.shape[1], dy.dtype)
+        dp, dweight, dbias, dnorm = self.kernels.glu_depthwise_conv.backward(
+            dc, args, saved, dx=None if rows is None else rows.view(args.x.shape), partial=True
+        )
+        gradients.add(dweight, "conv.depthwise.weight")
+        gradients.add(dbias, "conv.depthwise.bias")
+        gradients.add(dnorm, "conv.depthwise_norm.bias", "conv.depthwise_norm.weight")
         dp = dp.reshape(p.shape)
         return self._linear_backward("conv.pointwise1", dp), dp

@@ -32,6 +32,14 @@ _CLASSES_OF: dict[str, Collection[type[nn.Module]]] = {
     **dict.fromkeys(("up", "down", "qkv", "out", "pos", "pointwise1", "pointwise2"), LINEAR),
     "depthwise": {nn.Conv1d},
 }
+# settings of a module that the engines take from the encoder's config: attribute -> field
+_SETTINGS: dict[type[nn.Module], dict[str, str]] = {
+    ConformerLayer: {"convolution_first": "convolution_first"},
+    FeedForward: {"activation": "activation"},
+    RelativeAttention: {"position": "position", "rotary_input": "rotary_input", "heads": "num_heads"},
+}
+# what the engines do themselves; a subclass or an instance may do it otherwise
+_METHODS = ("step", "overrides", "layer_of", "project_positions")
 _version, _address = attrgetter("_version"), attrgetter("_cdata")
 
 
@@ -43,6 +51,7 @@ class Watch:
 
     def __init__(self, stack: LayerStack) -> None:
         self._config = stack.config
+        self._methods = _own_methods(stack)
         self._layers = list(stack.layers.modules())
         others = [] if stack.conditioning is None else list(stack.conditioning.modules())
         modules: list[nn.Module] = [stack, *self._layers, *others]
@@ -73,7 +82,9 @@ class Watch:
         layers, conditioning = self._own
         modules = stack._modules
         return (
-            modules.get("layers") is layers
+            stack.config is self._config
+            and _own_methods(stack) == self._methods
+            and modules.get("layers") is layers
             and modules.get("conditioning") is conditioning
             and self._ids() == self._found
         )
@@ -109,15 +120,28 @@ class Watch:
         """Return why calling the layers may differ from computing with their weights; empty: it does not."""
         if _has_any_global_hook():
             return ["global module hooks would not run"]
+        if self._methods:
+            return [f"the encoder has its own {self._methods[0]}(), which would not run"]
         for name, module, known in zip(self._names, self._layers, self._known):
             why = obstacle(module, name, known)
             if why:
                 return [why]
-            if type(module) is ConvModule:
-                why = self._another_norm(module.depthwise_norm, f"{name}.depthwise_norm")
-                if why:
-                    return [why]
+            why = self._another_setting(module, name)
+            if why:
+                return [why]
         return []
+
+    def _another_setting(self, module: nn.Module, name: str) -> str:
+        config = self._config
+        if type(module) is ConvModule:
+            if module.config is not config and module.config != config:
+                return f"{name}.config is not that of the encoder"
+            return self._another_norm(module.depthwise_norm, f"{name}.depthwise_norm")
+        for attribute, field in _SETTINGS.get(type(module), {}).items():
+            value, said = getattr(module, attribute), getattr(config, field)
+            if value != said:
+                return f"{name}.{attribute} is {value!r}, but the config says {said!r}"
+        return ""
 
     def _another_norm(self, norm: Any, name: str) -> str:
         config = self._config
@@ -144,6 +168,12 @@ class Watch:
             if module.__dict__.get("eps", config.layer_norm_eps) != config.layer_norm_eps:
                 return [f"{name} has an epsilon other than the config's {config.layer_norm_eps}"]
         return []
+
+
+def _own_methods(stack: LayerStack) -> list[str]:
+    """Return which methods of the loop are not those of LayerStack."""
+    kind, own = type(stack), stack.__dict__
+    return [name for name in _METHODS if name in own or getattr(kind, name) is not getattr(LayerStack, name)]
 
 
 _watched: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()

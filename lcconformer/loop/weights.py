@@ -6,8 +6,9 @@ projection of the feed-forwards, an evaluated BatchNorm into the depthwise taps,
 Packed weights belong to an encoder but are no part of it: they are kept beside it, by weak reference, so that they are not
 saved, moved, copied or pickled with it and end with it.  At every call (:mod:`.watch`) each parameter and buffer is compared
 with what was packed: which memory, which layout, autograd's version counter, and whether an optimizer stepped.  Other
-writes that the counter does not see (through ``p.data`` or ``p.numpy()``) are noticed if they change one of up to 64 values
-spread over the tensor, as any average or initialisation does; after such a write to a few elements alone, call
+writes that the counter does not see (through ``p.data`` or ``p.numpy()``) are noticed by a fingerprint: of all values where
+the call is long enough to hide it, else of up to 64 values spread over each tensor, one of which any average or
+initialisation changes; after such a write to a few elements alone, ahead of short calls, call
 :meth:`ConformerEncoder.forget_packed_weights <lcconformer.ConformerEncoder.forget_packed_weights>`.  Tensors of
 ``torch.inference_mode`` have no counter, and those in shared memory can be written by another process: with such tensors the
 weights are packed at every call.
@@ -241,6 +242,10 @@ def tells_depths_apart(config: ConformerConfig) -> bool:
 # --- kept from call to call ------------------------------------------------------------------------------------------
 
 
+# Frames through all loops, by unique layer, from which all values are compared instead of samples
+_COMPLETE = 512
+
+
 def _cacheable(tensor: Tensor) -> bool:
     return not tensor.is_inference() and tensor.is_contiguous() and not tensor.is_shared()
 
@@ -263,15 +268,15 @@ class _Packed:
         self._bytes = torch.tensor(
             [[t.data_ptr(), t.numel() * t.element_size()] for t in watch.tensors()], device="cpu"
         )
-        self._fingerprint = self._take_fingerprint()
+        self._fingerprints = [self._take_fingerprint(complete) for complete in (False, True)]
 
-    def _take_fingerprint(self) -> int:
-        return cpu_kernels().fingerprint(pointer(self._bytes), len(self._bytes))
+    def _take_fingerprint(self, complete: bool) -> int:
+        return cpu_kernels().fingerprint(pointer(self._bytes), len(self._bytes), complete)
 
-    def holds(self, watch: Watch) -> bool:
-        """Whether the tensors are as they were."""
+    def holds(self, watch: Watch, complete: bool) -> bool:
+        """Whether the tensors are as they were, by every value of theirs or by samples."""
         same = watch is self._watch and watch.state() == self._state
-        return same and self._take_fingerprint() == self._fingerprint
+        return same and self._take_fingerprint(complete) == self._fingerprints[complete]
 
     def layer(self, stack: LayerStack, k: int) -> PackedLayer:
         """Return the packed layer of loop ``k``: one per unique layer, or per loop where depths have weights of their own."""
@@ -286,10 +291,14 @@ _kept: weakref.WeakKeyDictionary[nn.Module, _Packed] = weakref.WeakKeyDictionary
 
 
 @torch.no_grad()
-def packed(stack: LayerStack, depth: int) -> list[PackedLayer]:
-    """Return the packed weights of loops 0 ... ``depth - 1``, repacked if the encoder's tensors have changed."""
+def packed(stack: LayerStack, depth: int, frames: int) -> list[PackedLayer]:
+    """Return the packed weights of loops 0 ... ``depth - 1``, repacked if the encoder's tensors have changed.
+
+    Args:
+        frames: of the whole batch, which tell how long the call will take.
+    """
     now, kept = watch(stack), _kept.get(stack)
-    if kept is None or not kept.holds(now):
+    if kept is None or not kept.holds(now, depth * frames >= _COMPLETE * len(stack.layers)):
         kept = _Packed(now)
         forget(stack)
         if kept.cacheable:

@@ -13,6 +13,7 @@ __all__ = [
     "check_lengths",
     "check_same",
     "check_shape",
+    "check_tensor",
     "floats",
     "frame_mask",
     "readable",
@@ -21,8 +22,15 @@ __all__ = [
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def check_tensor(op: str, name: str, x: object) -> None:
+    """``x`` is a tensor, and no list or array."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{op}: {name} is a {type(x).__name__}; expected a tensor, such as torch.as_tensor makes")
+
+
 def check_shape(op: str, name: str, x: Tensor, shape: tuple[int | None, ...], letters: str) -> None:
     """``x`` has the shape; ``None`` leaves a dimension free; ``letters`` names them, as in ``"[B, T, C]"``."""
+    check_tensor(op, name, x)
     if x.shape == shape:  # the common case, without a generator
         return
     if x.dim() != len(shape) or any(want is not None and got != want for got, want in zip(x.shape, shape)):
@@ -33,6 +41,8 @@ def check_shape(op: str, name: str, x: Tensor, shape: tuple[int | None, ...], le
 def check_same(op: str, **tensors: Tensor | None) -> None:
     """All given tensors are floating point and agree in dtype and device with the first."""
     given = {name: t for name, t in tensors.items() if t is not None}
+    for name, t in given.items():
+        check_tensor(op, name, t)
     first, ref = next(iter(given.items()))
     if ref.dtype not in FLOATS:
         raise ValueError(f"{op}: {first} has dtype {ref.dtype}; expected one of float16, bfloat16, float32, float64")
@@ -64,6 +74,7 @@ def check_lengths(op: str, lengths: Tensor | None, batch: int, frames: int, devi
     """
     if lengths is None:
         return
+    check_tensor(op, "lengths", lengths)
     if lengths.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"{op}: lengths has dtype {lengths.dtype}; expected int64 or int32 frame counts; pass lengths.long()"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ON_OPS", "differentiable_once", "refuse_transforms", "transformed"]
+__all__ = ["ON_OPS", "differentiable_once", "no_frames", "refuse_transforms", "transformed"]
 
 ON_OPS = (
     'Run the forward pass inside `with lcconformer.backend("torch")`, or set LCCONFORMER_BACKEND=torch: it has them'
@@ -46,6 +46,8 @@ class _Refuse(torch.autograd.Function):
 def differentiable_once(name: str, instead: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate ``backward(ctx, saved_tensors, *douts)`` of an ``autograd.Function``: its gradients have none of their own.
 
+    The list of saved tensors is the backward's own, to be emptied as it goes.
+
     Unlike with ``torch.autograd.function.once_differentiable`` the error gives advice, and comes also where the incoming
     gradients are constants, and where the gradients of the gradients are asked for inputs by name: there the engine would
     never get to PyTorch's node that raises, and ``allow_unused=True`` would make zeros of them.
@@ -59,14 +61,23 @@ def differentiable_once(name: str, instead: str) -> Callable[[Callable[..., Any]
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(backward)
         def once(ctx: Any, *douts: Any) -> Any:
-            saved = ctx.saved_tensors  # once: checkpointing hands them out no second time
+            saved = list(ctx.saved_tensors)  # once: checkpointing hands them out no second time
+            twice = not torch.compiler.is_compiling() and torch.is_grad_enabled()
+            sources = [t for t in (*saved, *douts) if t is not None and t.requires_grad] if twice else []
             with torch.no_grad():
                 gradients = backward(ctx, saved, *douts)
-            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            if not twice:
                 return gradients
-            sources = [t for t in (*saved, *douts) if t is not None and t.requires_grad]
             return tuple(None if g is None else _Refuse.apply(g, message, *sources) for g in gradients)
 
         return once
 
     return decorate
+
+
+def no_frames(out: Tensor, *inputs: Tensor | None) -> Tensor:
+    """Return ``out``, which has no elements, as a result of all inputs: each gets its gradient of zeros."""
+    for x in inputs:
+        if x is not None:
+            out = out + 0.0 * x.sum()
+    return out.clone()

@@ -14,11 +14,14 @@ from ..config import ConformerConfig
 from ..data import LogMel
 from ..encoder import ConformerEncoder
 from ..ops.checks import frame_mask
+from ..sharing import sharing_map
 from .checkpoint import Checkpoint, load_checkpoint
 from .masking import Masks
 from .objectives import ObjectiveSettings, make_objective
 
-__all__ = ["FeatureSettings", "PretrainingModel", "load_model"]
+__all__ = ["FeatureSettings", "PretrainingModel", "check_model", "load_model"]
+
+_TENSORS = 20  # any layer has more, whatever its norms and biases
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,14 @@ class PretrainingModel(nn.Module):
             ValueError: a key is missing or unknown, or a value out of range.
         """
         try:
-            return cls(
+            settings = (
                 ConformerConfig(**description["config"]),
                 FeatureSettings(**description["features"]),
                 ObjectiveSettings(**description["objective"]),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"PretrainingModel: the description does not fit this version ({error})") from error
+        return cls(*settings)
 
     def hidden_states(self, audio: Tensor, lengths: Tensor, *, depth: int | None = None) -> tuple[list[Tensor], Tensor]:
         """Run the encoder on unmasked speech and return its hidden states.
@@ -142,9 +146,28 @@ def load_model(source: str | os.PathLike[str] | Checkpoint, device: torch.device
         ValueError: the file is no checkpoint, damaged, or its tensors do not fit its settings.
     """
     checkpoint = source if isinstance(source, Checkpoint) else load_checkpoint(source, prefix="model.")
+    check_model(checkpoint)
     model = PretrainingModel.from_description(checkpoint.meta)
-    try:
-        model.load_state_dict(checkpoint.section("model."))
-    except RuntimeError as error:
-        raise ValueError(f"{checkpoint.path} does not fit its own settings: {error}") from error
+    model.load_state_dict(checkpoint.section("model."))
     return model.to(device).eval()
+
+
+def check_model(checkpoint: Checkpoint) -> None:
+    """Compare the model that a checkpoint describes with the tensors that it has, before any memory is taken for it.
+
+    Raises:
+        ValueError: the description is damaged, or they differ.
+    """
+    try:
+        config = ConformerConfig(**checkpoint.meta["config"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{checkpoint.path} does not fit this version ({error})") from error
+    layers = 1 + max(sharing_map(config.sharing, config.num_layers))
+    if layers * _TENSORS > len(checkpoint.shapes):
+        raise ValueError(
+            f"{checkpoint.path} does not fit its own settings: they ask for {layers} layers, it has "
+            f"{len(checkpoint.shapes)} tensors"
+        )
+    with torch.device("meta"):
+        expected = PretrainingModel.from_description(checkpoint.meta).state_dict()
+    checkpoint.check("model.", expected)

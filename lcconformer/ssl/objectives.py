@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..validation import need_integer, need_number
 from .masking import Masks
 
 __all__ = ["BestRQ", "ObjectiveSettings", "Reconstruction", "make_objective"]
@@ -19,6 +20,7 @@ __all__ = ["BestRQ", "ObjectiveSettings", "Reconstruction", "make_objective"]
 # (fraction, span) of the masks: as in Mockingjay and TERA; as in BEST-RQ, where a span of 400 ms starts at 1% of the frames
 _MASKS = {"reconstruction": (0.15, 7), "best_rq": (0.4, 40)}
 OBJECTIVES = tuple(_MASKS)
+_LARGEST = 1 << 20  # span, size and width of the codebook
 _NOISE = 0.1  # standard deviation of the noise that replaces masked frames (arXiv 2202.01855, section 4)
 
 
@@ -43,16 +45,12 @@ class ObjectiveSettings:
     codebook_dim: int = 16
 
     def __post_init__(self) -> None:
-        if self.kind not in _MASKS:
+        if self.kind not in OBJECTIVES:
             raise ValueError(f"objective is {self.kind!r}; expected one of {', '.join(_MASKS)}")
-        if not 0.0 < self.fraction < 1.0:
-            raise ValueError(f"mask_fraction is {self.mask_fraction}; expected a number between 0 and 1")
-        if self.span < 1:
-            raise ValueError(f"mask_span is {self.mask_span}; expected 1 frame or more")
-        if self.codebook_size < 2 or self.codebook_dim < 1:
-            raise ValueError(
-                f"codebook_size is {self.codebook_size}, codebook_dim {self.codebook_dim}; expected at least 2 and 1"
-            )
+        need_number("ObjectiveSettings", "mask_fraction", self.fraction, 0, below=1, open=True)
+        need_integer("ObjectiveSettings", "mask_span", self.span, 1, _LARGEST)
+        need_integer("ObjectiveSettings", "codebook_size", self.codebook_size, 2, _LARGEST)
+        need_integer("ObjectiveSettings", "codebook_dim", self.codebook_dim, 1, _LARGEST)
 
     @property
     def fraction(self) -> float:

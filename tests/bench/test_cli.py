@@ -1,8 +1,11 @@
 """The command, in process."""
 
 import json
+import signal
+import weakref
 
 import pytest
+import torch
 from lcconformer.bench import cli
 from lcconformer.bench.core.roofline import Ceilings
 from lcconformer.bench.runs import suite
@@ -52,6 +55,62 @@ def test_interruption_keeps_finished_rows(tmp_path, monkeypatch, capsys):
     assert main([*TINY, "--shapes", "1x8,1x9,1x10", "--providers", "eager", "--json", str(path)]) == 130
     assert [row["frames"] for row in json.loads(path.read_text())["rows"]] == [8]
     assert "inference, B = 1, T = 8" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interruption_in_a_callback_is_not_lost(tmp_path, monkeypatch):
+    """Python prints and drops what is raised in the callback of a weak reference."""
+    real = cli.run_case
+
+    class Thing:
+        pass
+
+    def run_case(case, *args, **kwargs):
+        if case.frames == 9:
+            thing = Thing()
+            reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+            del thing
+            assert reference() is None
+        return real(case, *args, **kwargs)
+
+    monkeypatch.setattr(cli, "run_case", run_case)
+    path = tmp_path / "out.json"
+    assert main([*TINY, "--shapes", "1x8,1x9,1x10", "--providers", "eager", "--json", str(path)]) == 130
+    assert [row["frames"] for row in json.loads(path.read_text())["rows"]] == [8]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--seconds", "nan"], "--seconds is nan; expected a finite number above 0"),
+        (["--threads", "0"], "--threads is 0; expected an integer from 1"),
+        (["--rounds", "0"], "--rounds is 0; expected an integer from 1"),
+        (["--layers", "-1"], "--layers is -1; expected an integer from 1"),
+        (["--json", "."], "--json is ., which is a folder"),
+        (["--plot", "/dev/null/x"], "is no folder that can be written to"),
+    ],
+)
+def test_bad_options(more, message, capsys):
+    assert main([*TINY, "--shapes", "1x8", "--providers", "eager", *more]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_threads_of_the_environment(told, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    if not told:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    before = torch.get_num_threads()
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
+    torch.set_num_threads(1)  # what torch takes from the environment when it is imported
+    options = [*TINY[:3], *TINY[5:]]
+    assert "--threads" not in options
+    try:
+        assert main([*options, "--shapes", "1x8", "--providers", "eager"]) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert (", 1 thread;" in capsys.readouterr().out) == told
 
 
 def test_ladder_states_both_definitions_and_the_paper(capsys):

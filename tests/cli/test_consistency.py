@@ -63,7 +63,7 @@ def test_one_loop_has_no_pairs():
         (["--frames", "1"], "--frames is 1; expected 2 or more"),
         (["--data", "missing"], "no corpus at missing"),
         (["--compare", "missing"], "no checkpoint at missing"),
-        (["--plot", "c.xyz", "--frames", "50"], "cannot draw a 'xyz' file; expected one of"),
+        (["--plot", "c.xyz", "--frames", "50"], "c.xyz; expected a file that ends in .png"),
     ],
 )
 def test_command_says_what_is_wrong(tiny_checkpoint, speech, capsys, arguments, message):

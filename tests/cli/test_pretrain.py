@@ -316,11 +316,21 @@ def test_a_corrupt_file_is_left_out_and_named(
         (["--sharing", "half"], "sharing is 'half'"),
         (["--conditioning", "step,magic"], "conditioning is"),
         (["--low-freq", "9000"], "need 0 <= low_freq < high_freq"),
-        (["--mel-bins", "400"], "lower num_bins"),
+        (["--mel-bins", "250"], "lower num_bins"),
         (["--dropout", "1"], "dropout is 1.0"),
         (["--mask-fraction", "2"], "mask_fraction is 2.0"),
         (["--exclude-speakers", "zed"], "no speaker zed"),
         (["--steps", "-5"], "steps is -5"),
+        (
+            ["--layers", "99999999999999999999"],
+            "num_layers is 99999999999999999999; expected a positive integer, at most",
+        ),
+        (["--seed", str(2**64)], "seed is 18446744073709551616; expected an integer from 0"),
+        (["--batch-seconds", "inf"], "batch_seconds is inf; expected a finite number"),
+        (["--clip", "inf"], "clip is inf"),
+        (["--max-minutes", "nan"], "max_minutes is nan"),
+        (["--data", "/dev/zero"], "/dev/zero is no corpus but a device or a pipe"),
+        (["--out", ""], "--out is empty"),
     ],
 )
 def test_the_command_says_what_was_wrong(

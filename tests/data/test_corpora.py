@@ -1,7 +1,9 @@
 """Every layout is read alike; whatever is wrong with a file is said, counted and survived."""
 
 import json
+import os
 import pickle
+import subprocess
 import sys
 import warnings
 import zipfile
@@ -297,6 +299,110 @@ def test_damaged_zip(folder):
         load_corpus(path)
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"corpus.zip is no corpus"):
+        load_corpus(path)
+
+
+def test_lines_end_at_newlines_alone(tmp_path):
+    """A BOM, and separators that str.splitlines breaks at, belong to the text."""
+    corpus = write_folder(tmp_path / "corpus", [1.0, 0.5])
+    rows = [json.loads(line) for line in (corpus / "meta.jsonl").read_text().splitlines()]
+    rows[0]["text"], rows[1]["text"] = "ONE\u2028TWO", "THREE\u0085FOUR"
+    content = "\ufeff" + "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (corpus / "meta.jsonl").write_text(content, "utf-8")
+    assert [u.text for u in load_corpus(corpus)] == ["ONE\u2028TWO", "THREE\u0085FOUR"]
+
+
+def test_transcripts_that_cannot_be_read(librispeech):
+    """A folder, a pipe, a dangling link and a name that no file can have cost only themselves."""
+    chapter = librispeech / "dev-clean" / "84" / "121"
+    (chapter / "folder.trans.txt").mkdir()
+    os.mkfifo(chapter / "pipe.trans.txt")
+    (chapter / "link.trans.txt").symlink_to("nowhere")
+    with open(chapter / "84-121.trans.txt", "a") as file:
+        file.write("x" * 300 + " TEXT\n" + "nul\0byte TEXT\n")
+    with pytest.warns(UserWarning, match="skipped audio file"):
+        corpus = load_corpus(librispeech)
+    assert len(corpus) == 4
+    assert sum("no transcripts can be read" in reason for reason in corpus.skipped.values()) == 3
+    assert sum("no audio file" in reason for reason in corpus.skipped.values()) == 2
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_damaged_members_are_left_out(tmp_path, method):
+    source = write_folder(tmp_path / "corpus", [1.0, 0.5, 0.7], ".wav")
+    path = tmp_path / "packed.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for file in sorted(source.iterdir()):
+            archive.write(file, file.name)
+        where = archive.getinfo("u001.wav")
+    content = bytearray(path.read_bytes())
+    start = where.header_offset + 30 + len("u001.wav")
+    content[start + where.compress_size // 4 : start + where.compress_size // 2] = b"\xff" * (
+        where.compress_size // 2 - where.compress_size // 4
+    )
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"u001\.wav"):
+        corpus = load_corpus(path).preload()
+    assert [u.id for u in corpus] == ["u000", "u002"]
+
+
+def encrypted(path, name):
+    """Set the flag of encryption of a member of a zip."""
+    content = bytearray(path.read_bytes())
+    for header, flags, title in ((b"PK\x03\x04", 6, 30), (b"PK\x01\x02", 8, 46)):
+        at = content.find(header)
+        while at >= 0:
+            if content[at + title : at + title + len(name)] == name.encode():
+                content[at + flags] |= 1
+            at = content.find(header, at + 4)
+    path.write_bytes(content)
+
+
+def test_encrypted_members(folder):
+    path = zip_folder(folder)
+    encrypted(path, "u001.flac")
+    with pytest.warns(UserWarning, match=r"u001\.flac: cannot be decoded .*encrypted"):
+        assert len(load_corpus(path).preload()) == 5
+    encrypted(path, "meta.jsonl")
+    with pytest.raises(ValueError, match=r"is damaged .*encrypted"):
+        load_corpus(path)
+
+
+@pytest.mark.parametrize("member", ["meta.jsonl", "u000.wav"])
+def test_a_bomb_does_not_go_off(tmp_path, member):
+    """A zip of a megabyte that holds half a gigabyte takes less memory than a gigabyte."""
+    path = tmp_path / "bomb.zip"
+    row = {"utt": "u000", "spk": "s", "split": "train", "text": "", "n": 16000, "phones": ""}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("meta.jsonl", "u000.wav"):
+            with archive.open(name, "w") as file:
+                file.write((json.dumps(row) + "\n").encode() if name == "meta.jsonl" else b"RIFF")
+                for _ in range(512 if name == member else 0):
+                    file.write(b"x\n" * (1 << 19))
+    assert path.stat().st_size < 4e6
+    script = (
+        "import resource, sys, warnings\n"
+        "from lcconformer.data import load_corpus\n"
+        "warnings.simplefilter('ignore')\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try:\n"
+        "    load_corpus(sys.argv[1]).preload()\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, 'MB')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, timeout=250)
+    said, memory = done.stdout.splitlines()
+    assert "is larger than" in said, done.stderr
+    assert float(memory.split()[0]) < 900
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe"])
+def test_only_files_and_folders_are_read(tmp_path, kind):
+    path = "/dev/zero" if kind == "device" else tmp_path / "pipe"
+    if kind == "pipe":
+        os.mkfifo(path)
+    with pytest.raises(ValueError, match="no corpus but a device or a pipe"):
         load_corpus(path)
 
 

@@ -136,10 +136,13 @@ def test_has_no_state_to_save():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"low_freq": -1}, "low_freq < high_freq <= 8000, got -1"),
+        ({"low_freq": -1}, "low_freq is -1; expected a finite number of 0 or more"),
+        ({"low_freq": float("nan")}, "low_freq is nan; expected a finite number"),
+        ({"num_bins": 8.0}, "num_bins is 8.0; expected an integer"),
+        ({"num_bins": 10**12}, "num_bins is 1000000000000; expected an integer from 1 to 256"),
         ({"high_freq": 9000.0}, "got 20.0 and 9000.0"),
         ({"low_freq": 500.0, "high_freq": 400.0}, "low_freq < high_freq"),
-        ({"num_bins": 0}, "num_bins must be at least 1, got 0"),
+        ({"num_bins": 0}, "num_bins is 0; expected an integer from 1 to 256"),
         ({"num_bins": 200}, "lower num_bins or widen the range"),
     ],
 )
@@ -156,8 +159,16 @@ def test_wrong_input():
         logmel(torch.zeros(2, 79))
     with pytest.raises(ValueError, match=r"lengths must be \[2\], one per utterance, got \[3\]"):
         logmel(torch.zeros(2, 400), torch.tensor([1, 2, 3]))
-    with pytest.raises(ValueError, match="lengths must be at most S = 400, got 401"):
+    with pytest.raises(ValueError, match="lengths must be 0 to S = 400, got 1 to 401"):
         logmel(torch.zeros(2, 400), torch.tensor([1, 401]))
+    with pytest.raises(ValueError, match="lengths must be 0 to S = 400, got -1 to 400"):
+        logmel(torch.zeros(2, 400), torch.tensor([-1, 400]))
+    with pytest.raises(ValueError, match=r"lengths must be int64, got torch\.float32"):
+        logmel(torch.zeros(2, 400), torch.tensor([1.0, 400.0]))
+    with pytest.raises(ValueError, match="audio must be a tensor, got a ndarray"):
+        logmel(np.zeros((2, 400)))
+    with pytest.raises(ValueError, match="lengths must be a tensor, got a list"):
+        logmel(torch.zeros(2, 400), [1, 400])
     with pytest.raises(ValueError, match="must stay in float32"):
         logmel.bfloat16()(torch.zeros(2, 400))
 

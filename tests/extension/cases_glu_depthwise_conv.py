@@ -42,15 +42,14 @@ def make_inputs(
     b: int, t: int, c: int, k: int, dtype: str, norm: str, bias: bool, **_: Any
 ) -> dict[str, Tensor | None]:
     kind = getattr(torch, dtype)
-    batch = norm == "batch"
     return {
         "x": torch.randn(b, t, 2 * c).to(kind),
         "weight": (torch.randn(c, k) / k**0.5).to(kind),
         "bias": torch.randn(c).to(kind) if bias else None,
-        "norm_weight": 0.5 + torch.rand(c) if batch else None,
-        "norm_bias": torch.randn(c) if batch else None,
-        "running_mean": torch.randn(c) if batch else None,
-        "running_var": 0.5 + torch.rand(c) if batch else None,
+        "norm_weight": 0.5 + torch.rand(c) if norm != "none" else None,
+        "norm_bias": torch.randn(c) if norm != "none" else None,
+        "running_mean": torch.randn(c) if norm == "batch" else None,
+        "running_var": 0.5 + torch.rand(c) if norm == "batch" else None,
     }
 
 
@@ -68,8 +67,10 @@ def oracle(inputs: dict[str, Tensor | None], lengths: Tensor | None) -> Tensor:
         glu = F.pad(row[:n, :c] * torch.sigmoid(row[:n, c:]), (0, 0, 0, row.shape[0] - n))
         rows.append(depthwise_conv1d(glu.t()[None], weight, bias)[0].t())
     z = torch.stack(rows)
-    if inputs["norm_weight"] is not None:
-        mean, var, gamma, beta = (inputs[n] for n in ("running_mean", "running_var", "norm_weight", "norm_bias"))
+    mean, var, gamma, beta = (inputs[n] for n in ("running_mean", "running_var", "norm_weight", "norm_bias"))
+    if gamma is not None and mean is None:
+        z = F.layer_norm(z.to(gamma.dtype), (c,), gamma, beta, EPS).to(z.dtype)
+    elif gamma is not None:
         # [B, C, T]: the norm's own layout
         z = F.batch_norm(z.transpose(1, 2), mean, var, gamma, beta, eps=EPS).transpose(1, 2)
     return F.silu(z)
@@ -149,6 +150,7 @@ def opcheck() -> dict[str, str]:
     failed = {}
     for norm, given, norm_args, saved in (
         ("batch", (bias, lengths), (*affine, *stats), (*stats, empty)),
+        ("layer", (bias, lengths), (*affine, None, None), (empty,) * 3),
         ("none", (None, None), (None,) * 4, (empty,) * 3),
     ):
         options = (norm, 1, False, EPS, "silu")
@@ -175,11 +177,31 @@ def refusal(width: int) -> dict[str, str]:
     return {"error": ""}
 
 
+def traffic(emulated: Any, norm: str, dtype: str, t: int, k: int) -> dict[str, list[int]]:
+    """{kernel: (wavefronts, bank conflicts)} of the worst blocks at 128 channels."""
+    x, weight = torch.randn(1, t, 256).to(getattr(torch, dtype)), torch.randn(128, k).to(getattr(torch, dtype))
+    affine = torch.randn(2, 128)
+    norm_args = (*affine, None, None) if norm == "layer" else (None,) * 4
+    args = glue.GluDepthwiseConv(x, weight, None, None, *norm_args, norm, 1, False, EPS, "silu")
+    counts = {}
+    emulated.count_traffic()
+    out, saved = glue.forward(args, True)
+    counts["forward"] = list(emulated.traffic())
+    emulated.count_traffic()
+    glue.backward(torch.randn_like(out), args, saved)
+    counts["backward"] = list(emulated.traffic())
+    return counts
+
+
 def main() -> None:
     torch.set_num_threads(1)
     emulated = load(sys.argv[1])
     for line in sys.stdin:
         case = json.loads(line)
+        if "traffic" in case:
+            glue._kernels = lambda: emulated
+            print(json.dumps(traffic(emulated, **case["traffic"])), flush=True)
+            continue
         if "opcheck" in case or "width" in case:
             glue._kernels = lambda: emulated
             print(json.dumps(opcheck() if "opcheck" in case else refusal(case["width"])), flush=True)

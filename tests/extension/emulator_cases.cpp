@@ -2,6 +2,7 @@
 // result; 4: the emulator stopped the kernel and says why on stderr; a sanitizer's own exit otherwise.
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <map>
 #include <vector>
@@ -43,15 +44,14 @@ void static_index_past_the_end(float* out) {
 
 void dynamic_index_past_the_piece(float* out) {
     lcc::SharedMemory shared;
-    float* first = shared.take<float>(kThreads);
-    float* second = shared.take<float>(kThreads);
-    second[threadIdx.x] = 0.0f;
-    out[threadIdx.x] = first[threadIdx.x + 1];  // the last thread reads second[0]
+    const lcc::Shared first = shared.take(kThreads), second = shared.take(kThreads);
+    second.store(threadIdx.x, 0.0f);
+    out[threadIdx.x] = first.load<float>(threadIdx.x + 1);  // the last thread reads second[0]
 }
 
 void take_too_much(float* out) {
     lcc::SharedMemory shared;
-    out[threadIdx.x] = shared.take<float>(1 << 20)[0];
+    out[threadIdx.x] = shared.take(1 << 20).load<float>(0);
 }
 
 void global_index_past_the_end(float* out) { out[kBlocks * kThreads + threadIdx.x % 4] = 0.0f; }
@@ -113,6 +113,47 @@ void atomics(float* out) {
     out[blockIdx.x * kThreads + threadIdx.x] = rotated(threadIdx.x);
 }
 
+// rows of `kPitch` floats: a lane writes V to its row, and reads it
+template <class V, int kPitch>
+void rows_in_shared_memory(float* out) {
+    lcc::SharedMemory shared;
+    const lcc::Shared rows = shared.take(kThreads * kPitch);
+    const int i = threadIdx.x;
+    V value = {};
+    rows.store(i * kPitch, value);
+    value = rows.load<V>(i * kPitch);
+    std::memcpy(&out[blockIdx.x * kThreads + i], &value, sizeof(float));
+}
+
+// prints wavefronts and conflicts of a block
+template <class V, int kPitch>
+int traffic() {
+    std::vector<float> out(kBlocks * kThreads);
+    emulation::traffic() = {true};
+    lcc::emulate("case", rows_in_shared_memory<V, kPitch>, dim3(kBlocks), dim3(kThreads),
+                 kThreads * kPitch * sizeof(float), false, out.data());
+    std::printf("%d %d\n", static_cast<int>(emulation::traffic().wavefronts),
+                static_cast<int>(emulation::traffic().conflicts));
+    return 0;
+}
+
+void nothing(float*) {}
+
+// the current device after a launch on device 1, or 10 and more if that one was not launched on
+int device_after_a_launch() {
+    lcc::launch("case", 1, nothing, dim3(1), dim3(1), 0, 0, static_cast<float*>(nullptr));
+    return emulation::device() + 10 * (emulation::launched_on() != 1);
+}
+
+int launch_on_a_missing_device() {
+    try {
+        lcc::launch("case", 2, nothing, dim3(1), dim3(1), 0, 0, static_cast<float*>(nullptr));
+    } catch (const std::runtime_error& error) {
+        std::printf("%s\n", error.what());
+    }
+    return emulation::device();
+}
+
 float exchange_buffer[kBlocks * kThreads];
 
 void grid_barrier(float* out) {  // reads what the next block wrote
@@ -158,6 +199,14 @@ int main(int, char** argv) {
          [] { return run(atomics, 0, false) | (arrivals != kBlocks * kThreads) | (order_hash != arrivals - 1); }},
         {"grid_barrier", [] { return run(grid_barrier, 0, true); }},
         {"grid_barrier_without_cooperation", [] { return run(grid_barrier, 0, false); }},
+        {"traffic_of_floats", traffic<float, 1>},
+        {"traffic_of_floats_in_two_banks", traffic<float, 16>},
+        {"traffic_of_pairs", traffic<float2, 2>},
+        {"traffic_of_pairs_of_every_other_pair", traffic<float2, 4>},
+        {"traffic_of_fours", traffic<float4, 4>},
+        {"traffic_of_fours_of_every_other_four", traffic<float4, 8>},
+        {"device_after_a_launch", device_after_a_launch},
+        {"missing_device", launch_on_a_missing_device},
         {"order",
          [] {
              lcc::emulate("case", order, dim3(1), dim3(kThreads), 0, false, static_cast<float*>(nullptr));

@@ -102,23 +102,27 @@ def test_packed_matrix():
     assert torch.equal(matrix.bias, torch.zeros(128))
 
 
-def test_fingerprint():
-    """All of up to 64 words, and both ends of more; other tensors do not matter."""
+@pytest.mark.parametrize("complete", [False, True])
+def test_fingerprint(complete):
+    """All of up to 64 words, and both ends of more, or every word; other tensors do not matter."""
     tensors = [torch.randn(64), torch.randn(1, 1), torch.randn(1000)]
     table = torch.tensor([[t.data_ptr(), t.numel() * 4] for t in tensors])
 
     def taken() -> int:
-        return CPU.fingerprint(table.data_ptr(), len(table))
+        return CPU.fingerprint(table.data_ptr(), len(table), complete)
 
     before = taken()
     assert taken() == before
-    for tensor, index in ((0, 0), (0, 31), (0, 63), (1, (0, 0)), (2, 0), (2, 999)):
+    places: list = [(0, 0), (0, 31), (0, 63), (1, (0, 0)), (2, 0), (2, 999)]
+    if complete:
+        places += [(2, i) for i in range(1, 999)]
+    for tensor, index in places:
         value = tensors[tensor][index].clone()
         tensors[tensor][index] += 1
         assert taken() != before
         tensors[tensor][index] = value
     assert taken() == before
-    assert CPU.fingerprint(0, 0) == 0
+    assert CPU.fingerprint(0, 0, complete) == 0
 
 
 def test_packed_positions_give_the_same_bits():

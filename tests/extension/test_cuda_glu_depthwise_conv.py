@@ -79,9 +79,33 @@ def test_folded_batch_norm(run, bias, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("c", [5, 6])
-def test_strided_input_and_gradient(run, c, dtype):
-    check(run, t=66, c=c, k=7, dtype=dtype, strided=True, lengths=[66, 9])
+@pytest.mark.parametrize("c", [1, 6, 65, 128, 130, 264])
+def test_layer_norm(run, c, dtype):
+    check(run, t=35, c=c, k=7, norm="layer", dtype=dtype, lengths=[35, 9])
+
+
+@pytest.mark.parametrize("k", WIDTHS)
+@pytest.mark.parametrize("t", [1, 31, 33, 70])
+def test_layer_norm_at_odd_shapes(run, t, k):
+    check(run, t=t, k=k, norm="layer", lengths=[t, t // 2])
+
+
+@pytest.mark.parametrize("c", [1024, 1023])
+def test_layer_norm_of_the_most_channels(run, c):
+    check(run, b=1, t=3, c=c, k=3, norm="layer", dtype="bfloat16", slots=1)
+
+
+@pytest.mark.parametrize("norm", ["none", "layer"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("c", [5, 6, 8])
+def test_strided_input_and_gradient(run, c, dtype, norm):
+    check(run, t=66, c=c, k=7, dtype=dtype, norm=norm, strided=True, lengths=[66, 9])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("c", [8, 72])
+def test_rows_of_whole_eights(run, c, dtype):
+    check(run, t=67, c=c, dtype=dtype, lengths=[67, 40])
 
 
 @pytest.mark.parametrize(("b", "t"), [(0, 5), (2, 0)])
@@ -113,6 +137,17 @@ def test_replays_in_a_cuda_graph():
     torch.testing.assert_close(out, cases.on_cuda_kernels(*args), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("norm", "k", "forward", "backward"), [("none", 31, 0, 0), ("layer", 31, 0, 0), ("layer", 7, 0, 0)]
+)
+def test_wavefronts_of_shared_memory(worker, norm, k, forward, backward):
+    """No two lanes ask a bank for different words."""
+    got = worker(traffic={"norm": norm, "dtype": "bfloat16", "t": 64, "k": k})
+    print(got)
+    assert got["forward"][1] == 0
+    assert got["backward"][1] == 0
+
+
 def test_schemas_and_fakes_hold(worker):
     assert worker(opcheck=True) == {}
 
@@ -124,7 +159,9 @@ def test_widths_outside_of_the_kernel_are_refused(worker):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"norm": "layer"}, "norm='layer' is not fused"),
+        ({"norm": "group"}, "norm='group' is not fused"),
+        ({"norm": "layer", "channels": 1025}, "norm='layer' is fused up to C = 1024, got C = 1025"),
+        ({"norm": "layer", "norm_dtype": torch.float64}, "norm_weight is float64"),
         ({"norm": "batch", "training": True}, "norm='batch' in training is not fused"),
         ({"activation": "gelu"}, "activation 'gelu' is not fused"),
         ({"dtype": torch.float64}, "dtype torch.float64"),
@@ -132,6 +169,7 @@ def test_widths_outside_of_the_kernel_are_refused(worker):
     ],
 )
 def test_reasons_against_the_kernel(options, reason):
-    options = {"norm": "none", "training": False, "activation": "silu", "dtype": torch.float32, **options}
-    traits = Traits(torch.device("cpu"), channels=1, norm_dtype=None, **options)
+    options = {"norm": "none", "training": False, "activation": "silu", "dtype": torch.float32, "channels": 1,
+               "norm_dtype": None, **options}  # fmt: skip
+    traits = Traits(torch.device("cpu"), **options)
     assert any(reason in r for r in glue.unsupported(traits))

@@ -29,6 +29,30 @@ def test_right_kernels_pass_in_every_schedule(run_case, case):
         assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize(
+    ("case", "wavefronts", "conflicts"),
+    [
+        # of the 32 lanes of a warp, stored and loaded; three warps
+        ("floats", 1, 0),
+        ("floats_in_two_banks", 16, 15),
+        ("pairs", 2, 0),
+        ("pairs_of_every_other_pair", 4, 2),
+        ("fours", 4, 0),
+        ("fours_of_every_other_four", 8, 4),
+    ],
+)
+def test_bank_conflicts_are_counted(run_case, case, wavefronts, conflicts):
+    result = run_case(f"traffic_of_{case}", 1)
+    assert result.stdout == f"{2 * 3 * wavefronts} {2 * 3 * conflicts}\n", result.stderr
+
+
+def test_a_launch_leaves_the_current_device_as_it_was(run_case):
+    assert run_case("device_after_a_launch", 0).returncode == 0
+    missing = run_case("missing_device", 0)
+    assert missing.returncode == 0
+    assert missing.stdout == "case: invalid device ordinal\n"
+
+
 def test_the_seed_chooses_the_schedule(run_case):
     orders = [run_case("order", seed).stdout for seed in SEEDS]
     assert len(set(orders)) == len(orders)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -99,3 +105,14 @@ def test_constexpr_signature_names_what_has_no_type():
 def test_an_empty_grid_launches_nothing():
     x = torch.zeros(1, device=DEVICE)
     common.launch(None, (0, 3), LaunchConfig(4, 1), x)
+
+
+def test_a_bound_launch_is_what_triton_would_launch():
+    """Over a driver that does nothing: the same kernel, grid and arguments, for arguments of every kind."""
+    script = Path(__file__).with_name("launch_without_gpu.py")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, script, "same"], env=env, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["kernels"] > 40
+    assert found["bound"] == found["kernels"]

@@ -176,10 +176,27 @@ def test_last_dimension_strided(check):
     check(inputs, dout.repeat_interleave(2, -1)[..., ::2])
 
 
-def test_parts_of_the_batch_are_added(check, monkeypatch):
-    """dpos and dv_bias out of three partial sums over five utterances."""
-    monkeypatch.setattr(kernels, "_position_parts", lambda batch, heads, tiles: 3)
-    check(*make_inputs(5, 9, 1, 16, torch.float32), [9, 5, 0, 7, 1])
+@pytest.mark.parametrize("heads_at_a_time", [1, 3, 10])
+def test_scratch_of_a_few_heads_at_a_time(check, monkeypatch, heads_at_a_time):
+    """Five utterances of two heads; dpos out of three partial sums, each over all pieces."""
+    monkeypatch.setattr(kernels, "_heads_at_a_time", lambda *_: heads_at_a_time)
+    monkeypatch.setattr(kernels, "_position_parts", lambda *_: 3)
+    check(*make_inputs(5, 9, 2, 16, torch.float32), [9, 5, 0, 7, 1])
+
+
+def test_scratch_stays_in_the_l2_where_that_fills_the_device():
+    def scratch_and_programs(heads: int, t: int) -> tuple[int, int]:
+        tiles = -(-t // 64)
+        most = kernels._heads_at_a_time(heads, t, tiles, 2)
+        return most * 2 * kernels._padded_frames(t) ** 2 * 2, most * tiles
+
+    for heads, t in ((4, 100), (32, 400), (128, 400), (512, 203)):
+        assert scratch_and_programs(heads, t)[0] <= kernels.SCRATCH
+    for heads, t in ((128, 1500), (8, 6000)):  # a head is larger than that
+        scratch, programs = scratch_and_programs(heads, t)
+        assert 132 <= programs <= 3 * 132
+        assert scratch <= 3 * 132 * 64 * 4 * (t + 64)
+    assert kernels._heads_at_a_time(4, 50_000, 782, 2) == 1
 
 
 def test_large_scores():
@@ -205,6 +222,17 @@ def philox_keep(seed: int, b: int, h: int, t: int, p: float) -> Tensor:
     word = np.take_along_axis(np.stack(c), (column % 8 // 2)[None], 0)[0]
     half = np.where(column % 2 == 1, word >> np.uint64(16), word & np.uint64(0xFFFF))
     return torch.from_numpy((half >= dropout_threshold(p)).reshape(b, h, t, t)).to(DEVICE)
+
+
+@pytest.mark.parametrize(("b", "h", "t"), [(2, 3, 70), (1, 1, 1), (1, 2, 129)])
+def test_dropout_words(b, h, t):
+    """One bit a score: those of the stream that every backend draws from."""
+    p, seed = 0.3, -(2**35) - 17
+    ends = {"lengths_ptr": None, "cu_seqlens_ptr": None}
+    words = kernels._dropout_words(torch.tensor([seed], device=DEVICE), p, b, t, h, ends)
+    bits = words[..., None].bitwise_right_shift(torch.arange(32, dtype=torch.int32, device=DEVICE)) & 1
+    got = bits.permute(0, 1, 3, 2, 4).flatten(-2)[:, :, :t, :t]  # [B, H, T, T]
+    assert torch.equal(got.bool(), philox_keep(seed, b, h, t, p))
 
 
 @pytest.mark.usefixtures("_large_tiles")

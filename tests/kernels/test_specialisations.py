@@ -21,8 +21,11 @@ import torch
 pytest.importorskip("triton")
 
 from lcconformer.kernels import (
+    chain_convolution,
+    chain_products,
     feed_forward,
     glu_depthwise_conv,
+    glu_depthwise_conv_backward,
     partials,
     relpos_attention,
     residual_layer_norm,
@@ -30,8 +33,18 @@ from lcconformer.kernels import (
 from lcconformer.kernels import feed_forward_products as products
 from lcconformer.kernels.common import AotConfig, LaunchConfig
 
-MODULES = (feed_forward, glu_depthwise_conv, partials, products, relpos_attention, residual_layer_norm)
-OPTIONAL = ("lengths_ptr", "bias_ptr", "seed_ptr")
+MODULES = (
+    chain_convolution,
+    chain_products,
+    feed_forward,
+    glu_depthwise_conv,
+    glu_depthwise_conv_backward,
+    partials,
+    products,
+    relpos_attention,
+    residual_layer_norm,
+)
+OPTIONAL = ("lengths_ptr", "bias_ptr", "seed_ptr", "keep_ptr")
 # unrolled loops, as short as they go
 SHORT = {"BLOCK_R": 2, "TAPS": 2, "STEP": 2}
 
@@ -40,8 +53,11 @@ def variants(config: AotConfig) -> Iterator[AotConfig]:
     fixed = {p.name for p in config.kernel.params if p.do_not_specialize}
     integers = [n for n, kind in config.signature.items() if kind == "i32" and n not in fixed]
     ones = dict.fromkeys(integers, 1)
-    # LayerNorm always has its bias
-    absent = [n for n in OPTIONAL if n in config.signature and not (n == "bias_ptr" and "layer_norm" in config.name)]
+    # LayerNorm always has its bias, and what draws a seed
+    always = (("bias_ptr", "layer_norm"), ("seed_ptr", "draw"), ("keep_ptr", "draw"))
+    absent = [
+        n for n in OPTIONAL if n in config.signature and not any(n == a and op in config.name for a, op in always)
+    ]
     changes = [{}, ones, *({n: None} for n in absent), {**ones, **dict.fromkeys(absent)}]
     # in attention all integers but H are strides, and all are used alike
     changes += [{n: 1} for n in integers if "attention" not in config.name or n == "H"]
@@ -89,6 +105,13 @@ def lower_all() -> int:
     return count
 
 
+def specialised_on(parameter: object, value: object) -> tuple[bool, ...]:
+    """What Triton looks at in an argument."""
+    if isinstance(value, torch.Tensor):
+        return () if parameter.do_not_specialize_on_alignment else (value.data_ptr() % 16 == 0,)
+    return (value == 1, value % 16 == 0) if isinstance(value, int) else ()
+
+
 def specialisations() -> dict[str, int]:
     """Op, kernel and tiles -> how many specialisations batches of many shapes ask for; nothing is launched."""
     found: dict[str, set[tuple[object, ...]]] = {}
@@ -99,8 +122,8 @@ def specialisations() -> dict[str, int]:
     ) -> None:
         given = inspect.signature(kernel.fn).bind(*args, **kwargs, **config.blocks).arguments
         tiles = [str(given[p.name]) for p in kernel.params if p.is_constexpr]
-        looked_at = [given[p.name] for p in kernel.params if not p.is_constexpr and not p.do_not_specialize]
-        key = tuple((v == 1, v % 16 == 0) for v in looked_at if isinstance(v, int))
+        looked_at = [p for p in kernel.params if not p.is_constexpr and not p.do_not_specialize]
+        key = tuple(specialised_on(p, given[p.name]) for p in looked_at)
         found.setdefault(" ".join([op, kernel.__name__, *tiles]), set()).add(key)
 
     for module in MODULES:
@@ -141,14 +164,27 @@ def calls(b: int, t: int) -> Iterator[tuple[str, Callable[[], object]]]:
         affine = (None, None) if norm == "none" else (vector, vector)
         running = (vector, vector) if norm == "batch" else (None, None)
         out, *saved = glu_depthwise_conv.forward(wide, taps, vector, lengths, *affine, *running, *options, True)
-        glu_depthwise_conv.backward(out, wide, taps, lengths, *affine, *saved, *options)
+        glu_depthwise_conv_backward.backward(out, wide, taps, lengths, *affine, *saved, *options)
 
     def attention(shape: tuple[int, ...], *where: torch.Tensor | None) -> None:
         qkv = torch.zeros(*shape, 3, 4, d).unbind(-3)
+        seed = torch.zeros(2, dtype=torch.int64)[b % 2 :][:1]  # those of several loops are one tensor
         given = (*qkv, torch.zeros(2 * t - 1, 4, d), torch.zeros(4, d), torch.zeros(4, d), *where, seed)
         out, lse = relpos_attention.forward(*given, p)
         relpos_attention.backward(torch.zeros_like(out), *given, out, lse, p)
 
+    def chain() -> None:
+        norm, rows, taps = (vector, vector), x.view(b * t, d).bfloat16(), torch.zeros(33, d)
+        for epilogue, previous in (("silu", norm), ("none", None), ("glu", None)):
+            weight = torch.zeros(2 * f if epilogue == "glu" else f, d, dtype=torch.bfloat16)
+            out, given = torch.zeros(b * t, f), {"epilogue": epilogue, "previous": previous}
+            chain_products.norm_product(rows, norm, weight, None, out, 1e-5, entered=rows, **given)
+        chain_products.residual_product(rows, torch.zeros(d, d, dtype=torch.bfloat16), vector, rows, rows)
+        chain_products.norm(rows, vector, vector, rows, 1e-5)
+        for layer_norm in (norm, None):
+            chain_convolution.depthwise(x, taps, 31, lengths, layer_norm, 1e-5, x)
+
+    yield "chain", chain
     yield "feed_forward", feed
     yield "feed_forward by products", feed_by_products
     yield "residual_layer_norm", residual

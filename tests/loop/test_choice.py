@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from lcconformer import ConformerConfig, ConformerEncoder, backend, engine
+from lcconformer.loop import training
 
 BASE = ConformerConfig(d_model=16, num_heads=2, ffn_dim=24, num_layers=2, conv_kernel_size=5, dropout=0.0)
 
@@ -257,3 +259,20 @@ def test_distributed_data_parallel(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*command, str(tmp_path / "worker.py")], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("device", "names", "taken"),
+    [
+        ("cpu", ("cpu",) * 4, True),
+        ("cpu", ("triton",) * 4, False),
+        ("cuda", ("triton",) * 4, True),
+        ("cuda", ("triton", "cuda", "triton", "triton"), True),
+        ("cuda", ("triton", "torch", "triton", "triton"), False),
+        ("xpu", ("torch",) * 4, False),
+    ],
+)
+def test_auto_trains_on_the_engine_where_it_is_no_slower(device, names, taken):
+    """Measured on the CPU kernels; on a GPU by the number of kernels launched (test_training_cost.py)."""
+    x, kernels = SimpleNamespace(device=torch.device(device)), SimpleNamespace(names=names)
+    assert (training.slower(x, kernels) == []) == taken

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,7 +89,6 @@ def test_what_costs_nothing_or_was_asked_for_is_no_loss(monkeypatch, caplog):
 
 
 def test_where_auto_would_not_take_the_engine_nothing_is_lost(monkeypatch):
-    """As on a GPU, which has not measured it."""
     monkeypatch.setattr(loop.inference, "slower", lambda x: ["not measured"])
     monkeypatch.setattr(loop.training, "slower", lambda x, kernels: ["not measured"])
     for gradients in (False, True):
@@ -112,6 +112,23 @@ def test_explains_the_engines():
         encoder.explain(x, depth=3)
     with pytest.raises(ValueError, match="lengths"):
         encoder.explain(x, torch.tensor([9, 40]))
+
+
+def test_explains_inference_on_a_gpu(monkeypatch):
+    """The chain of kernels, or why the modules are recorded; neither is held back."""
+    from lcconformer.loop import inference
+
+    x, asked = SimpleNamespace(device=torch.device("cuda", 0), shape=(2, 9, 16)), []
+    stack = ConformerEncoder(BASE)
+    against = []
+    monkeypatch.setattr(inference.chain, "reasons", lambda _stack, _x, rows: asked.append(rows) or against)
+    monkeypatch.setattr(inference, "explain_ops", lambda _stack, _x: {"feed_forward": Choice("feed_forward", "triton")})
+    assert inference.slower(x) == []
+    assert inference.explain(stack, x) == {"shared_loop": Choice("shared_loop", "triton")}
+    assert asked == [2 * 64]  # the frames of the bucket
+    against = ["why"]
+    said = loop.Explanation("inference", (), inference.explain(stack, x))
+    assert str(said).splitlines()[1:] == ["shared_loop   modules", "  not triton: why", "feed_forward  triton"]
 
 
 def test_explains_why_nothing_faster_serves():

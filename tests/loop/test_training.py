@@ -100,12 +100,34 @@ def test_front_end_and_single_frame():
     check_exact(make_encoder(torch.float64), data(frames=1), None)
 
 
+@pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("loops", [2, 3, 100])
-def test_products_over_several_loops(monkeypatch, loops):
+def test_products_over_several_loops(monkeypatch, loops, on_gpu):
     """A matrix gets its gradient from several loops at once, also where the last product has fewer."""
-    monkeypatch.setitem(training._ROWS, "cpu", loops * 27)
+    monkeypatch.setattr(training, "_group", lambda *_: loops)
+    monkeypatch.setattr(training, "_on_gpu", lambda _: on_gpu)
     for sharing in ("all", "cycle:2"):
-        check_exact(make_encoder(torch.float64, sharing=sharing), data(), LENGTHS)
+        encoder = make_encoder(torch.float64, sharing=sharing)
+        check_exact(encoder, data(), LENGTHS)
+        check_exact(encoder, data(), LENGTHS, backprop_depth=3)
+        encoder.gradient_checkpointing = True
+        check_exact(encoder, data(), LENGTHS)
+
+
+@pytest.mark.parametrize("loops", [1, 3])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_products_over_several_loops_with_unused_outputs(monkeypatch, loops, checkpointing):
+    """A loss on the output of loop 2 of 4, with groups that begin in the middle; saved tensors that come back as copies."""
+    monkeypatch.setattr(training, "_group", lambda *_: loops)
+    encoder, x = make_encoder(torch.float64), data()
+    _, want = step(encoder, x, LENGTHS, "modules", last=True, depth=2)
+    encoder.zero_grad()
+    encoder.gradient_checkpointing = checkpointing
+    with engine("loop"), torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+        states = encoder(x, LENGTHS, return_hidden_states=True)[2]
+    loss_of([states[2]], LENGTHS).backward()
+    for name, parameter in encoder.named_parameters():
+        torch.testing.assert_close(parameter.grad, want[name], rtol=1e-10, atol=1e-10)
 
 
 # float32 and half precision
@@ -123,10 +145,15 @@ CPU = [("cpu", norm, padded) for norm in ("layer", "batch", "group") for padded 
 @pytest.mark.parametrize(
     ("name", "norm", "padded"), [*CPU, ("triton", "layer", True), ("triton", "batch", False)], ids=str
 )
-def test_fused(name, norm, padded, assert_close):
+def test_fused(name, norm, padded, assert_close, monkeypatch):
     """On the fused kernels: no further from float64 than the references are, by the tolerance rule."""
     loops = 2 if name == "triton" else 3
-    encoder, x = make_encoder(conv_norm=norm, sharing="cycle:2", num_layers=loops), data(torch.float32)
+    if name == "triton":
+        # the slabs and the sums of a GPU
+        monkeypatch.setattr(training, "_group", lambda *_: 2)
+        monkeypatch.setattr(training, "_on_gpu", lambda _: True)
+    sharing = "all" if name == "triton" else "cycle:2"
+    encoder, x = make_encoder(conv_norm=norm, sharing=sharing, num_layers=loops), data(torch.float32)
     lengths = LENGTHS if padded else None
     low, low_gradients = as_low(encoder, x, lengths)
     exact, exact_gradients = step(copy.deepcopy(encoder).double(), x.double(), lengths, "modules")
@@ -141,8 +168,8 @@ def test_fused(name, norm, padded, assert_close):
         assert_close(p, gradient, exact_gradients[p], low_gradients[p], 3, 0.0 if p == "x" else scale)
 
 
-def check_low(got, plain, exact, dtype):
-    """(outputs, gradients): as close to float32's as those of the modules are, in the dtype wanted."""
+def check_low(got, plain, exact, dtype, of_gradients=None):
+    """(outputs, gradients): as close to float32's as those of the modules are, in the dtypes wanted."""
     lengths = LENGTHS.to(got[0][0].device)
     real = torch.arange(9, device=lengths.device) < lengths[:, None]
     for h, p, e in zip(got[0], plain[0], exact[0]):
@@ -150,10 +177,21 @@ def check_low(got, plain, exact, dtype):
         assert (h.float() - e)[real].norm() <= 2 * (p.float() - e)[real].norm() + 1e-3 * e[real].norm()
     whole = torch.stack([g.norm() for g in exact[1].values()]).norm()
     for name, gradient in got[1].items():
-        assert gradient.dtype == dtype, name
+        assert gradient.dtype == (of_gradients or dtype), name
         want = exact[1][name]
         error, others = (gradient.float() - want).norm(), (plain[1][name].float() - want).norm()
         assert error <= 2 * others + 0.01 * want.norm() + 1e-3 * whole, name
+
+
+def test_autocast_behind_a_front_end():
+    """A front end leaves the stream in the dtype of autocast; the parameters are float32 all the same."""
+    encoder, x = make_encoder(num_layers=2, input_dim=10), torch.randn(3, 9, 10)
+    exact = step(copy.deepcopy(encoder), x, LENGTHS, "modules")
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = step(copy.deepcopy(encoder), x, LENGTHS, "modules")
+        got = step(encoder, x, LENGTHS, "loop")
+    # the gradient of the front end's input is float32
+    check_low(got, plain, exact, torch.bfloat16, torch.float32)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("cpu", torch.bfloat16), ("triton", torch.float16)], ids=str)

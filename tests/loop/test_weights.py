@@ -236,6 +236,16 @@ def test_a_write_that_nothing_counts_to_one_element_is_seen_after_forget():
     check(encoder)
 
 
+def test_a_write_that_nothing_counts_to_one_element_is_seen_by_a_long_call():
+    encoder = make_encoder(ffn_dim=640)
+    frames = 256  # of two utterances, through three loops: beyond the number from which every value is compared
+    by("loop", encoder, frames)
+    weight = encoder.layers[0].ffn1.up.weight.data
+    for index in ((1, 1), (639, 14), (17, 3)):
+        weight[index] += 5.0
+        torch.testing.assert_close(by("loop", encoder, frames), by("modules", encoder, frames), rtol=0, atol=1e-4)
+
+
 def test_tensors_in_shared_memory_are_not_trusted():
     encoder = make_encoder(ffn_dim=640)
     check(encoder)
@@ -397,3 +407,73 @@ def test_threads():
         for thread in threads:
             thread.join()
     assert not errors, errors
+
+
+# what is no weight
+
+
+class Doubling(ConformerEncoder):
+    def step(self, k, x, lengths, positions):
+        return 2 * super().step(k, x, lengths, positions)
+
+
+def another_step(encoder):
+    encoder.step = lambda *args: 2 * ConformerEncoder.step(encoder, *args)
+
+
+def another_class(encoder):
+    encoder.__class__ = Doubling
+
+
+def setting(name: str, value: object) -> Callable[[ConformerEncoder], None]:
+    def change(encoder):
+        owner, _, attribute = name.rpartition(".")
+        setattr(encoder.layers[0].get_submodule(owner), attribute, value)
+
+    return change
+
+
+SETTINGS = {
+    "activation": (setting("ffn1.activation", "relu"), "ffn1.activation is 'relu', but the config says 'silu'"),
+    "position": (setting("attention.position", "none"), "attention.position is 'none', but the config says 'relative'"),
+    "order": (setting("convolution_first", True), "convolution_first is True, but the config says False"),
+    "epsilon": (setting("norm.eps", 0.5), "norm has an epsilon other than"),
+    "another step": (another_step, r"the encoder has its own step\(\), which would not run"),
+    "a subclass's step": (another_class, r"the encoder has its own step\(\), which would not run"),
+}
+
+
+@pytest.mark.parametrize("change", SETTINGS)
+def test_settings_changed_at_run_time(change):
+    """After the weights are packed: the modules decide, and the engine says why it does not serve."""
+    encoder = make_encoder()
+    before, (apply, reason) = check(encoder), SETTINGS[change]
+    apply(encoder)
+    x = torch.linspace(-2, 2, 2 * 9 * 16).sin().view(2, 9, 16)
+    with torch.no_grad():
+        out = encoder(x)[0]
+        assert encoder.explain(x).engine == "modules"
+    assert torch.equal(out, by("modules", encoder))
+    assert (out - before).abs().max() > 1e-3
+    with pytest.raises(NotImplementedError, match=reason):
+        by("loop", encoder)
+
+
+def test_the_config_of_the_convolution_at_run_time():
+    """It decides over the padding, and over the norm that follows."""
+    encoder = make_encoder()
+    x, lengths = torch.randn(2, 9, 16), torch.tensor([9, 4])
+    with torch.no_grad():
+        before = encoder(x, lengths)[0]
+        encoder.layers[0].conv.config = BASE.replace(padding="peer")
+        out = encoder(x, lengths)[0]
+        with engine("modules"):
+            assert torch.equal(out, encoder(x, lengths)[0])
+    assert (out - before)[1, :4].abs().max() > 1e-3
+    with pytest.raises(NotImplementedError, match=r"conv\.config is not that of the encoder"):
+        by("loop", encoder)
+
+
+def test_copies_have_the_config_of_the_encoder():
+    for again in (copy.deepcopy(make_encoder()), pickle.loads(pickle.dumps(make_encoder()))):
+        check(again)

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import stat
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,8 @@ def test_another_safetensors_file_is_refused(tmp_path: Path) -> None:
         ("{", "damaged header"),
         ("{}", "damaged header"),
         ("[]", "damaged header"),
+        ("[" * 100_000, "damaged header"),
+        (json.dumps({"format": 1, "text": "x" * (1 << 24)}), r"damaged header \(it has 16777\d+ characters"),
         (json.dumps({"format": 99, "version": "9.0"}), "format 99, written by lcconformer 9.0.*install the version"),
     ],
 )
@@ -161,6 +164,58 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path, model: PretrainingM
         load_model(path)
     save_checkpoint(path, tensors, {"step": 3})
     with pytest.raises(ValueError, match=r"does not fit this version.*config"):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_layers": 10**9}, "num_layers is 1000000000; expected a positive integer, at most 10000"),
+        ({"num_layers": 10_000, "sharing": "none"}, r"they ask for 10000 layers, it has \d+ tensors"),
+        ({"num_layers": 3, "sharing": "none"}, r"they ask for 3 layers, it has \d+ tensors"),
+        ({"num_layers": 2, "sharing": "none"}, r"encoder.layers.1.* is missing; .*, and \d+ more"),
+        # 270 GB of weights
+        ({"d_model": 65536, "ffn_dim": 1 << 20}, r"has shape \[16\], not \[65536\]"),
+        ({"conditioning": 5}, "conditioning is 5; expected a tuple"),
+        ({"sharing": None}, "sharing is None; expected"),
+        ({"input_dim": [20]}, r"input_dim is \[20\]; expected None or a positive integer"),
+        ({"magic": 1}, "does not fit this version .*magic"),
+    ],
+    ids=str,
+)
+def test_no_memory_for_what_the_file_does_not_hold(
+    changes: dict, message: str, tmp_path: Path, model: PretrainingModel
+) -> None:
+    path = write(tmp_path / "x.safetensors", model, config={**model.describe()["config"], **changes})
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=message):
+            load_model(path)
+        assert tracemalloc.get_traced_memory()[1] < 100e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("damage", ["nan", "inf", "integers", "missing", "more"])
+def test_damaged_weights_are_refused_by_name(damage: str, tmp_path: Path, model: PretrainingModel) -> None:
+    name = "encoder.layers.0.ffn1.up.weight"
+    tensors = {f"model.{n}": x for n, x in model.state_dict().items()}
+    weight = tensors.pop(f"model.{name}").clone()
+    if damage in ("nan", "inf"):
+        weight[1, 2] = float(damage)
+    if damage == "integers":
+        weight = weight.int()
+    if damage != "missing":
+        tensors[f"model.{name}{'2' if damage == 'more' else ''}"] = weight
+    expected = {
+        "nan": "has values that are not finite",
+        "inf": "has values that are not finite",
+        "integers": r"has dtype torch\.int32, not torch\.float32",
+        "missing": "is missing",
+        "more": "is missing; .*2 is not part of it",
+    }
+    path = save_checkpoint(tmp_path / "x.safetensors", tensors, model.describe())
+    with pytest.raises(ValueError, match=rf"{path} does not fit its own settings: {name} {expected[damage]}"):
         load_model(path)
 
 

@@ -171,9 +171,13 @@ def test_shallow_states_are_pulled_to_the_deepest_and_never_the_other_way() -> N
     [
         ({"kind": "cpc"}, "'cpc'; expected one of reconstruction, best_rq"),
         ({"mask_fraction": 1.5}, "mask_fraction is 1.5"),
+        ({"kind": []}, r"\[\]; expected one of reconstruction"),
+        ({"mask_fraction": float("nan")}, "mask_fraction is nan"),
         ({"mask_span": 0}, "mask_span is 0"),
+        ({"mask_span": 7.5}, "mask_span is 7.5"),
+        ({"codebook_size": 10**12}, "codebook_size is 1000000000000"),
         ({"codebook_size": 1}, "codebook_size is 1"),
-        ({"codebook_dim": 0}, "codebook_dim 0"),
+        ({"codebook_dim": 0}, "codebook_dim is 0"),
     ],
 )
 def test_settings_refuse(change: dict, message: str) -> None:

@@ -1,4 +1,4 @@
-// Dropout by counter, the same decisions as lcconformer/kernels/_common.py: 16 bits of Philox-4x32-7 an element.
+// Dropout by counter, the same decisions as kernels/common.py: 16 bits of Philox-4x32-7 an element.
 #pragma once
 
 #include "../kernels.h"

@@ -89,7 +89,7 @@ RowStatistics row_statistics(const float* y, int64_t C, float eps) {
         vec d = first_lanes(load(y + c) - mean, C - c);
         squares += d * d;
     }
-    return {mean, 1.0f / sqrtf(sum(squares) / C + eps)};
+    return {mean, reciprocal_deviation(sum(squares) / C, eps)};
 }
 
 // Per channel of one utterance: the norm is (y - mean) * rstd * weight + bias; mean and rstd of LayerNorm change per

@@ -50,7 +50,7 @@ void forward(const ResidualLayerNormForward& a) {
                 vec centred = first_lanes(load(buffer + d) - mean, a.columns - d);
                 squares += centred * centred;
             }
-            float rstd = 1.0f / sqrtf(sum(squares) / a.columns + a.eps);
+            float rstd = reciprocal_deviation(sum(squares) / a.columns, a.eps);
             for (int64_t d = 0; d < a.columns; d += W) {
                 vec normal = (load(buffer + d) - mean) * rstd;
                 store_at(n, normal * load_at(a.weight, d, a.columns) + load_at(a.bias, d, a.columns), d, a.columns);

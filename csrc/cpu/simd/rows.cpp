@@ -50,7 +50,7 @@ void add_and_normalise(const RowsForward& a, const Affine& norm, int64_t rows, f
             squares += centred * centred;
         }
         if (!norm.weight) continue;
-        float rstd = 1.0f / sqrtf(sum(squares) / a.columns + a.eps);
+        float rstd = reciprocal_deviation(sum(squares) / a.columns, a.eps);
         for (int64_t d = 0; d < a.columns; d += W) {
             vec normal = (load(h + d) - mean) * rstd;
             store(h + d, normal * load_at(norm.weight, d, a.columns) + load_at(norm.bias, d, a.columns));

@@ -82,5 +82,13 @@ class Backend(Protocol):
         seed: Tensor | None,
         dropout_p: float,
         /,
+        *,
+        du: Tensor | None = None,
+        g: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (du, g recomputed, both ``[M, F]``, db1 ``[F]``) from the gradient dz ``[M, D]`` of z = g W2'."""
+        """Return (du, g recomputed, both ``[M, F]``, partial sums ``[P, F]`` of db1) from the gradient dz ``[M, D]`` of
+        z = g W2'.
+
+        Args:
+            du, g: where they go, contiguous; None: new tensors.
+        """

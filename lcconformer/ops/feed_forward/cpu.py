@@ -47,11 +47,19 @@ def activation(
 
 
 def activation_backward(
-    dg: Tensor, u: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: float
+    dg: Tensor,
+    u: Tensor,
+    b1: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    *,
+    du: Tensor | None = None,
+    g: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(du in the memory of ``dg``, g again ``[M, F]``, db1 float32 ``[F]``) of contiguous rows."""
+    """(du in the memory of ``dg`` unless given, g again ``[M, F]``, db1 float32 ``[F]``) of contiguous rows."""
     m, f = u.shape
-    g = torch.empty_like(u)
+    g = torch.empty_like(u) if g is None else g
+    du = dg if du is None else du
     db1 = u.new_empty((f,), dtype=torch.float32)
     bias = f32(b1)
     cpu = cpu_kernels()
@@ -60,7 +68,7 @@ def activation_backward(
         rows=m,
         columns=f,
         dropout=dropout(seed, dropout_p),
-        out=pointer(dg),
+        out=pointer(du),
         u=pointer(u),
         d=pointer(dg),
         bias=pointer(bias),
@@ -68,7 +76,7 @@ def activation_backward(
         dbias=pointer(db1),
     )
     cpu.feed_forward_activation_backward(launch)
-    return dg, g, db1
+    return du, g, db1
 
 
 def up(h: Tensor, w1: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: float) -> tuple[Tensor, Tensor]:
@@ -78,10 +86,19 @@ def up(h: Tensor, w1: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p:
 
 
 def up_backward(
-    dz: Tensor, w2: Tensor, u: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: float
+    dz: Tensor,
+    w2: Tensor,
+    u: Tensor,
+    b1: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    *,
+    du: Tensor | None = None,
+    g: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(du, g again ``[M, F]``, db1 float32 ``[F]``) from the gradient dz ``[M, D]`` of z = g W2'."""
-    return activation_backward(matmul_transposed(dz, w2.t()), u, b1, seed, dropout_p)
+    """(du, g again ``[M, F]``, db1 float32 ``[1, F]``) from the gradient dz ``[M, D]`` of z = g W2'."""
+    du, g, db1 = activation_backward(matmul_transposed(dz, w2.t()), u, b1, seed, dropout_p, du=du, g=g)
+    return du, g, db1[None]
 
 
 def forward(args: FeedForward, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -134,13 +151,11 @@ def backward(
         dropout=dropout(seed, dropout_p),
     )
     cpu.feed_forward_residual_backward(launch)
-    du, g, db1 = up_backward(dz, w2, u, args.b1, seed, dropout_p)
+    du, g, db1 = activation_backward(matmul_transposed(dz, w2.t()), u, args.b1, seed, dropout_p)
     dw2 = weight_gradient(dz, g)
     del g
     dh = matmul_transposed(du, w1.t())
-    dx, _, h, dnorm = layer_norm_backward(
-        dh, drows, rows, mean, rstd, args.norm_weight, args.norm_bias, dtype=x.dtype, recompute=True
-    )
-    assert h is not None
+    h = torch.empty_like(dh)
+    dx, dnorm = layer_norm_backward(dh, drows, rows, mean, rstd, args.norm_weight, args.norm_bias, n=h)
     dw1 = weight_gradient(du, h)
-    return dx.view(x.shape), dnorm, dw1, db1.to(w1.dtype), dw2, db2.to(w2.dtype)
+    return dx.view(x.shape), dnorm[0].to(args.norm_weight.dtype), dw1, db1.to(w1.dtype), dw2, db2.to(w2.dtype)

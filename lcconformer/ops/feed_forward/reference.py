@@ -75,13 +75,23 @@ def up(h: Tensor, w1: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p:
 
 
 def up_backward(
-    dz: Tensor, w2: Tensor, u: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: float
+    dz: Tensor,
+    w2: Tensor,
+    u: Tensor,
+    b1: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    *,
+    du: Tensor | None = None,
+    g: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.enable_grad():
         leaf = u.detach().requires_grad_()
-        g = _activation(leaf, b1, seed, dropout_p)
-    (du,) = torch.autograd.grad(g, leaf, F.linear(dz, w2.t()))
-    return du, g.detach(), du.sum(0)
+        again = _activation(leaf, b1, seed, dropout_p)
+    (gradient,) = torch.autograd.grad(again, leaf, F.linear(dz, w2.t()))
+    du = gradient if du is None else du.copy_(gradient)
+    g = again.detach() if g is None else g.copy_(again.detach())
+    return du, g, du.sum(0)[None]
 
 
 def _activation(u: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: float) -> Tensor:

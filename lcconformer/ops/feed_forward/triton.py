@@ -52,8 +52,16 @@ def up(h: Tensor, w1: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p:
 
 
 def up_backward(
-    dz: Tensor, w2: Tensor, u: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: float
+    dz: Tensor,
+    w2: Tensor,
+    u: Tensor,
+    b1: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    *,
+    du: Tensor | None = None,
+    g: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from lcconformer.kernels import feed_forward as kernels
 
-    return kernels.up_backward(dz, w2, u, b1, seed, dropout_p)
+    return kernels.up_backward(dz, w2, u, b1, seed, dropout_p, du, g)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..activations import check_activation
 from ..checks import check_device, check_lengths, check_same, check_shape, floats
-from ..derivatives import refuse_transforms
+from ..derivatives import no_frames, refuse_transforms
 from . import reference
 from .arguments import NORMS, GluDepthwiseConv, Statistics, Traits
 from .library import OP, GluDepthwiseConvFn
@@ -95,6 +95,8 @@ def glu_depthwise_conv(
     )
     check_lengths(OP.name, lengths, x.shape[0], x.shape[1], x.device)
 
+    if x.numel() == 0:
+        return no_frames(x[..., :c], weight, bias, *(() if norm == "none" else (norm_weight, norm_bias)))
     training = training and norm == "batch"
     norm_dtype = None if norm == "none" or norm_weight is None else norm_weight.dtype
     backend = OP.choose(Traits(x.device, x.dtype, c, norm, norm_dtype, training, activation))

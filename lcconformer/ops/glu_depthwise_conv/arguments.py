@@ -81,12 +81,26 @@ class Backend(Protocol):
     def unsupported(self, traits: Traits, /) -> list[str]:
         """Return why calls with these traits cannot be served; empty: they can."""
 
-    def forward(self, args: GluDepthwiseConv, save: bool, /) -> tuple[Tensor, Statistics]:
-        """Return the output ``[B, T, C]`` and the statistics; what only a backward needs is filled if ``save``."""
+    def forward(self, args: GluDepthwiseConv, save: bool, /, *, out: Tensor | None = None) -> tuple[Tensor, Statistics]:
+        """Return the output ``[B, T, C]``, in ``out`` if it is given, and the statistics; what only a backward needs is
+        filled if ``save``.
+        """
 
     def backward(
-        self, dout: Tensor, args: GluDepthwiseConv, saved: Statistics, /
+        self,
+        dout: Tensor,
+        args: GluDepthwiseConv,
+        saved: Statistics,
+        /,
+        *,
+        dx: Tensor | None = None,
+        partial: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return (dx ``[B, T, 2C]``, dweight ``[K, C]`` (transposed), dbias ``[C]``, (dnorm_bias, dnorm_weight)
         ``[2, C]`` or empty).  Bias and running statistics are not read, and may be None in ``args``.
+
+        Args:
+            dx: where it goes, contiguous; None: a new tensor.
+            partial: return the gradients of parameters as partial sums, ``[P, ...]``, whose sum over the first dimension
+                they are.
         """

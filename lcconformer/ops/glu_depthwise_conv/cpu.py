@@ -49,13 +49,13 @@ def _inputs(x, taps, lengths, norm, norm_weight, norm_bias, num_groups, eps) -> 
     }
 
 
-def forward(args: GluDepthwiseConv, save: bool) -> tuple[Tensor, Statistics]:
+def forward(args: GluDepthwiseConv, save: bool, *, out: Tensor | None = None) -> tuple[Tensor, Statistics]:
     b, t, _ = args.x.shape
     c, groups = args.weight.shape[0], args.num_groups
     kind = _norm(args.norm, args.training)
     x, taps, lengths = unit_stride(args.x), f32(args.weight.t()), i64(args.lengths)
     bias, norm_weight, norm_bias = f32(args.bias), f32(args.norm_weight), f32(args.norm_bias)
-    out = x.new_empty((b, t, c))
+    out = x.new_empty((b, t, c)) if out is None else out
     y = x.new_empty((b, t, c) if save or kind in ("batch", "group") else (0,))
     mean, var, count = (x.new_empty((0,), dtype=torch.float32) for _ in range(3))
     if kind == "batch":
@@ -80,13 +80,15 @@ def forward(args: GluDepthwiseConv, save: bool) -> tuple[Tensor, Statistics]:
     return out, Statistics(y, mean, var, count)
 
 
-def backward(dout: Tensor, args: GluDepthwiseConv, saved: Statistics) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(
+    dout: Tensor, args: GluDepthwiseConv, saved: Statistics, *, dx: Tensor | None = None, partial: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weight, norm_weight = args.weight, args.norm_weight
     c, k = weight.shape
     kind = _norm(args.norm, args.training)
     x, dout, taps, lengths = unit_stride(args.x), unit_stride(dout), f32(weight.t()), i64(args.lengths)
     scale, shift = f32(norm_weight), f32(args.norm_bias)
-    dx = x.new_empty(x.shape)
+    dx = x.new_empty(x.shape) if dx is None else dx
     dtaps, dbias = (x.new_empty(shape, dtype=torch.float32) for shape in ((k, c), (c,)))
     dnorm = x.new_empty((0,) if norm_weight is None else (2, c), dtype=torch.float32)
     cpu = cpu_kernels()
@@ -105,5 +107,7 @@ def backward(dout: Tensor, args: GluDepthwiseConv, saved: Statistics) -> tuple[T
         dnorm=pointer(dnorm),
     )
     cpu.glu_depthwise_conv_backward(launch)
+    if partial:
+        return dx, dtaps[None], dbias[None], dnorm[None]
     dnorm = dnorm.to(x.dtype if norm_weight is None else norm_weight.dtype)
     return dx, dtaps.to(weight.dtype), dbias.to(weight.dtype), dnorm

@@ -1,12 +1,12 @@
 """glu_depthwise_conv on the CUDA kernels of csrc/cuda.
 
-Without a norm, or with an evaluation BatchNorm folded into a scale and a shift.
+Without a norm, with LayerNorm, or with an evaluation BatchNorm folded into a scale and a shift.
 """
 
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,17 +19,35 @@ from .arguments import GluDepthwiseConv, Statistics, Traits
 
 __all__ = ["backward", "forward", "unsupported"]
 
+_MAX_LAYER_CHANNELS = 1024  # kGluConvMaxLayerChannels of csrc/cuda/glu_depthwise_conv.h
 _ELEMENTS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 def unsupported(traits: Traits) -> list[str]:
     reasons = cuda_reasons(traits.device, traits.dtype)
-    if traits.norm not in ("none", "batch") or traits.training:
+    if traits.norm == "group" or traits.training:
         mode = " in training" if traits.norm == "batch" else ""
-        reasons.append(f"norm={traits.norm!r}{mode} is not fused, only 'batch' in evaluation")
+        reasons.append(f"norm={traits.norm!r}{mode} is not fused, only 'layer', and 'batch' in evaluation")
+    if traits.norm == "layer" and traits.channels > _MAX_LAYER_CHANNELS:
+        reasons.append(f"norm='layer' is fused up to C = {_MAX_LAYER_CHANNELS}, got C = {traits.channels}")
+    if traits.norm_dtype == torch.float64:
+        reasons.append("norm_weight is float64")
     if traits.activation != "silu":
         reasons.append(f"activation {traits.activation!r} is not fused, only 'silu' is")
     return reasons
+
+
+class _Affine(NamedTuple):
+    """What follows the convolution, or LayerNorm's own normalisation: float32 ``[C]``, or None without a norm.
+
+    Attributes:
+        scale, shift: multiplied and added.
+        inverse: 1 / deviation of an evaluation BatchNorm, which is part of ``scale``.
+    """
+
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    inverse: Tensor | None = None
 
 
 def _kernels() -> ModuleType:
@@ -37,7 +55,7 @@ def _kernels() -> ModuleType:
 
 
 def _inputs(
-    kernels: Any, x: Tensor, weight: Tensor, lengths: Tensor | None, scale: Tensor | None, shift: Tensor | None
+    kernels: Any, args: GluDepthwiseConv, x: Tensor, weight: Tensor, lengths: Tensor | None, affine: _Affine
 ) -> dict[str, Any]:
     """Arguments that forward and backward share; the caller keeps the tensors alive."""
     b, t, _ = x.shape
@@ -54,31 +72,34 @@ def _inputs(
         "x_frame_stride": x.stride(1),
         "weight": pointer(weight),
         "lengths": pointer(lengths),
-        "scale": pointer(scale),
-        "shift": pointer(shift),
+        "scale": pointer(affine.scale),
+        "shift": pointer(affine.shift),
+        "layer_norm": args.norm == "layer",
+        "eps": args.eps,
         "device": x.device.index if on_gpu else 0,
         "stream": torch.cuda.current_stream(x.device).cuda_stream if on_gpu else 0,
     }
 
 
-def _fold(norm_weight, norm_bias, mean, var, eps) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(1 / deviation, scale, shift) of the norm by known statistics: float32 [C], or None without one."""
-    if norm_weight is None:
-        return None, None, None
-    inverse = torch.rsqrt(var.float() + eps)
-    scale = norm_weight.float() * inverse
-    return inverse, scale, norm_bias.float() - mean.float() * scale
+def _affine(args: GluDepthwiseConv, mean: Tensor | None, var: Tensor | None) -> _Affine:
+    if args.norm_weight is None or args.norm_bias is None:
+        return _Affine()
+    weight, bias = args.norm_weight.float().contiguous(), args.norm_bias.float().contiguous()
+    if args.norm == "layer" or mean is None or var is None:
+        return _Affine(weight, bias)
+    inverse = torch.rsqrt(var.float() + args.eps)
+    return _Affine(weight * inverse, bias - mean.float() * weight * inverse, inverse)
 
 
-def forward(args: GluDepthwiseConv, save: bool) -> tuple[Tensor, Statistics]:
+def forward(args: GluDepthwiseConv, save: bool, *, out: Tensor | None = None) -> tuple[Tensor, Statistics]:
     kernels = _kernels()
     x, weight, lengths = unit_stride(args.x), args.weight.contiguous(), i64(args.lengths)
     shape = (*x.shape[:2], weight.shape[0])
     bias = None if args.bias is None else args.bias.contiguous()
-    _, scale, shift = _fold(args.norm_weight, args.norm_bias, args.running_mean, args.running_var, args.eps)
-    out, y = x.new_empty(shape), x.new_empty(shape if save else (0,))
+    affine = _affine(args, args.running_mean, args.running_var)
+    out, y = x.new_empty(shape) if out is None else out, x.new_empty(shape if save else (0,))
     launch = kernels.GluDepthwiseConvForward(
-        **_inputs(kernels, x, weight, lengths, scale, shift),
+        **_inputs(kernels, args, x, weight, lengths, affine),
         bias=pointer(bias),
         out=pointer(out),
         y=pointer(y) if save else 0,
@@ -90,19 +111,23 @@ def forward(args: GluDepthwiseConv, save: bool) -> tuple[Tensor, Statistics]:
     return out, Statistics(y, mean, var, count)
 
 
-def backward(dout: Tensor, args: GluDepthwiseConv, saved: Statistics) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(
+    dout: Tensor, args: GluDepthwiseConv, saved: Statistics, *, dx: Tensor | None = None, partial: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernels = _kernels()
     x, weight, norm_weight = args.x, args.weight, args.norm_weight
     b, t, _ = x.shape
     c, k = weight.shape
-    dx, dtaps, dbias = x.new_empty(x.shape), weight.new_empty((k, c)), weight.new_empty((c,))
+    dx = x.new_empty(x.shape) if dx is None else dx
+    dtaps, dbias = weight.new_empty((k, c)), weight.new_empty((c,))
     x, weight, dout, lengths = unit_stride(x), weight.contiguous(), unit_stride(dout), i64(args.lengths)
-    inverse, scale, shift = _fold(norm_weight, args.norm_bias, saved.mean, saved.var, args.eps)
+    affine = _affine(args, saved.mean, saved.var)
     daffine = x.new_empty((2, c), dtype=torch.float32)  # of shift, of scale
     slots = kernels.glu_depthwise_conv_slots(b, t, c)
-    partial = x.new_empty((slots, k + 2, c), dtype=torch.float32)
+    scratch = x.new_empty((slots, k + 3, c), dtype=torch.float32)
+    rows = x.new_empty((b, t, 4) if args.norm == "layer" else (0,), dtype=torch.float32)
     launch = kernels.GluDepthwiseConvBackward(
-        **_inputs(kernels, x, weight, lengths, scale, shift),
+        **_inputs(kernels, args, x, weight, lengths, affine),
         dout=pointer(dout),
         dout_batch_stride=dout.stride(0),
         dout_frame_stride=dout.stride(1),
@@ -112,11 +137,17 @@ def backward(dout: Tensor, args: GluDepthwiseConv, saved: Statistics) -> tuple[T
         dbias=pointer(dbias),
         dshift=pointer(daffine[0]),
         dscale=pointer(daffine[1]),
-        partial=pointer(partial),
+        partial=pointer(scratch),
         slots=slots,
+        rows=pointer(rows),
     )
     kernels.glu_depthwise_conv_backward(launch)
-    if norm_weight is None or inverse is None:
-        return dx, dtaps, dbias, x.new_empty((0,))
-    daffine[1].sub_(saved.mean * daffine[0]).mul_(inverse)
-    return dx, dtaps, dbias, daffine.to(norm_weight.dtype)
+    if norm_weight is None:
+        dnorm = x.new_empty((0,))
+    else:
+        if affine.inverse is not None:
+            daffine[1].sub_(saved.mean * daffine[0]).mul_(affine.inverse)
+        dnorm = daffine if partial else daffine.to(norm_weight.dtype)
+    if partial:
+        return dx, dtaps[None], dbias[None], dnorm[None]
+    return dx, dtaps, dbias, dnorm

@@ -205,11 +205,12 @@ def unsupported(traits: Traits) -> list[str]:
     return []
 
 
-def forward(args: GluDepthwiseConv, save: bool) -> tuple[Tensor, Statistics]:
+def forward(args: GluDepthwiseConv, save: bool, *, out: Tensor | None = None) -> tuple[Tensor, Statistics]:
     """Save the statistics of BatchNorm alone: the backward recomputes the forward under autograd."""
     y, real = _convolution(args)
     batch = _batch_statistics(y, real) if args.training else None
-    out = _finish(args, y, real, None, batch).contiguous()
+    finished = _finish(args, y, real, None, batch)
+    out = finished.contiguous() if out is None else out.copy_(finished)
     nothing = y.new_empty((0,))
     if batch is not None:
         return out, Statistics(nothing, batch.mean, batch.var, batch.frames[None])
@@ -218,7 +219,9 @@ def forward(args: GluDepthwiseConv, save: bool) -> tuple[Tensor, Statistics]:
     return out, Statistics(nothing, nothing, nothing, nothing)
 
 
-def backward(dout: Tensor, args: GluDepthwiseConv, saved: Statistics) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(
+    dout: Tensor, args: GluDepthwiseConv, saved: Statistics, *, dx: Tensor | None = None, partial: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     names = [n for n in ("x", "weight", "norm_weight", "norm_bias") if getattr(args, n) is not None]
     leaves = {n: getattr(args, n).detach().requires_grad_() for n in names}
     bias = args.x.new_zeros(args.weight.shape[0]) if args.bias is None else args.bias.detach()
@@ -228,4 +231,8 @@ def backward(dout: Tensor, args: GluDepthwiseConv, saved: Statistics) -> tuple[T
         recomputed = apply(dataclasses.replace(args, **changed))
     of = dict(zip(leaves, torch.autograd.grad(recomputed, list(leaves.values()), dout)))
     dnorm = torch.stack((of["norm_bias"], of["norm_weight"])) if "norm_bias" in of else args.x.new_empty((0,))
-    return of["x"], of["weight"].t(), of["bias"], dnorm
+    dx = of["x"] if dx is None else dx.copy_(of["x"])
+    dweight, dbias = of["weight"].t(), of["bias"]
+    if partial:
+        return dx, dweight[None], dbias[None], dnorm[None]
+    return dx, dweight, dbias, dnorm

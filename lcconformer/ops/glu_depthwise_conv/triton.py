@@ -25,20 +25,22 @@ def unsupported(traits: Traits) -> list[str]:
     return reasons
 
 
-def forward(args: GluDepthwiseConv, save: bool) -> tuple[Tensor, Statistics]:
+def forward(args: GluDepthwiseConv, save: bool, *, out: Tensor | None = None) -> tuple[Tensor, Statistics]:
     from lcconformer.kernels import glu_depthwise_conv as kernels
 
     out, *saved = kernels.forward(
         args.x, args.weight, args.bias, args.lengths, args.norm_weight, args.norm_bias, args.running_mean, args.running_var,
-        args.norm, args.num_groups, args.training, args.eps, save,
+        args.norm, args.num_groups, args.training, args.eps, save, out,
     )  # fmt: skip
     return out, Statistics(*saved)
 
 
-def backward(dout: Tensor, args: GluDepthwiseConv, saved: Statistics) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from lcconformer.kernels import glu_depthwise_conv as kernels
+def backward(
+    dout: Tensor, args: GluDepthwiseConv, saved: Statistics, *, dx: Tensor | None = None, partial: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from lcconformer.kernels import glu_depthwise_conv_backward as kernels
 
     return kernels.backward(
         dout, args.x, args.weight, args.lengths, args.norm_weight, args.norm_bias, *saved, args.norm, args.num_groups,
-        args.training, args.eps,
+        args.training, args.eps, dx=dx, partial=partial,
     )  # fmt: skip

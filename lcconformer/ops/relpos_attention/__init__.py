@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..checks import check_dropout, check_lengths, check_same, check_shape, frame_mask, readable
-from ..derivatives import refuse_transforms
+from ..derivatives import no_frames, refuse_transforms
 from ..dropout import dropout_seed
 from ..registry import forced_backend
 from . import reference
@@ -78,7 +78,7 @@ def relpos_attention(
     check_dropout(OP.name, dropout_p)
 
     if q.numel() == 0:
-        return _empty(q, k, v, pos, u, v_bias)
+        return no_frames(q, k, v, pos, u, v_bias)
     if pos is None or u is None or v_bias is None:
         if forced_backend() == "torch":
             return relpos_attention_reference(q, k, v, lengths=lengths, dropout_p=dropout_p)
@@ -111,14 +111,6 @@ def _check_packed(q: Tensor, pos: Tensor | None, lengths: Tensor | None, cu_seql
             raise ValueError(
                 f"{OP.name}: cu_seqlens is {ends}; expected 0 ... {q.shape[0]} in steps from 0 to T = {longest}"
             )
-
-
-def _empty(*tensors: Tensor | None) -> Tensor:
-    """No frames in, no frames out; every input still gets its gradient of zeros."""
-    q, *others = (x for x in tensors if x is not None)
-    for x in others:
-        q = q + 0.0 * x.sum()
-    return q.clone()
 
 
 def _plain_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, dropout_p: float) -> Tensor:

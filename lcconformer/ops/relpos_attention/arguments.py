@@ -62,11 +62,18 @@ class Backend(Protocol):
     def unsupported(self, traits: Traits, /) -> list[str]:
         """Return why calls with these traits cannot be served; empty: they can."""
 
-    def forward(self, args: RelposAttention, /) -> tuple[Tensor, Tensor]:
+    def forward(self, args: RelposAttention, /, *, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the output, shaped like q, and what the backward needs of the softmax.
 
-        The kernels return the log2-sum-exp2 of the scaled scores, float32 ``[H, frames in all]``.
+        The kernels return the log2-sum-exp2 of the scaled scores, float32 ``[H, frames in all]``.  The output is written
+        to ``out``, which is contiguous, if that is given.
         """
 
-    def backward(self, dout: Tensor, args: RelposAttention, out: Tensor, lse: Tensor, /) -> tuple[Tensor, ...]:
-        """Return the gradients of q, k, v and, with positions, of pos, u and v_bias, in their dtypes."""
+    def backward(
+        self, dout: Tensor, args: RelposAttention, out: Tensor, lse: Tensor, /, *, partial: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Return the gradients of q, k, v and, with positions, of pos, u and v_bias, in their dtypes.
+
+        Args:
+            partial: return the last three as partial sums, ``[P, ...]``, whose sum over the first dimension they are.
+        """

@@ -50,12 +50,12 @@ def _inputs(q, k, v, pos, u, v_bias, lengths, cu_seqlens, seed, dropout_p) -> di
     return inputs
 
 
-def forward(args: RelposAttention) -> tuple[Tensor, Tensor]:
+def forward(args: RelposAttention, *, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     *frames, h, _ = args.q.shape
     q, k, v = (unit_stride(x) for x in (args.q, args.k, args.v))
     pos = None if args.pos is None else unit_stride(args.pos)
     u, v_bias, lengths, cu_seqlens = f32(args.u), f32(args.v_bias), i64(args.lengths), i64(args.cu_seqlens)
-    out = q.new_empty(q.shape)
+    out = q.new_empty(q.shape) if out is None else out
     lse = q.new_empty((h, math.prod(frames)), dtype=torch.float32)
     inputs = _inputs(q, k, v, pos, u, v_bias, lengths, cu_seqlens, args.seed, args.dropout_p)
     cpu = cpu_kernels()
@@ -63,7 +63,9 @@ def forward(args: RelposAttention) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(dout: Tensor, args: RelposAttention, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+def backward(
+    dout: Tensor, args: RelposAttention, out: Tensor, lse: Tensor, *, partial: bool = False
+) -> tuple[Tensor, ...]:
     given = [x for x in (args.pos, args.u, args.v_bias) if x is not None]
     dout, q, k, v = (unit_stride(x) for x in (dout, args.q, args.k, args.v))
     pos = None if args.pos is None else unit_stride(args.pos)
@@ -82,4 +84,6 @@ def backward(dout: Tensor, args: RelposAttention, out: Tensor, lse: Tensor) -> t
         **dict(zip(("dpos", "du", "dv_bias"), map(pointer, shared))),
     )
     cpu.relpos_attention_backward(launch)
+    if partial:
+        return dq, dk, dv, *(x[None] for x in shared)
     return dq, dk, dv, *(x.to(like.dtype) for x, like in zip(shared, given))

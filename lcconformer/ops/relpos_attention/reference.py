@@ -82,15 +82,19 @@ def unsupported(traits: Traits) -> list[str]:
     return []
 
 
-def forward(args: RelposAttention) -> tuple[Tensor, Tensor]:
+def forward(args: RelposAttention, *, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     with drawn_from(args.seed):
-        return apply(args).contiguous(), args.q.new_empty((0,))
+        attended = apply(args)
+    return attended.contiguous() if out is None else out.copy_(attended), args.q.new_empty((0,))
 
 
-def backward(dout: Tensor, args: RelposAttention, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+def backward(
+    dout: Tensor, args: RelposAttention, out: Tensor, lse: Tensor, *, partial: bool = False
+) -> tuple[Tensor, ...]:
     """Recompute the forward under autograd."""
     inputs = {n: getattr(args, n) for n in ("q", "k", "v", "pos", "u", "v_bias") if getattr(args, n) is not None}
     leaves: dict[str, Any] = {n: x.detach().requires_grad_() for n, x in inputs.items()}
     with torch.enable_grad(), drawn_from(args.seed):
         recomputed = apply(dataclasses.replace(args, **leaves))
-    return torch.autograd.grad(recomputed, list(leaves.values()), dout)
+    dq, dk, dv, *shared = torch.autograd.grad(recomputed, list(leaves.values()), dout)
+    return dq, dk, dv, *(x[None] if partial else x for x in shared)

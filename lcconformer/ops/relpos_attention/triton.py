@@ -17,18 +17,20 @@ def unsupported(traits: Traits) -> list[str]:
     return reasons
 
 
-def forward(args: RelposAttention) -> tuple[Tensor, Tensor]:
+def forward(args: RelposAttention, *, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     from lcconformer.kernels import relpos_attention as kernels
 
     return kernels.forward(
-        args.q, args.k, args.v, *args.positions(), args.lengths, args.cu_seqlens, args.seed, args.dropout_p
+        args.q, args.k, args.v, *args.positions(), args.lengths, args.cu_seqlens, args.seed, args.dropout_p, out
     )
 
 
-def backward(dout: Tensor, args: RelposAttention, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+def backward(
+    dout: Tensor, args: RelposAttention, out: Tensor, lse: Tensor, *, partial: bool = False
+) -> tuple[Tensor, ...]:
     from lcconformer.kernels import relpos_attention as kernels
 
     return kernels.backward(
         dout, args.q, args.k, args.v, *args.positions(), args.lengths, args.cu_seqlens, args.seed, out, lse,
-        args.dropout_p,
+        args.dropout_p, partial=partial,
     )  # fmt: skip

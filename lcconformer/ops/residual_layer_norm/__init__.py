@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import check_device, check_dropout, check_same, check_shape, floats
+from ..checks import check_device, check_dropout, check_same, check_shape, check_tensor, floats
 from ..derivatives import refuse_transforms
 from ..dropout import dropout_seed
 from . import reference
@@ -44,6 +44,7 @@ def residual_layer_norm(
         ValueError: shapes, dtypes or devices that do not agree.
         NotImplementedError: a forced backend cannot serve them.
     """
+    check_tensor(OP.name, "x", x)
     if x.dim() == 0:
         raise ValueError(f"{OP.name}: x has no dimensions; expected [..., D]")
     check_shape(OP.name, "y", y, tuple(x.shape), "[..., D]")

@@ -54,8 +54,12 @@ class Backend(Protocol):
     def unsupported(self, traits: Traits, /) -> list[str]:
         """Return why calls with these traits cannot be served; empty: they can."""
 
-    def forward(self, args: ResidualLayerNorm, /) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return (s, LN(s)), both shaped like x in its dtype, and mean, rstd: float32 ``[M]``."""
+    def forward(
+        self, args: ResidualLayerNorm, /, *, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return (s, LN(s)), both shaped like x, and mean, rstd: float32 ``[M]``; s in the dtype of x, LN(s) in ``dtype``
+        or that of x.
+        """
 
     def backward(
         self,
@@ -88,19 +92,18 @@ class Backend(Protocol):
         bias: Tensor,
         /,
         *,
-        dtype: torch.dtype,
-        recompute: bool,
+        n: Tensor | None = None,
+        dy: Tensor | None = None,
         alpha: float = 1.0,
         seed: Tensor | None = None,
         dropout_p: float = 0.0,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-        """Return (dx like s, dy, LN(s) or None, (dweight, dbias) ``[2, D]``) of rows with unit stride in D.
+    ) -> tuple[Tensor, Tensor]:
+        """Return (dx like s, partial sums ``[P, 2, D]`` of (dweight, dbias)) of rows with unit stride in D.
 
         Args:
             dn: gradient of LN(s), in any dtype.
             ds: gradient of s, in the dtype of s.
-            dtype: of dy and LN(s).
-            recompute: whether LN(s) is wanted.
+            n, dy: where LN(s) and the gradient of the branch go, contiguous ``[M, D]`` in any dtype; None: not wanted.
 
-        dy is None where it equals dx but for its dtype: alpha = 1 and no dropout.
+        The gradient of the parameters is the sum over the first dimension of the partial sums.
         """

@@ -49,20 +49,23 @@ def layer_norm_backward(
     weight: Tensor,
     bias: Tensor,
     *,
-    dtype: torch.dtype,
-    recompute: bool,
+    n: Tensor | None = None,
+    dy: Tensor | None = None,
     alpha: float = 1.0,
     seed: Tensor | None = None,
     dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    n = torch.empty_like(s) if recompute else None
-    dy = None if alpha == 1.0 and seed is None else torch.empty_like(s)
-    dx, dparams = _backward(dn.to(s.dtype), ds, s, mean, rstd, weight, bias, n, dy, seed, alpha, dropout_p)
-    return dx, None if dy is None else dy.to(dtype), None if n is None else n.to(dtype), dparams
+) -> tuple[Tensor, Tensor]:
+    # the kernel writes in the dtype of s
+    n_out, dy_out = (x if x is None or x.dtype == s.dtype else torch.empty_like(s) for x in (n, dy))
+    dx, dparams = _backward(dn.to(s.dtype), ds, s, mean, rstd, weight, bias, n_out, dy_out, seed, alpha, dropout_p)
+    for wanted, out in ((n, n_out), (dy, dy_out)):
+        if wanted is not None and out is not None and out is not wanted:
+            wanted.copy_(out)
+    return dx, dparams[None]
 
 
 def _backward(dn, ds, s, mean, rstd, weight, bias, n, dy, seed, alpha, dropout_p) -> tuple[Tensor, Tensor]:
-    """Return (dx ``[M, D]``, (dweight, dbias) ``[2, D]``) of rows; fill ``n`` (needs ``bias``) and ``dy`` where given."""
+    """Return (dx ``[M, D]``, (dweight, dbias) float32 ``[2, D]``) of rows; fill ``n`` and ``dy`` where given."""
     m, d = s.shape
     dx = s.new_empty((m, d))
     dparams = s.new_empty((2, d), dtype=torch.float32)
@@ -90,10 +93,10 @@ def _backward(dn, ds, s, mean, rstd, weight, bias, n, dy, seed, alpha, dropout_p
         dropout=dropout(seed, dropout_p),
     )
     cpu.residual_layer_norm_backward(launch)
-    return dx, dparams.to(weight.dtype)
+    return dx, dparams
 
 
-def forward(args: ResidualLayerNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(args: ResidualLayerNorm, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = args.x
     rows, branch = rows_of(x), rows_of(args.y.to(x.dtype))
     m, d = rows.shape
@@ -120,7 +123,7 @@ def forward(args: ResidualLayerNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dropout=dropout(args.seed, args.dropout_p),
     )
     cpu.residual_layer_norm_forward(launch)
-    return s, n, mean, rstd
+    return s, n if dtype is None else n.to(dtype), mean, rstd
 
 
 def backward(
@@ -150,4 +153,4 @@ def backward(
         alpha,
         dropout_p,
     )
-    return dx.view(s.shape), dy, dparams
+    return dx.view(s.shape), dy, dparams.to(weight.dtype)

@@ -53,10 +53,10 @@ def layer_norm(
     return n.to(dtype), mean.flatten(), rstd.flatten()
 
 
-def forward(args: ResidualLayerNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(args: ResidualLayerNorm, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with drawn_from(args.seed):
         s = args.x.contiguous() + args.alpha * F.dropout(args.y.to(args.x.dtype), args.dropout_p)
-    return s, *layer_norm(s, args.weight, args.bias, args.eps, s.dtype)
+    return s, *layer_norm(s, args.weight, args.bias, args.eps, dtype or s.dtype)
 
 
 def layer_norm_backward(
@@ -68,15 +68,19 @@ def layer_norm_backward(
     weight: Tensor,
     bias: Tensor,
     *,
-    dtype: torch.dtype,
-    recompute: bool,
+    n: Tensor | None = None,
+    dy: Tensor | None = None,
     alpha: float = 1.0,
     seed: Tensor | None = None,
     dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor]:
     dx, dparams, normal = _gradients(dn.to(s.dtype), ds, s, mean, rstd, weight)
-    n = (normal * weight + bias).to(dtype) if recompute else None
-    return dx, _branch(dx, seed, alpha, dropout_p, dtype), n, dparams
+    if n is not None:
+        n.copy_(normal * weight + bias)
+    if dy is not None:
+        branch = _branch(dx, seed, alpha, dropout_p, dy.dtype)
+        dy.copy_(dx if branch is None else branch)
+    return dx, dparams[None]
 
 
 def backward(

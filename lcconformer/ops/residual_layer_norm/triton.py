@@ -20,10 +20,12 @@ def unsupported(traits: Traits) -> list[str]:
     return reasons
 
 
-def forward(args: ResidualLayerNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(args: ResidualLayerNorm, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from lcconformer.kernels import residual_layer_norm as kernels
 
-    return kernels.forward(args.x, args.y, args.weight, args.bias, args.seed, args.alpha, args.dropout_p, args.eps)
+    return kernels.forward(
+        args.x, args.y, args.weight, args.bias, args.seed, args.alpha, args.dropout_p, args.eps, dtype
+    )  # fmt: skip
 
 
 def backward(
@@ -59,18 +61,15 @@ def layer_norm_backward(
     weight: Tensor,
     bias: Tensor,
     *,
-    dtype: torch.dtype,
-    recompute: bool,
+    n: Tensor | None = None,
+    dy: Tensor | None = None,
     alpha: float = 1.0,
     seed: Tensor | None = None,
     dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor]:
     from lcconformer.kernels import residual_layer_norm as kernels
 
     # the kernel casts as it reads and writes
-    n = torch.empty_like(s, dtype=dtype) if recompute else None
-    dy = None if alpha == 1.0 and seed is None else torch.empty_like(s, dtype=dtype)
-    dx, dparams = kernels.layer_norm_backward(
+    return kernels.layer_norm_backward(
         dn, ds, s, mean, rstd, weight, bias, n=n, dy=dy, seed=seed, alpha=alpha, dropout_p=dropout_p
     )
-    return dx, dy, n, dparams

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...data import Corpus
+from ...runtime import RunError
+from ...validation import need_integer, need_number
 from ..checkpoint import Checkpoint, checkpoint_path, find_checkpoints, save_checkpoint
 from .counters import Counters
 from .distributed import Ranks
@@ -40,11 +43,51 @@ class RunCheckpoints:
         self._data, self._speech = fingerprint(train), speech
         self.newest: Path | None = None
 
-    def save(self, learner: Learner, counters: Counters) -> None:
-        """On the first rank, write a checkpoint and delete all but the newest ``settings.keep``."""
-        self.newest = checkpoint_path(self.folder, counters.step)
+    def rehearse(self, learner: Learner, counters: Counters) -> None:
+        """On the first rank, write a checkpoint and delete it: what would be in its way must show before the training.
+
+        Raises:
+            RunError: it cannot be written.
+        """
         if not self._ranks.first:
             return
+        for left in self.folder.glob(".*.tmp"):
+            left.unlink(missing_ok=True)  # by a process that was killed while it wrote
+        path = self.folder / "rehearsal.safetensors"
+        try:
+            self._write(path, learner, counters)
+        except OSError as error:
+            raise RunError(
+                f"no checkpoint can be written to {self.folder} ({error}): make room there or choose another folder; no step "
+                f"was trained"
+            ) from error
+        finally:
+            path.unlink(missing_ok=True)
+
+    def save(self, learner: Learner, counters: Counters, *, last: bool = False) -> None:
+        """On the first rank, write a checkpoint, and only then delete all but the newest ``settings.keep``.
+
+        One that cannot be written (a full disk) costs a warning, and the run goes on to the next.
+
+        Raises:
+            RunError: it cannot be written and is the ``last`` of the run.
+        """
+        path = checkpoint_path(self.folder, counters.step)
+        if self._ranks.first:
+            try:
+                self._write(path, learner, counters)
+            except OSError as error:
+                kept = f"the last good one is {self.newest}" if self.newest else "there is no earlier one"
+                lost = f"the checkpoint of step {counters.step} cannot be written ({error}); {kept}"
+                if last:
+                    raise RunError(f"{lost}: make room, then resume the run") from error
+                warnings.warn(f"{lost}; the run goes on", UserWarning, stacklevel=2)
+                return
+            for old in find_checkpoints(self.folder)[: -self._settings.keep]:
+                old.unlink(missing_ok=True)
+        self.newest = path
+
+    def _write(self, path: Path, learner: Learner, counters: Counters) -> None:
         meta = {
             **learner.model.describe(),
             "settings": self._settings.describe(),
@@ -55,9 +98,7 @@ class RunCheckpoints:
             "world_size": self._ranks.world_size,
             "scaler": learner.scaler.state_dict(),
         }
-        save_checkpoint(self.newest, learner.tensors(), meta)
-        for old in find_checkpoints(self.folder)[: -self._settings.keep]:
-            old.unlink()
+        save_checkpoint(path, learner.tensors(), meta)
 
     def restore(self, checkpoint: Checkpoint, learner: Learner) -> Counters:
         """Load a checkpoint into ``learner``; returns the counters to continue from.
@@ -83,19 +124,42 @@ class RunCheckpoints:
                 f"cannot resume {path} with other settings: {'; '.join(changed)}: give the same ones, or another folder for "
                 "a new run"
             )
-        if meta["data"] != self._data:
+        if meta.get("data") != self._data:
             raise ValueError(
-                f"cannot resume {path} with other data: it was trained on {meta['data']}, this is {self._data}: give the "
+                f"cannot resume {path} with other data: it was trained on {meta.get('data')}, this is {self._data}: give the "
                 "same data, or another folder for a new run"
             )
+        counters = _counters(checkpoint)
+        checkpoint.check("model.", learner.model.state_dict())
+        scaler = meta.get("scaler")
         try:
-            learner.load(checkpoint.section("model."), checkpoint.section("optimizer."), meta["scaler"])
-        except (RuntimeError, KeyError) as error:
-            raise ValueError(f"{path} does not fit its own settings: {error}") from error
+            learner.load(
+                checkpoint.section("model."),
+                checkpoint.section("optimizer."),
+                scaler if isinstance(scaler, dict) else {"scaler": scaler},
+            )
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}; take an older checkpoint of the run") from error
         self.newest = path
         if self._speech is None:
             self._speech = meta.get("speech")
-        return Counters(**{field.name: meta[field.name] for field in dataclasses.fields(Counters)})
+        return counters
+
+
+def _counters(checkpoint: Checkpoint) -> Counters:
+    """Return the counters of a checkpoint.
+
+    Raises:
+        ValueError: one is missing or out of range.
+    """
+    values: dict[str, Any] = {field.name: checkpoint.meta.get(field.name) for field in dataclasses.fields(Counters)}
+    try:
+        for name in ("step", "epoch", "position", "skipped"):
+            need_integer("the counters", name, values[name], 0, 1 << 62)
+        need_number("the counters", "elapsed_s", values["elapsed_s"], 0)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path} is damaged: {error}; take an older checkpoint of the run") from error
+    return Counters(**values)
 
 
 def fingerprint(corpus: Corpus) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ...data import Batch, frame_count
+from ...validation import is_number
 from ..masking import Masks
 from .distributed import Ranks
 from .draws import torch_seed
@@ -67,13 +68,17 @@ class Learner:
         return model | {f"optimizer.{name}": x for name, x in optimizer_tensors(self.optimizer, self.model).items()}
 
     def load(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], scaler: dict[str, Any]) -> None:
-        """Restore the state of an earlier learner.
+        """Restore the state of an earlier learner, whose model was the same.
 
         Raises:
-            RuntimeError, KeyError: the tensors do not fit the model.
+            ValueError: the state of the optimizer or of the loss scaling does not fit.
         """
         self.model.load_state_dict(model)
         load_optimizer_tensors(self.optimizer, self.model, optimizer)
+        like = self.scaler.state_dict()
+        wrong = [key for key in {*like, *scaler} if not is_number(scaler.get(key)) or key not in like]
+        if wrong:
+            raise ValueError(f"the state of the loss scaling is damaged ({', '.join(sorted(wrong))})")
         self.scaler.load_state_dict(scaler)
 
     def distribute(self) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import importlib.util
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, last_step: int) -> None:
+        self._folder, self._failed = folder, False
         columns = [f.name for f in dataclasses.fields(StepRecord)]
         self._steps = CsvLog(folder / "steps.csv", columns, last_step)
         self._validation = CsvLog(folder / "validation.csv", ["step", "depth", "loss"], last_step)
@@ -61,23 +63,41 @@ class RunLog:
 
     def step(self, record: StepRecord) -> None:
         row = dataclasses.asdict(record)
-        self._steps.write(**{**row, "depths": "+".join(map(str, record.depths))})
+        with self._going_on():
+            self._steps.write(**{**row, "depths": "+".join(map(str, record.depths))})
         if self._board is not None:
-            for name in ("loss", "grad_norm", "learning_rate"):
-                self._board.add_scalar(f"train/{name}", row[name], record.step)
-            self._board.add_scalar("train/depth", record.depths[0], record.step)
+            with self._going_on():
+                for name in ("loss", "grad_norm", "learning_rate"):
+                    self._board.add_scalar(f"train/{name}", row[name], record.step)
+                self._board.add_scalar("train/depth", record.depths[0], record.step)
 
     def validation(self, step: int, losses: Sequence[float]) -> None:
         for depth, loss in enumerate(losses, 1):
-            self._validation.write(step=step, depth=depth, loss=loss)
+            with self._going_on():
+                self._validation.write(step=step, depth=depth, loss=loss)
             if self._board is not None:
-                self._board.add_scalar(f"validation/depth_{depth}", loss, step)
+                with self._going_on():
+                    self._board.add_scalar(f"validation/depth_{depth}", loss, step)
 
     def close(self) -> None:
-        self._steps.close()
-        self._validation.close()
-        if self._board is not None:
-            self._board.close()
+        for log in (self._steps, self._validation, self._board):
+            if log is not None:
+                with self._going_on():
+                    log.close()
+
+    @contextlib.contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """Warn, once, of a log that cannot be written (a full disk): a training is worth more than a row."""
+        try:
+            yield
+        except OSError as error:
+            if not self._failed:
+                self._failed = True
+                warnings.warn(
+                    f"the logs in {self._folder} cannot be written ({error}) and will lack rows; the run goes on",
+                    UserWarning,
+                    stacklevel=4,
+                )
 
 
 class StepBar(ProgressBar):

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 __all__ = ["learning_rate_scale", "load_optimizer_tensors", "make_optimizer", "optimizer_tensors"]
 
+_STATE = {"step", "exp_avg", "exp_avg_sq"}  # what AdamW keeps of a parameter
+
 
 def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     """Make an AdamW that decays only the weights of linear layers and convolutions."""
@@ -35,8 +37,26 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Load the result of :func:`optimizer_tensors` into a new optimizer."""
+    """Load the result of :func:`optimizer_tensors` into a new optimizer.
+
+    Raises:
+        ValueError: an entry is of no parameter, is missing, or has another shape or dtype or values that are not finite.
+    """
     parameters = dict(model.named_parameters())
+    entries: dict[str, set[str]] = {}
+    for full, value in tensors.items():
+        name, _, key = full.rpartition(".")
+        if name not in parameters or key not in _STATE:
+            raise ValueError(f"the optimizer has {full}, which is of no parameter")
+        shape = () if key == "step" else tuple(parameters[name].shape)
+        if tuple(value.shape) != shape or not value.is_floating_point() or not value.isfinite().all():
+            raise ValueError(
+                f"the optimizer's {full} is {value.dtype} {list(value.shape)}; expected finite values of shape {list(shape)}"
+            )
+        entries.setdefault(name, set()).add(key)
+    for name, keys in entries.items():
+        if keys != _STATE:
+            raise ValueError(f"the optimizer lacks {', '.join(sorted(_STATE - keys))} of {name}")
     for full, value in tensors.items():
         name, _, key = full.rpartition(".")
         parameter = parameters[name]

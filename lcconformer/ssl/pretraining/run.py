@@ -25,6 +25,7 @@ from .distributed import Ranks, join_ranks
 from .draws import batch_masks
 from .feed import StepFeed, validation_loader
 from .learner import Learner
+from .lock import lock_folder
 from .logs import Reports
 from .optim import learning_rate_scale
 from .settings import PretrainResult, PretrainSettings, StepRecord
@@ -64,24 +65,28 @@ def pretrain(
 
     Raises:
         ValueError: ``out`` is a file, or holds a run and ``resume`` is False; the checkpoint is damaged, or of other
-            settings or data; the speech does not fit into batches; the gradient was not finite 20 times in a row.
+            settings or data; the speech does not fit into batches; the gradient was not finite 20 times in a row; another run
+            is in ``out``.
+        RunError: no checkpoint can be written, before the first step or at the end; the message names the last good one.
         ImportError: tqdm is missing and ``progress`` is True.
     """
     folder = Path(out)
-    if folder.is_file():
+    if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give the folder of a run, or one to be made")
-    found = find_checkpoints(folder)
-    if found and not resume:
-        raise ValueError(f"{folder} holds a run already ({found[-1].name}): resume it, or choose another folder")
     with contextlib.ExitStack() as stack:
         ranks = join_ranks(settings.device)
+        if ranks.first:
+            stack.enter_context(lock_folder(folder))
+        found = find_checkpoints(folder)
+        if found and not resume:
+            raise ValueError(f"{folder} holds a run already ({found[-1].name}): resume it, or choose another folder")
         cuda = ranks.device.type == "cuda"
         stack.enter_context(torch.random.fork_rng([ranks.device] if cuda else [], enabled=True))
         checkpoints = RunCheckpoints(folder, settings, ranks, train, speech)
         run = _Run(settings, train, validation, ranks, checkpoints, load_checkpoint(found[-1]) if found else None)
         stop = stack.enter_context(StopSignals())
+        checkpoints.rehearse(run.learner, run.counters)
         if ranks.first:
-            folder.mkdir(parents=True, exist_ok=True)
             run.reports = Reports(folder, run.counters.step, settings.steps if progress else None, on_step)
             stack.callback(run.reports.close)
         return run.train(stop)
@@ -133,9 +138,9 @@ class _Run:
                         validated.append((counters.step, losses))
                 # checkpoints during a series of skipped steps would displace the good ones
                 if stopped or (counters.step % settings.checkpoint_every == 0 and not in_a_row):
-                    self.checkpoints.save(self.learner, counters)
+                    self.checkpoints.save(self.learner, counters, last=bool(stopped))
         model = self.learner.model.eval()
-        newest = checkpoint_path(self.checkpoints.folder, counters.step)
+        newest = self.checkpoints.newest or checkpoint_path(self.checkpoints.folder, counters.step)
         return PretrainResult(model, newest, history, validated, stopped)
 
     def _step(self, steps: Iterator[list[Batch]]) -> StepRecord:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...config import ConformerConfig
 from ...depth import DepthSampler
+from ...validation import need_integer, need_number
 from ..model import FeatureSettings, PretrainingModel
 from ..objectives import ObjectiveSettings
 
@@ -77,20 +78,24 @@ class PretrainSettings:
     keep: int = 3
 
     def __post_init__(self) -> None:
-        def need(ok: bool, name: str, expected: str) -> None:
-            if not ok:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}")
-
+        owner = "PretrainSettings"
         for name in ("steps", "accumulate", "validate_every", "checkpoint_every", "keep"):
-            need(getattr(self, name) >= 1, name, "1 or more")
+            need_integer(owner, name, getattr(self, name), 1, 1 << 40)
+        need_integer(owner, "seed", self.seed, 0, (1 << 63) - 1)
+        need_integer(owner, "workers", self.workers, 0, 1 << 10)
         for name in ("learning_rate", "clip", "batch_seconds"):
-            need(getattr(self, name) > 0, name, "a positive number")
-        need(self.crop_seconds is None or self.crop_seconds >= 0.1, "crop_seconds", "None, or 0.1 or more")
-        for name in ("distill", "weight_decay", "seed", "workers"):
-            need(getattr(self, name) >= 0, name, "0 or more")
-        need(0 <= self.warmup < 1, "warmup", "0 <= warmup < 1, a part of the run")
-        need(self.max_minutes is None or self.max_minutes > 0, "max_minutes", "None or a positive number")
-        need(self.precision in PRECISIONS, "precision", "one of " + ", ".join(PRECISIONS))
+            need_number(owner, name, getattr(self, name), 0, open=True)
+        for name in ("distill", "weight_decay"):
+            need_number(owner, name, getattr(self, name), 0)
+        need_number(owner, "warmup", self.warmup, 0, below=1)
+        if self.crop_seconds is not None:
+            need_number(owner, "crop_seconds", self.crop_seconds, 0.1)
+        if self.max_minutes is not None:
+            need_number(owner, "max_minutes", self.max_minutes, 0, open=True)
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is {self.precision!r}; expected one of {', '.join(PRECISIONS)}")
+        if not (self.device is None or isinstance(self.device, str)):
+            raise ValueError(f"device is {self.device!r}; expected None or the name of a device")
         if self.distill and self.depth != "sandwich":
             raise ValueError(
                 f"distill is {self.distill} with depth={self.depth!r}: only depth='sandwich' trains several depths in a step"

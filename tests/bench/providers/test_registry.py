@@ -22,3 +22,17 @@ def test_each_engine_has_a_row_of_its_own():
     with chosen["lcconformer:cpu+loop"].scope():
         assert (loop.forced_engine(), forced_backend()) == ("loop", "cpu")
     assert chosen["lcconformer:cpu+loop"].missing(SMALL.replace(mode="feed_forward:forward")) == "has no such op"
+
+
+def test_what_compiles_for_minutes_is_chosen_by_its_full_name_alone():
+    assert [str(p) for p in registry.choose("compile")] == ["compile:inductor", "compile:graphs"]
+    assert [str(p) for p in registry.choose("compile:max-autotune")] == ["compile:max-autotune"]
+
+
+def test_a_training_step_of_the_loop_engine_is_captured_as_a_whole():
+    (both,) = registry.choose("lcconformer:triton+loop+graphs")
+    assert (both.engine, both.graphs) == ("loop", True)
+    gpu = SMALL.replace(device="cuda")
+    assert both.missing(gpu.replace(mode="training")) is None
+    assert "graphs of its own" in both.missing(gpu)
+    assert both.missing(SMALL.replace(mode="training")) == "needs a CUDA device"

@@ -26,15 +26,15 @@ def test_the_fastest_rows_of_both_sides_count():
         case("lcconformer", 2.5, backend="torch"),
     ]
     found = lines(rows)
-    assert found["training B=8 T=400 d=256: speed of eager"][-3:] == ["4.50x", "4.50x", "met"]
-    assert found["training B=8 T=400 d=256: speed of compile"][-2:] == ["2.50x", "met"]
+    assert found["training B=8 T=400 d=256: speed of eager"][-4:] == ["4.50x", "4.50x", "12.5%", "met"]
+    assert found["training B=8 T=400 d=256: speed of compile"][-3:] == ["2.50x", "12.5%", "met"]
     assert found["training B=8 T=400 d=512: speed of eager"][-2:] == ["not", "measured"]
     assert not any("transformers" in goal for goal in found), "goals of a CPU"
 
 
 def test_a_missed_goal_is_said():
     rows = [case("eager", 8.9), case("lcconformer", 2.0, backend="triton")]
-    assert lines(rows)["training B=8 T=400 d=256: speed of eager"][-2:] == ["4.45x", "MISSED"]
+    assert lines(rows)["training B=8 T=400 d=256: speed of eager"][-3:] == ["4.45x", "12.5%", "MISSED"]
 
 
 @pytest.mark.parametrize(("ours", "met"), [(3.5, True), (3.6, False)])
@@ -44,6 +44,16 @@ def test_memory_is_to_be_small(ours, met):
     ratio = goal.measured(rows)
     assert ratio == pytest.approx(ours / 10)
     assert goal.met(ratio) == met
+
+
+def test_memory_is_that_of_the_fastest_row_that_knows_its_own():
+    goal = Goal("cuda", "training", 8, 400, 256, "eager", 0.35, memory=True)
+    rows = [
+        case("eager", 9.0, peak_memory_mb=10.0),
+        case("lcconformer", 1.0, backend="triton+loop+graphs", peak_memory_mb=None),
+        case("lcconformer", 2.0, backend="triton+loop", peak_memory_mb=3.0),
+    ]
+    assert goal.measured(rows) == pytest.approx(0.3)
 
 
 def test_a_shallow_row_reaches_no_goal():

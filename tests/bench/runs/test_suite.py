@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 from lcconformer.bench.core.case import Case
@@ -87,6 +90,29 @@ def test_no_row_under_the_name_of_a_backend_that_did_not_run():
     rows = suite.run_case(SMALL, [claim, registry.eager], Results(), rounds=1, say=said.append)
     assert [row.provider for row in rows] == ["eager"]
     assert said == ["skipped  lcconformer:cpu: no kernel of backend cpu ran"]
+
+
+def test_a_killed_run_keeps_the_rows_of_all_providers_that_were_ready(tmp_path):
+    program = f"""
+import dataclasses, os, signal
+from pathlib import Path
+from lcconformer.bench.core.case import Case
+from lcconformer.bench.core.roofline import Ceilings
+from lcconformer.bench.core.rows import Results
+from lcconformer.bench.providers import registry
+from lcconformer.bench.runs import suite
+suite.measure_ceilings = lambda case: Ceilings(0.1, 10.0)
+def build(case):
+    os.kill(os.getpid(), signal.SIGKILL)
+deadly = dataclasses.replace(registry.eager, name="deadly", build=build)
+case = Case("inference", 2, 9, d_model=32, layers=2, depth=2, kernel=7)
+suite.run_case(case, [*registry.choose("eager,lcconformer:torch"), deadly], Results(Path({str(tmp_path / "out.json")!r})))
+"""
+    done = subprocess.run([sys.executable, "-c", program], timeout=300)
+    assert done.returncode == -signal.SIGKILL
+    rows = Results(tmp_path / "out.json").rows
+    assert [row.provider for row in rows] == ["eager", "lcconformer"]
+    assert rows[1].speedup_vs_eager == pytest.approx(rows[0].median_ms / rows[1].median_ms)
 
 
 def test_results_replace_rows_of_the_same_case(tmp_path):

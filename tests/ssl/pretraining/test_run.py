@@ -5,6 +5,8 @@ import dataclasses
 import itertools
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +16,7 @@ import torch
 from lcconformer import ConformerConfig
 from lcconformer.data import BatchLoader, Corpus, frame_count, load_corpus
 from lcconformer.ssl import FeatureSettings, ObjectiveSettings, PretrainingModel, load_checkpoint, load_model
-from lcconformer.ssl.checkpoint import find_checkpoints
+from lcconformer.ssl.checkpoint import find_checkpoints, save_checkpoint
 from lcconformer.ssl.masking import draw_masks
 from lcconformer.ssl.pretraining.run import pretrain
 from lcconformer.ssl.pretraining.settings import PretrainResult, PretrainSettings, StepRecord
@@ -325,6 +327,116 @@ def test_a_run_refuses(change: dict, message: str, corpora: tuple, tmp_path: Pat
     with pytest.raises(ValueError, match=message):
         pretrain(settings(**change), *corpora, out=tmp_path, progress=False)
     assert not find_checkpoints(tmp_path)
+
+
+DAMAGE = {
+    "no data": (lambda meta, tensors: meta.pop("data"), "it was trained on None"),
+    "no step": (lambda meta, tensors: meta.pop("step"), "the counters: step is None; expected an integer"),
+    "step": (lambda meta, tensors: meta.update(step="2"), "the counters: step is '2'"),
+    "time": (lambda meta, tensors: meta.update(elapsed_s=-1.0), "elapsed_s is -1.0"),
+    "no scaler": (lambda meta, tensors: meta.pop("scaler"), "loss scaling is damaged"),
+    "scaler": (lambda meta, tensors: meta.update(scaler=3), "loss scaling is damaged"),
+    "settings": (lambda meta, tensors: meta.update(settings=[]), "settings was"),
+    "weight": (lambda meta, tensors: tensors.popitem(), "encoder.*is missing|objective.*is missing"),
+    "no optimizer entry": (lambda meta, tensors: tensors.pop(OF_OPTIMIZER + "exp_avg"), "lacks exp_avg of encoder"),
+    "optimizer's shape": (
+        lambda meta, tensors: tensors.update({OF_OPTIMIZER + "exp_avg": torch.zeros(3)}),
+        r"exp_avg is torch.float32 \[3\]; expected finite values of shape",
+    ),
+    "optimizer's values": (
+        lambda meta, tensors: tensors[OF_OPTIMIZER + "exp_avg_sq"].fill_(torch.nan),
+        "exp_avg_sq is .*expected finite values",
+    ),
+    "optimizer's name": (
+        lambda meta, tensors: tensors.update({"optimizer.magic.exp_avg": torch.zeros(3)}),
+        "magic.exp_avg, which is of no parameter",
+    ),
+}
+OF_OPTIMIZER = "optimizer.encoder.layers.0.ffn1.up.weight."
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_resuming_a_damaged_checkpoint(damage: str, corpora: tuple, tmp_path: Path) -> None:
+    told = settings(steps=2, checkpoint_every=2)
+    checkpoint = load_checkpoint(pretrain(told, *corpora, out=tmp_path, progress=False).checkpoint)
+    change, message = DAMAGE[damage]
+    meta, tensors = dict(checkpoint.meta), dict(sorted(checkpoint.tensors.items(), reverse=True))
+    change(meta, tensors)
+    save_checkpoint(checkpoint.path, tensors, meta)
+    with pytest.raises(ValueError, match=message):
+        pretrain(told, *corpora, out=tmp_path, resume=True, progress=False)
+
+
+def test_what_a_killed_run_left_behind_is_cleared(corpora: tuple, tmp_path: Path) -> None:
+    pretrain(settings(steps=2), *corpora, out=tmp_path, progress=False)
+    (tmp_path / ".step_00000003.safetensors.0123abcd.tmp").write_bytes(b"half a checkpoint")
+    (tmp_path / "notes.tmp").write_text("the user's own")
+    pretrain(settings(steps=2), *corpora, out=tmp_path, resume=True, progress=False)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == ["notes.tmp"]
+
+
+def test_two_runs_in_one_folder(corpora: tuple, tmp_path: Path) -> None:
+    """While one trains, another one in the same folder is refused, resumed or not, and disturbs nothing."""
+    refused = []
+
+    def second(record: StepRecord) -> None:
+        if record.step == 2:
+            for resume in (False, True):
+                with pytest.raises(ValueError, match=r"another run is in .* \(process \d+ on ") as caught:
+                    pretrain(SETTINGS, *corpora, out=tmp_path / "run", resume=resume, progress=False)
+                refused.append(caught)
+
+    first = pretrain(SETTINGS, *corpora, out=tmp_path / "run", progress=False, on_step=second)
+    alone = pretrain(SETTINGS, *corpora, out=tmp_path / "alone", progress=False)
+    assert len(refused) == 2
+    assert losses(first) == losses(alone)
+
+
+FULL = """
+import resource, signal, sys, warnings
+from pathlib import Path
+from lcconformer.data import load_corpus
+from lcconformer.ssl.pretraining.run import pretrain
+sys.path.insert(0, sys.argv[3])
+from test_run import SETTINGS, settings
+
+def full(record):
+    # from here on no file may grow beyond so many bytes, as if the disk were full; and room again later
+    if record.step in (2, 7 if sys.argv[4] == "for a while" else 100):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300 if record.step == 2 else -1, -1))
+
+if sys.argv[4] == "from the start":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, -1))
+corpus = load_corpus(sys.argv[1]).preload()
+result = pretrain(settings(keep=1), corpus, out=sys.argv[2], progress=False, on_step=full)
+print(result.checkpoint.name)
+"""
+
+
+@pytest.mark.parametrize("when", ["for a while", "to the end", "from the start"])
+def test_a_full_disk(when: str, speech_folder: Path, tmp_path: Path) -> None:
+    """A checkpoint that finds no room costs a warning; the last one, an error that names the last good one."""
+    out = tmp_path / "run"
+    arguments = [str(speech_folder), str(out), str(Path(__file__).parent), when]
+    done = subprocess.run([sys.executable, "-c", FULL, *arguments], capture_output=True, text=True, timeout=250)
+    names = [path.name for path in find_checkpoints(out)]
+    if when == "from the start":
+        assert f"RunError: no checkpoint can be written to {out}" in done.stderr
+        assert not names
+        return
+    for step in (3, 6):
+        assert f"the checkpoint of step {step} cannot be written" in done.stderr
+    assert "the run goes on" in done.stderr
+    assert f"the logs in {out} cannot be written" in done.stderr
+    if when == "for a while":
+        assert done.stdout == "step_00000008.safetensors\n", done.stderr
+        assert names == ["step_00000008.safetensors"]
+        assert load_checkpoint(out).meta["step"] == 8
+    else:
+        assert "RunError: the checkpoint of step 8 cannot be written" in done.stderr
+        assert "there is no earlier one: make room, then resume the run" in done.stderr
+        assert not names
+        assert not [path for path in out.iterdir() if path.suffix == ".tmp"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said without CUDA")

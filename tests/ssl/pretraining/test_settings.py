@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -39,15 +40,34 @@ def settings(**changes: object) -> PretrainSettings:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 0}, "steps is 0; expected 1 or more"),
+        ({"steps": 0}, "steps is 0; expected an integer from 1"),
         ({"accumulate": 0}, "accumulate is 0"),
         ({"keep": 0}, "keep is 0"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0; expected a positive"),
-        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; expected a finite number above 0"),
+        *[
+            ({name: value}, f"{name} is {value}; expected a finite number")
+            for name in (
+                "learning_rate",
+                "clip",
+                "batch_seconds",
+                "crop_seconds",
+                "max_minutes",
+                "distill",
+                "weight_decay",
+                "warmup",
+            )
+            for value in (math.inf, math.nan)
+        ],
+        *[
+            ({name: value}, f"{name} is {value}; expected an integer")
+            for name in ("steps", "accumulate", "validate_every", "checkpoint_every", "keep", "workers", "seed")
+            for value in (math.inf, 2.5, True, 10**30)
+        ],
+        ({"device": 3}, "device is 3; expected None or the name of a device"),
         ({"clip": -1.0}, "clip is -1.0"),
         ({"batch_seconds": 0.0}, "batch_seconds is 0.0"),
         ({"crop_seconds": 0.0}, "crop_seconds is 0.0"),
-        ({"warmup": 1.0}, "warmup is 1.0; expected 0 <= warmup < 1"),
+        ({"warmup": 1.0}, "warmup is 1.0; expected a finite number of 0 or more and below 1"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
         ({"seed": -1}, "seed is -1"),
         ({"max_minutes": 0.0}, "max_minutes is 0.0"),
