@@ -26,8 +26,6 @@ PRODUCT = feed_forward("bf16", 83, products=2, norm=False, d=264)
         (ATTENTION, "_forward", 80, BARRIERS, 3),
         (PRODUCT, "_up_kernel", 90, WAITS, 0),
         (PRODUCT, "_up_kernel", 90, BARRIERS, 1),
-        (PRODUCT, "_up_kernel", 80, WAITS, 0),
-        (PRODUCT, "_up_kernel", 80, BARRIERS, 1),
     ],
 )
 def test_what_is_taken_out_is_missed(ask, case, kernel, arch, pattern, unseen):
