@@ -48,8 +48,9 @@ __device__ inline void fma(float2& acc, float2 a, float2 b) {
 }
 __device__ inline void add(float2& acc, float2 a) { acc = make_float2(acc.x + a.x, acc.y + a.y); }
 
-// Where a channel of a group is in a row of shared memory. A thread stages eight channels with two stores of four floats;
-// the first halves of eight threads lie side by side, then the second halves, so that no two of them share a bank.
+// Where a channel of a group is in a row of shared memory. A thread stages eight channels with two stores of four
+// floats; the first halves of eight threads lie side by side, then the second halves, so that no two of them share a
+// bank.
 __device__ inline int position(int channel) { return channel % 8 / 4 * 32 + channel / 8 * 4 + channel % 4; }
 // the first of the two channels at positions 2 * lane and 2 * lane + 1
 __device__ inline int lane_channel(int lane) { return lane % 16 / 2 * 8 + lane / 16 * 4 + lane % 2 * 2; }
@@ -121,7 +122,8 @@ __device__ void load_weights(Shared weights, const GluDepthwiseConv& op, int c0)
 #pragma unroll
         for (int n = 0; n < kQuads / kGluConvWarps; ++n) {
             const int c = (n * kGluConvWarps + warp) * 4 + lane % 4;
-            weights.store(k * Tiling<kLayer>::taps_pitch + c / kGroup * kGroup + position(c % kGroup), to_float(values[n]));
+            weights.store(k * Tiling<kLayer>::taps_pitch + c / kGroup * kGroup + position(c % kGroup),
+                          to_float(values[n]));
         }
     }
 }
@@ -220,8 +222,8 @@ __device__ inline Moments moments_of_rows(const float2 (&z)[kRows], int c, int c
     return {count, mean, sum_rows(v, lane)};
 }
 
-// The kRows rows of a warp in a tensor [B, T, C], from frame t on, at channels c, c + 1: where the first is, and how many
-// there are
+// The kRows rows of a warp in a tensor [B, T, C], from frame t on, at channels c, c + 1: where the first is, and how
+// many there are
 template <class T>
 struct Rows {
     T* at;
@@ -271,8 +273,8 @@ __device__ inline void finish(float2 (&z)[kRows], const GluDepthwiseConv& op, in
     }
 }
 
-// Grid: channel tiles x frame tiles of all utterances, channels fastest; with LayerNorm a block walks over all channels of
-// its frames, and z waits in y or out until the row's moments are known, that of the last channels in registers.
+// Grid: channel tiles x frame tiles of all utterances, channels fastest; with LayerNorm a block walks over all channels
+// of its frames, and z waits in y or out until the row's moments are known, that of the last channels in registers.
 template <class T, bool kLayer>
 __global__ void __launch_bounds__(kThreads, kLayer ? 4 : 5) forward(const GluDepthwiseConvForward op) {
     using G = Tiling<kLayer>;
@@ -351,8 +353,9 @@ __device__ inline float sum_lanes(float x) {
     return x;
 }
 
-// What LayerNorm's gradient needs of a row: mean and inverse deviation of z, and the means of g and g * zhat, where zhat is
-// the normalised row and g the gradient there. A warp takes a row and keeps it in registers; grid: rows in fours.
+// What LayerNorm's gradient needs of a row: mean and inverse deviation of z, and the means of g and g * zhat, where
+// zhat is the normalised row and g the gradient there. A warp takes a row and keeps it in registers; grid: rows in
+// fours.
 template <class T>
 __global__ void __launch_bounds__(kThreads) row_moments(const GluDepthwiseConvBackward op) {
     const int64_t row = int64_t{blockIdx.x} * kGluConvWarps + threadIdx.x / kWarp;
@@ -409,8 +412,8 @@ struct Sums {
 
 // dz [frames + K - 1, channels], 0 outside of the utterance; padding has one
 template <class T, bool kLayer, bool kAligned>
-__device__ inline void stage_gradient(Shared grad, const GluDepthwiseConvBackward& op, const Tile& tile, int rows, int c,
-                                      Sums& sums) {
+__device__ inline void stage_gradient(Shared grad, const GluDepthwiseConvBackward& op, const Tile& tile, int rows,
+                                      int c, Sums& sums) {
     constexpr int kLoads = kAligned ? 4 : 1;
     const int lane = threadIdx.x % kWarp, halo = op.width / 2;
     const float2 scale = pair_or(op.scale, c, op.channels, 1.0f), shift = pair_or(op.shift, c, op.channels, 0.0f);
@@ -480,7 +483,8 @@ __device__ inline void store_dx(const GluDepthwiseConvBackward& op, const Tile& 
     }
 }
 
-// grid: groups of channels x slots; a block walks over every slots-th frame tile and keeps its weight gradient in registers
+// grid: groups of channels x slots; a block walks over every slots-th frame tile and keeps its weight gradient in
+// registers
 template <class T, bool kLayer>
 __global__ void __launch_bounds__(kThreads, 4) backward(const GluDepthwiseConvBackward op) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -490,9 +494,10 @@ __global__ void __launch_bounds__(kThreads, 4) backward(const GluDepthwiseConvBa
 
     SharedMemory shared;
     // the taps of the last group past K read rows that nothing uses: they are there, and never set
-    const Shared glu = shared.take((Tiles::frames - 1 + (op.width + kRows - 1) / kRows * kRows) * kGroup);  // [frames + K - 1, kGroup]
-    const Shared grad = shared.take((Tiles::frames + op.width - 1) * kGroup);           // dz, as glu
-    const Shared weights = shared.take(op.width * Tiles::taps_pitch);                   // [K, kGroup]
+    const Shared glu =
+        shared.take((Tiles::frames - 1 + (op.width + kRows - 1) / kRows * kRows) * kGroup);  // [frames + K - 1, kGroup]
+    const Shared grad = shared.take((Tiles::frames + op.width - 1) * kGroup);                // dz, as glu
+    const Shared weights = shared.take(op.width * Tiles::taps_pitch);                        // [K, kGroup]
     load_weights<T, false>(weights, op, c0);
 
     // for the weight gradient 1, 2 or all 4 warps have kRows taps each, and the others a part of the frames
@@ -508,9 +513,7 @@ __global__ void __launch_bounds__(kThreads, 4) backward(const GluDepthwiseConvBa
         const int rows = min(Tiles::frames + op.width - 1, tile.frames + 2 * halo - tile.t0);
         __syncthreads();  // the last tile has been read by every warp
         stage_glu<T, false>(glu, op, tile, tile.t0 - halo, rows, c0);
-        if_aligned(op, [&](auto aligned) {
-            stage_gradient<T, kLayer, aligned.value>(grad, op, tile, rows, c, sums);
-        });
+        if_aligned(op, [&](auto aligned) { stage_gradient<T, kLayer, aligned.value>(grad, op, tile, rows, c, sums); });
         __syncthreads();
 
         // dweight[tap] = sum over t of dz[t] * h[t + tap - halo]
@@ -550,8 +553,8 @@ __global__ void __launch_bounds__(kThreads, 4) backward(const GluDepthwiseConvBa
     float* partial = op.partial + int64_t{blockIdx.y} * (op.width + 3) * op.channels;
     for (int row = warp; row < op.width + 3; row += kGluConvWarps) {
         const bool taps = row < op.width;
-        const Shared from = taps ? parts_dweight + row * kGroup
-                                 : warps_sums + (row - op.width) * kGluConvWarps * kGroup;
+        const Shared from =
+            taps ? parts_dweight + row * kGroup : warps_sums + (row - op.width) * kGluConvWarps * kGroup;
         const int count = taps ? parts : kGluConvWarps, pitch = taps ? tap_warps * kRows * kGroup : kGroup;
         float2 sum = {};
         for (int i = 0; i < count; ++i) add(sum, from.load<float2>(i * pitch));
