@@ -174,19 +174,21 @@ __device__ inline float2 pair_or(const T* values, int c, int channels, float oth
     return to_floats(load_some<Pair<T>, false>(values, c, channels));
 }
 
-// v[r] summed over the lanes of the warp, in lanes 2 * r and 2 * r + 1
-__device__ inline float sum_rows(float (&v)[kRows], int lane) {
+// v[r] summed over the lanes of the warp, in lanes 2 * r and 2 * r + 1: a lane keeps half of the rows, N / 2, at a time
+template <int N>
+__device__ inline float sum_rows(float (&v)[N], int lane) {
+    if constexpr (N == 1) {
+        return v[0] + __shfl_xor_sync(0xFFFFFFFFu, v[0], 1);
+    } else {
+        const bool upper = lane & N;
+        float half[N / 2];
 #pragma unroll
-    for (int n = 1; 1 << n <= kRows; ++n) {
-        const int half = kRows >> n;
-        const bool upper = lane & 2 * half;
-#pragma unroll
-        for (int r = 0; r < half; ++r) {
-            const float mine = upper ? v[r + half] : v[r], other = upper ? v[r] : v[r + half];
-            v[r] = mine + __shfl_xor_sync(0xFFFFFFFFu, other, 2 * half);
+        for (int r = 0; r < N / 2; ++r) {
+            const float mine = upper ? v[r + N / 2] : v[r], other = upper ? v[r] : v[r + N / 2];
+            half[r] = mine + __shfl_xor_sync(0xFFFFFFFFu, other, N);
         }
+        return sum_rows(half, lane);
     }
-    return v[0] + __shfl_xor_sync(0xFFFFFFFFu, v[0], 1);
 }
 
 // Mean and sum of squared deviations of `count` numbers. Chan et al. 1979, "Updating formulae ... for computing sample
@@ -340,11 +342,11 @@ __global__ void __launch_bounds__(kThreads, kLayer ? 4 : 5) forward(const GluDep
     }
 }
 
-// the gradient at a = z * scale + shift, from that at silu(a)
+// the gradient at a, from that at silu(a); rounded the same everywhere, so that LayerNorm's differences of it cancel
 template <class T>
-__device__ inline float2 silu_gradient(const Pair<T>& dout, float2 a) {
-    const float2 d = to_floats(dout), s = sigmoid<T>(a);
-    return make_float2(d.x * (s.x * (1.0f + a.x * (1.0f - s.x))), d.y * (s.y * (1.0f + a.y * (1.0f - s.y))));
+__device__ inline float silu_gradient(float dout, float a) {
+    const float s = sigmoid<T>(a);
+    return dout * (s * (1.0f + a * (1.0f - s)));
 }
 
 __device__ inline float sum_lanes(float x) {
@@ -396,8 +398,8 @@ __global__ void __launch_bounds__(kThreads) row_moments(const GluDepthwiseConvBa
     const float inverse = rsqrtf(variance + op.eps);
     float total_zhat = 0.0f;
     const float total = sum([&](int n, int i, int c) {
-        const float zhat = (value(n, i) - mean) * inverse, a = fmaf(zhat, op.scale[c], op.shift[c]), s = sigmoid<T>(a);
-        const float g = to_float(dout[n].values[i]) * s * fmaf(a, 1.0f - s, 1.0f) * op.scale[c];
+        const float zhat = (value(n, i) - mean) * inverse, a = fmaf(zhat, op.scale[c], op.shift[c]);
+        const float g = silu_gradient<T>(to_float(dout[n].values[i]), a) * op.scale[c];
         total_zhat = fmaf(g, zhat, total_zhat);
         return g;
     });
@@ -440,7 +442,8 @@ __device__ inline void stage_gradient(Shared grad, const GluDepthwiseConvBackwar
             const float4 m = moments[n];
             if (kLayer) zhat = make_float2((zhat.x - m.x) * m.y, (zhat.y - m.x) * m.y);
             const float2 a = make_float2(fmaf(zhat.x, scale.x, shift.x), fmaf(zhat.y, scale.y, shift.y));
-            const float2 da = silu_gradient(d[n], a);
+            const float2 from = to_floats(d[n]);
+            const float2 da = make_float2(silu_gradient<T>(from.x, a.x), silu_gradient<T>(from.y, a.y));
             float2 dz = make_float2(da.x * scale.x, da.y * scale.y);
             if (kLayer) {
                 dz = make_float2((dz.x - m.z - zhat.x * m.w) * m.y, (dz.y - m.z - zhat.y * m.w) * m.y);
