@@ -48,8 +48,9 @@ __device__ inline void fma(float2& acc, float2 a, float2 b) {
 }
 __device__ inline void add(float2& acc, float2 a) { acc = make_float2(acc.x + a.x, acc.y + a.y); }
 
-// Where a channel of a group is in a row of shared memory. A thread stages eight channels with two stores of four floats;
-// the first halves of eight threads lie side by side, then the second halves, so that no two of them share a bank.
+// Where a channel of a group is in a row of shared memory. A thread stages eight channels with two stores of four
+// floats; the first halves of eight threads lie side by side, then the second halves, so that no two of them share a
+// bank.
 __device__ inline int position(int channel) { return channel % 8 / 4 * 32 + channel / 8 * 4 + channel % 4; }
 // the first of the two channels at positions 2 * lane and 2 * lane + 1
 __device__ inline int lane_channel(int lane) { return lane % 16 / 2 * 8 + lane / 16 * 4 + lane % 2 * 2; }
@@ -121,7 +122,8 @@ __device__ void load_weights(Shared weights, const GluDepthwiseConv& op, int c0)
 #pragma unroll
         for (int n = 0; n < kQuads / kGluConvWarps; ++n) {
             const int c = (n * kGluConvWarps + warp) * 4 + lane % 4;
-            weights.store(k * Tiling<kLayer>::taps_pitch + c / kGroup * kGroup + position(c % kGroup), to_float(values[n]));
+            weights.store(k * Tiling<kLayer>::taps_pitch + c / kGroup * kGroup + position(c % kGroup),
+                          to_float(values[n]));
         }
     }
 }
@@ -172,19 +174,21 @@ __device__ inline float2 pair_or(const T* values, int c, int channels, float oth
     return to_floats(load_some<Pair<T>, false>(values, c, channels));
 }
 
-// v[r] summed over the lanes of the warp, in lanes 2 * r and 2 * r + 1
-__device__ inline float sum_rows(float (&v)[kRows], int lane) {
+// v[r] summed over the lanes of the warp, in lanes 2 * r and 2 * r + 1: a lane keeps half of the rows, N / 2, at a time
+template <int N>
+__device__ inline float sum_rows(float (&v)[N], int lane) {
+    if constexpr (N == 1) {
+        return v[0] + __shfl_xor_sync(0xFFFFFFFFu, v[0], 1);
+    } else {
+        const bool upper = lane & N;
+        float half[N / 2];
 #pragma unroll
-    for (int n = 1; 1 << n <= kRows; ++n) {
-        const int half = kRows >> n;
-        const bool upper = lane & 2 * half;
-#pragma unroll
-        for (int r = 0; r < half; ++r) {
-            const float mine = upper ? v[r + half] : v[r], other = upper ? v[r] : v[r + half];
-            v[r] = mine + __shfl_xor_sync(0xFFFFFFFFu, other, 2 * half);
+        for (int r = 0; r < N / 2; ++r) {
+            const float mine = upper ? v[r + N / 2] : v[r], other = upper ? v[r] : v[r + N / 2];
+            half[r] = mine + __shfl_xor_sync(0xFFFFFFFFu, other, N);
         }
+        return sum_rows(half, lane);
     }
-    return v[0] + __shfl_xor_sync(0xFFFFFFFFu, v[0], 1);
 }
 
 // Mean and sum of squared deviations of `count` numbers. Chan et al. 1979, "Updating formulae ... for computing sample
@@ -220,8 +224,8 @@ __device__ inline Moments moments_of_rows(const float2 (&z)[kRows], int c, int c
     return {count, mean, sum_rows(v, lane)};
 }
 
-// The kRows rows of a warp in a tensor [B, T, C], from frame t on, at channels c, c + 1: where the first is, and how many
-// there are
+// The kRows rows of a warp in a tensor [B, T, C], from frame t on, at channels c, c + 1: where the first is, and how
+// many there are
 template <class T>
 struct Rows {
     T* at;
@@ -271,8 +275,8 @@ __device__ inline void finish(float2 (&z)[kRows], const GluDepthwiseConv& op, in
     }
 }
 
-// Grid: channel tiles x frame tiles of all utterances, channels fastest; with LayerNorm a block walks over all channels of
-// its frames, and z waits in y or out until the row's moments are known, that of the last channels in registers.
+// Grid: channel tiles x frame tiles of all utterances, channels fastest; with LayerNorm a block walks over all channels
+// of its frames, and z waits in y or out until the row's moments are known, that of the last channels in registers.
 template <class T, bool kLayer>
 __global__ void __launch_bounds__(kThreads, kLayer ? 4 : 5) forward(const GluDepthwiseConvForward op) {
     using G = Tiling<kLayer>;
@@ -338,11 +342,11 @@ __global__ void __launch_bounds__(kThreads, kLayer ? 4 : 5) forward(const GluDep
     }
 }
 
-// the gradient at a = z * scale + shift, from that at silu(a)
+// the gradient at a, from that at silu(a); rounded the same everywhere, so that LayerNorm's differences of it cancel
 template <class T>
-__device__ inline float2 silu_gradient(const Pair<T>& dout, float2 a) {
-    const float2 d = to_floats(dout), s = sigmoid<T>(a);
-    return make_float2(d.x * (s.x * (1.0f + a.x * (1.0f - s.x))), d.y * (s.y * (1.0f + a.y * (1.0f - s.y))));
+__device__ inline float silu_gradient(float dout, float a) {
+    const float s = sigmoid<T>(a);
+    return dout * (s * (1.0f + a * (1.0f - s)));
 }
 
 __device__ inline float sum_lanes(float x) {
@@ -351,8 +355,9 @@ __device__ inline float sum_lanes(float x) {
     return x;
 }
 
-// What LayerNorm's gradient needs of a row: mean and inverse deviation of z, and the means of g and g * zhat, where zhat is
-// the normalised row and g the gradient there. A warp takes a row and keeps it in registers; grid: rows in fours.
+// What LayerNorm's gradient needs of a row: mean and inverse deviation of z, and the means of g and g * zhat, where
+// zhat is the normalised row and g the gradient there. A warp takes a row and keeps it in registers; grid: rows in
+// fours.
 template <class T>
 __global__ void __launch_bounds__(kThreads) row_moments(const GluDepthwiseConvBackward op) {
     const int64_t row = int64_t{blockIdx.x} * kGluConvWarps + threadIdx.x / kWarp;
@@ -393,8 +398,8 @@ __global__ void __launch_bounds__(kThreads) row_moments(const GluDepthwiseConvBa
     const float inverse = rsqrtf(variance + op.eps);
     float total_zhat = 0.0f;
     const float total = sum([&](int n, int i, int c) {
-        const float zhat = (value(n, i) - mean) * inverse, a = fmaf(zhat, op.scale[c], op.shift[c]), s = sigmoid<T>(a);
-        const float g = to_float(dout[n].values[i]) * s * fmaf(a, 1.0f - s, 1.0f) * op.scale[c];
+        const float zhat = (value(n, i) - mean) * inverse, a = fmaf(zhat, op.scale[c], op.shift[c]);
+        const float g = silu_gradient<T>(to_float(dout[n].values[i]), a) * op.scale[c];
         total_zhat = fmaf(g, zhat, total_zhat);
         return g;
     });
@@ -409,8 +414,8 @@ struct Sums {
 
 // dz [frames + K - 1, channels], 0 outside of the utterance; padding has one
 template <class T, bool kLayer, bool kAligned>
-__device__ inline void stage_gradient(Shared grad, const GluDepthwiseConvBackward& op, const Tile& tile, int rows, int c,
-                                      Sums& sums) {
+__device__ inline void stage_gradient(Shared grad, const GluDepthwiseConvBackward& op, const Tile& tile, int rows,
+                                      int c, Sums& sums) {
     constexpr int kLoads = kAligned ? 4 : 1;
     const int lane = threadIdx.x % kWarp, halo = op.width / 2;
     const float2 scale = pair_or(op.scale, c, op.channels, 1.0f), shift = pair_or(op.shift, c, op.channels, 0.0f);
@@ -437,7 +442,8 @@ __device__ inline void stage_gradient(Shared grad, const GluDepthwiseConvBackwar
             const float4 m = moments[n];
             if (kLayer) zhat = make_float2((zhat.x - m.x) * m.y, (zhat.y - m.x) * m.y);
             const float2 a = make_float2(fmaf(zhat.x, scale.x, shift.x), fmaf(zhat.y, scale.y, shift.y));
-            const float2 da = silu_gradient(d[n], a);
+            const float2 from = to_floats(d[n]);
+            const float2 da = make_float2(silu_gradient<T>(from.x, a.x), silu_gradient<T>(from.y, a.y));
             float2 dz = make_float2(da.x * scale.x, da.y * scale.y);
             if (kLayer) {
                 dz = make_float2((dz.x - m.z - zhat.x * m.w) * m.y, (dz.y - m.z - zhat.y * m.w) * m.y);
@@ -480,7 +486,8 @@ __device__ inline void store_dx(const GluDepthwiseConvBackward& op, const Tile& 
     }
 }
 
-// grid: groups of channels x slots; a block walks over every slots-th frame tile and keeps its weight gradient in registers
+// grid: groups of channels x slots; a block walks over every slots-th frame tile and keeps its weight gradient in
+// registers
 template <class T, bool kLayer>
 __global__ void __launch_bounds__(kThreads, 4) backward(const GluDepthwiseConvBackward op) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -490,9 +497,10 @@ __global__ void __launch_bounds__(kThreads, 4) backward(const GluDepthwiseConvBa
 
     SharedMemory shared;
     // the taps of the last group past K read rows that nothing uses: they are there, and never set
-    const Shared glu = shared.take((Tiles::frames - 1 + (op.width + kRows - 1) / kRows * kRows) * kGroup);  // [frames + K - 1, kGroup]
-    const Shared grad = shared.take((Tiles::frames + op.width - 1) * kGroup);           // dz, as glu
-    const Shared weights = shared.take(op.width * Tiles::taps_pitch);                   // [K, kGroup]
+    const Shared glu =
+        shared.take((Tiles::frames - 1 + (op.width + kRows - 1) / kRows * kRows) * kGroup);  // [frames + K - 1, kGroup]
+    const Shared grad = shared.take((Tiles::frames + op.width - 1) * kGroup);                // dz, as glu
+    const Shared weights = shared.take(op.width * Tiles::taps_pitch);                        // [K, kGroup]
     load_weights<T, false>(weights, op, c0);
 
     // for the weight gradient 1, 2 or all 4 warps have kRows taps each, and the others a part of the frames
@@ -508,9 +516,7 @@ __global__ void __launch_bounds__(kThreads, 4) backward(const GluDepthwiseConvBa
         const int rows = min(Tiles::frames + op.width - 1, tile.frames + 2 * halo - tile.t0);
         __syncthreads();  // the last tile has been read by every warp
         stage_glu<T, false>(glu, op, tile, tile.t0 - halo, rows, c0);
-        if_aligned(op, [&](auto aligned) {
-            stage_gradient<T, kLayer, aligned.value>(grad, op, tile, rows, c, sums);
-        });
+        if_aligned(op, [&](auto aligned) { stage_gradient<T, kLayer, aligned.value>(grad, op, tile, rows, c, sums); });
         __syncthreads();
 
         // dweight[tap] = sum over t of dz[t] * h[t + tap - halo]
@@ -550,8 +556,8 @@ __global__ void __launch_bounds__(kThreads, 4) backward(const GluDepthwiseConvBa
     float* partial = op.partial + int64_t{blockIdx.y} * (op.width + 3) * op.channels;
     for (int row = warp; row < op.width + 3; row += kGluConvWarps) {
         const bool taps = row < op.width;
-        const Shared from = taps ? parts_dweight + row * kGroup
-                                 : warps_sums + (row - op.width) * kGluConvWarps * kGroup;
+        const Shared from =
+            taps ? parts_dweight + row * kGroup : warps_sums + (row - op.width) * kGluConvWarps * kGroup;
         const int count = taps ? parts : kGluConvWarps, pitch = taps ? tap_warps * kRows * kGroup : kGroup;
         float2 sum = {};
         for (int i = 0; i < count; ++i) add(sum, from.load<float2>(i * pitch));

@@ -6,8 +6,8 @@
 //     out = silu(zhat * scale[c] + shift[c])
 //
 // B batch, T frames, C channels (at most 1024 with LayerNorm), K kernel width (odd, at most 63). Elements are float32,
-// float16 or bfloat16, sums float32. `scale` and `shift` are LayerNorm's, or an evaluation BatchNorm, folded. GroupNorm and
-// BatchNorm statistics need whole utterances or batches, which no block sees.
+// float16 or bfloat16, sums float32. `scale` and `shift` are LayerNorm's, or an evaluation BatchNorm, folded. GroupNorm
+// and BatchNorm statistics need whole utterances or batches, which no block sees.
 #pragma once
 
 #include <cstddef>
@@ -17,8 +17,8 @@
 
 namespace lcc::cuda {
 
-// The tile of a block of four warps. A warp has 16 frames of 64 channels, two a lane. Without LayerNorm the warps follow
-// each other in time; with it, two by two, they cover 128 channels of 32 frames, and go over all channels.
+// The tile of a block of four warps. A warp has 16 frames of 64 channels, two a lane. Without LayerNorm the warps
+// follow each other in time; with it, two by two, they cover 128 channels of 32 frames, and go over all channels.
 constexpr int kGluConvWarps = 4;
 constexpr int kGluConvRows = 16;
 constexpr int kGluConvGroup = 64;

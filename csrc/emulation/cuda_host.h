@@ -40,7 +40,9 @@ inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidDevice = 101;
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "none" : "invalid device ordinal"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+    return error == cudaSuccess ? "none" : "invalid device ordinal";
+}
 inline cudaError_t cudaGetDevice(int* device) { return *device = emulation::device(), cudaSuccess; }
 inline cudaError_t cudaSetDevice(int device) {
     if (device < 0 || device > 1) return cudaErrorInvalidDevice;

@@ -11,7 +11,8 @@ PYBIND11_MODULE(emulated, m) {
         "traffic", [] { return std::make_pair(emulation::traffic().wavefronts, emulation::traffic().conflicts); },
         "Wavefronts and bank conflicts of the worst blocks since count_traffic.");
     m.def("set_device", [](int device) { lcc::check(cudaSetDevice(device), "set_device"); });
-    m.def("devices", [] { return std::make_pair(emulation::device(), emulation::launched_on()); },
-          "The current device, and that of the last launch.");
+    m.def(
+        "devices", [] { return std::make_pair(emulation::device(), emulation::launched_on()); },
+        "The current device, and that of the last launch.");
     m.def("set_seed", [](unsigned seed) { emulation::seed() = seed; }, "Choose the schedule of the launches to come.");
 }

@@ -62,8 +62,9 @@ struct Access {
     size_t offset, bytes;
 };
 
-// What the accesses of the worst block to its dynamic shared memory cost. A warp's access takes a wavefront for each 128
-// bytes of its lanes (16 lanes of 8 bytes, 8 of 16), and one more for each further word that a bank is asked for: conflicts.
+// What the accesses of the worst block to its dynamic shared memory cost. A warp's access takes a wavefront for each
+// 128 bytes of its lanes (16 lanes of 8 bytes, 8 of 16), and one more for each further word that a bank is asked for:
+// conflicts.
 struct Traffic {
     bool counted = false;
     uint64_t wavefronts = 0, conflicts = 0;

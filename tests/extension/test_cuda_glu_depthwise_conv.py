@@ -137,15 +137,13 @@ def test_replays_in_a_cuda_graph():
     torch.testing.assert_close(out, cases.on_cuda_kernels(*args), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("norm", "k", "forward", "backward"), [("none", 31, 0, 0), ("layer", 31, 0, 0), ("layer", 7, 0, 0)]
-)
-def test_wavefronts_of_shared_memory(worker, norm, k, forward, backward):
-    """No two lanes ask a bank for different words."""
+@pytest.mark.parametrize(("norm", "k"), [("none", 31), ("layer", 31), ("none", 7), ("layer", 63)])
+def test_no_bank_conflicts(worker, norm, k):
+    """No two lanes ask a bank of shared memory for different words at a time; the wavefronts that are left are counted."""
     got = worker(traffic={"norm": norm, "dtype": "bfloat16", "t": 64, "k": k})
-    print(got)
-    assert got["forward"][1] == 0
-    assert got["backward"][1] == 0
+    for direction, (wavefronts, conflicts) in got.items():
+        assert wavefronts > 0
+        assert conflicts == 0, f"{direction}: {conflicts} of {wavefronts} wavefronts of a block are bank conflicts"
 
 
 def test_schemas_and_fakes_hold(worker):
