@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 from .common import AotConfig, cdiv
 from .cost import Work
+from .relpos_attention import _heads_at_a_time as heads_at_a_time
+from .relpos_attention import _position_parts as position_parts
 
 __all__ = ["SHAPES", "WORK", "Shape", "shape_of", "work"]
 
@@ -60,40 +62,66 @@ def _positions(config: AotConfig, s: Shape) -> float:
     return float((2 * s.frames - 1) * s.d_model * _size(config))
 
 
+def _tiles_of_keys(config: AotConfig, frames: int) -> tuple[float, ...]:
+    """Trips through whole tiles of keys, and through the last one; wide heads and float32 have one loop for both."""
+    n = _b(config, "N")
+    if config.dtype == "fp32" or _b(config, "D") > 64:
+        return (cdiv(frames, n),)
+    return (frames // n, float(frames % n > 0))
+
+
+def _attention_draw(config: AotConfig, s: Shape) -> Work:
+    heads, pitch = max(1, s.d_model // 64) * s.batch, cdiv(s.frames, 64) * 64
+    grid = cdiv(s.frames, _b(config, "M")) * cdiv(s.frames, _b(config, "N")) * heads
+    return Work(grid, (), heads * pitch**2 / 8)
+
+
 def _attention_forward(config: AotConfig, s: Shape) -> Work:
     h, _, x = _attention(config, s)
+    grid = cdiv(s.frames, 2 * _b(config, "N")) * s.batch * h
+    return Work(grid, _tiles_of_keys(config, s.frames), 4 * x + _positions(config, s) + 4 * h * s.rows)
+
+
+def _of_chunk(config: AotConfig, s: Shape) -> tuple[int, float, float, float]:
+    """Heads that share the scratch, and bytes of these: of a [T, D] tensor, of the positions, of one [T, T] matrix."""
+    h, d, _ = _attention(config, s)
+    tile = 32 if config.dtype == "fp32" else 64  # queries of a program of backward_scores
+    heads = heads_at_a_time(s.batch * h, s.frames, cdiv(s.frames, tile), _size(config))
+    pitch = cdiv(s.frames, 64) * 64
+    x = float(heads * s.frames * d * _size(config))
+    return heads, x, _positions(config, s), float(heads * pitch**2 * _size(config))
+
+
+def _attention_backward_scores(config: AotConfig, s: Shape) -> Work:
+    heads, x, positions, matrix = _of_chunk(config, s)
     n = _b(config, "N")
-    grid = cdiv(s.frames, 2 * n) * s.batch * h
-    return Work(grid, (cdiv(s.frames, n),), 4 * x + _positions(config, s) + 4 * h * s.rows)
-
-
-def _attention_delta(config: AotConfig, s: Shape) -> Work:
-    h, _, x = _attention(config, s)
-    return Work(cdiv(s.rows, _b(config, "M")) * h, (), 2 * x + 4 * h * s.rows)
+    zeros = (cdiv(s.frames, 64) * 64 - cdiv(s.frames, n) * n) // n
+    grid = cdiv(s.frames, 2 * n) * heads
+    return Work(grid, (*_tiles_of_keys(config, s.frames), zeros), 7 * x + positions + 2 * matrix)
 
 
 def _attention_backward_query(config: AotConfig, s: Shape) -> Work:
-    h, _, x = _attention(config, s)
-    n = _b(config, "N")
-    grid = cdiv(s.frames, 2 * n) * s.batch * h
-    return Work(grid, (cdiv(s.frames, n),), 5 * x + _positions(config, s) + 8 * h * s.rows)
+    heads, x, positions, matrix = _of_chunk(config, s)
+    m, n = _b(config, "M"), _b(config, "N")
+    trips = (cdiv(s.frames, n), cdiv(s.frames + m - 1, n))
+    return Work(cdiv(s.frames, m) * heads, trips, 2 * x + positions + matrix)
 
 
 def _attention_backward_key(config: AotConfig, s: Shape) -> Work:
-    h, _, x = _attention(config, s)
-    grid = cdiv(s.frames, _b(config, "N")) * s.batch * h
-    return Work(grid, (cdiv(s.frames, _b(config, "M")),), 6 * x + _positions(config, s) + 8 * h * s.rows)
+    heads, x, _, matrix = _of_chunk(config, s)
+    return Work(cdiv(s.frames, _b(config, "N")) * heads, (cdiv(s.frames, _b(config, "M")),), 4 * x + 2 * matrix)
 
 
 def _attention_backward_position(config: AotConfig, s: Shape) -> Work:
-    h, _, x = _attention(config, s)
+    h, d, _ = _attention(config, s)
+    heads, x, _, matrix = _of_chunk(config, s)
     n, m = _b(config, "N"), _b(config, "M")
-    tiles = 2 * cdiv(s.frames, n)
-    parts = max(1, min(s.batch, cdiv(4 * 132, h * tiles)))
+    tiles = cdiv(2 * s.frames - 1, n)
+    parts = position_parts(cdiv(heads, h), h, tiles)
     # a diagonal at offset o from the main one is T - |o| long: on average half of T, and a tile's share at the ends
     trips = (s.frames / 2 + n) / m
-    written = 4.0 * parts * (2 * s.frames - 1) * s.d_model
-    return Work(tiles * h * parts, (s.batch / parts, trips), 4 * x + _positions(config, s) + 8 * h * s.rows + written)
+    written = 4.0 * parts * (2 * s.frames - 1) * h * d
+    return Work(tiles * h * parts, (heads / (h * parts), trips), x + matrix + 2 * written)
 
 
 def _residual_forward(config: AotConfig, s: Shape) -> Work:
@@ -148,32 +176,54 @@ def _product(columns: str, inner: str, tensors: float, statistics: bool = False)
     return found
 
 
-def _conv(tensors: float) -> Callable[[AotConfig, Shape], Work]:
-    """The sliding kernels; ``tensors`` of [B, T, C] cross."""
-
-    def found(config: AotConfig, s: Shape) -> Work:
-        tiles = cdiv(s.frames, _b(config, "S") * _b(config, "R"))
-        grid = s.batch * tiles * cdiv(s.d_model, _b(config, "C"))
-        trips = cdiv(s.kernel, config.launch.blocks["TAPS"])
-        return Work(grid, (trips,), tensors * s.rows * s.d_model * _size(config))
-
-    return found
-
-
-def _chunks(batch: int, frames: int, programs: int, step: int) -> tuple[int, int]:
-    want = max(1, programs // batch)
-    chunk = max(1, cdiv(cdiv(frames, want), step)) * step
+def _chunks(batch: int, frames: int, programs: int, least: int) -> tuple[int, int]:
+    chunk = max(least, cdiv(frames, max(1, programs // max(batch, 1))))
     return cdiv(frames, chunk), chunk
 
 
-def _conv_norm_backward(tensors: float) -> Callable[[AotConfig, Shape], Work]:
-    def found(config: AotConfig, s: Shape) -> Work:
-        t = _b(config, "T")
-        blocks = cdiv(s.d_model, _b(config, "C"))
-        chunks, chunk = _chunks(s.batch, s.frames, 512 // blocks, t)
-        return Work(s.batch * chunks * blocks, (chunk / t,), tensors * s.rows * s.d_model * _size(config))
+def _kernel_width(config: AotConfig, s: Shape) -> int:
+    found = re.search(r" K=(\d+)", config.name)
+    return int(found[1]) if found else int(config.constexprs.get("K", s.kernel))
 
-    return found
+
+def _conv_forward(config: AotConfig, s: Shape) -> Work:
+    """Loops: taps, window, frames; LayerNorm's over blocks of channels outside of them, its rows after them; or M2."""
+    c, step, size = s.d_model, _step(config), _size(config)
+    k = _kernel_width(config, s)
+    layer, statistics = config.constexprs["NORM"] == 2, config.constexprs["NORM"] == 3
+    chunks, chunk = _chunks(s.batch, s.frames, 264 if layer else 264 * 256 // c, step)
+    blocks = cdiv(c, _b(config, "C"))
+    walk = (cdiv(k, step), cdiv(k - 1, step), cdiv(chunk, step))
+    crossed = (3.0 + 2.0 * (layer or statistics)) * s.rows * c * size
+    if layer:
+        rows = cdiv(chunk, _b(config, "T"))
+        # one block of channels is no loop
+        trips = (*walk, rows) if blocks == 1 else (blocks, *walk, rows)
+        return Work(s.batch * chunks, trips, crossed)
+    return Work(s.batch * chunks * blocks, (*walk, walk[2]) if statistics else walk, crossed)
+
+
+def _step(config: AotConfig) -> int:
+    return int(config.launch.blocks["STEP"])
+
+
+def _conv_backward(config: AotConfig, s: Shape) -> Work:
+    """Loops: taps where dx is wanted, window, frames."""
+    c, step, k = s.d_model, _step(config), _kernel_width(config, s)
+    chunks, chunk = _chunks(s.batch, s.frames, 132 * 256 // c, step)
+    grid = s.batch * chunks * cdiv(c, _b(config, "C"))
+    taps = (cdiv(k, step),) if "dx_ptr" in config.signature else ()
+    written = 4.0 * s.batch * chunks * (k + 1) * c
+    return Work(grid, (*taps, cdiv(k - 1, step), cdiv(chunk, step)), 5.0 * s.rows * c * _size(config) + written)
+
+
+def _conv_norm_backward(config: AotConfig, s: Shape) -> Work:
+    t, c = _b(config, "T"), s.d_model
+    blocks = cdiv(c, _b(config, "C"))
+    layer = config.constexprs["NORM"] == 2
+    chunks, chunk = _chunks(s.batch, s.frames, (1056 if layer else 512) // blocks, t)
+    tensors = 2 if config.constexprs["NORM"] == 3 else 3
+    return Work(s.batch * chunks * blocks, (cdiv(chunk, t),), float(tensors * s.rows * c * _size(config)))
 
 
 def _conv_pointwise(tensors: float) -> Callable[[AotConfig, Shape], Work]:
@@ -182,18 +232,6 @@ def _conv_pointwise(tensors: float) -> Callable[[AotConfig, Shape], Work]:
         return Work(grid, (), tensors * s.rows * s.d_model * _size(config))
 
     return found
-
-
-def _conv_weight(config: AotConfig, s: Shape) -> Work:
-    blocks = config.launch.blocks
-    kernel = 7 if "K=7" in config.name else s.kernel
-    columns = cdiv(s.d_model, blocks["BLOCK_C"]) * cdiv(kernel, blocks["TAPS"])
-    chunks, chunk = _chunks(s.batch, s.frames, max(1, 528 // columns), blocks["BLOCK_S"] * blocks["STEP"])
-    lane = chunk // blocks["BLOCK_S"]
-    written = 4.0 * s.batch * chunks * (kernel + 1) * s.d_model
-    return Work(
-        s.batch * chunks * columns, (lane / blocks["STEP"],), 2.0 * s.rows * s.d_model * _size(config) + written
-    )
 
 
 def _sum_rows(config: AotConfig, s: Shape) -> Work:
@@ -259,7 +297,10 @@ def _chain_norm(config: AotConfig, s: Shape) -> Work:
 def _chain_depthwise(config: AotConfig, s: Shape) -> Work | None:
     if not _for_rows(config, s):
         return None
-    return _conv(2)(config, s)
+    tiles = cdiv(s.frames, _b(config, "S") * _b(config, "R"))
+    grid = s.batch * tiles * cdiv(s.d_model, _b(config, "C"))
+    trips = cdiv(s.kernel, config.launch.blocks["TAPS"])
+    return Work(grid, (trips,), 2.0 * s.rows * s.d_model * _size(config))
 
 
 def _chain_taps(config: AotConfig, s: Shape) -> Work:
@@ -270,7 +311,8 @@ def _chain_taps(config: AotConfig, s: Shape) -> Work:
 # name of the kernel up to its first space and, where its uses differ, the word after -> its work
 WORK: Mapping[str, Callable[[AotConfig, Shape], Work | None]] = {
     "relpos_attention.forward": _attention_forward,
-    "relpos_attention.delta": _attention_delta,
+    "relpos_attention.draw": _attention_draw,
+    "relpos_attention.backward_scores": _attention_backward_scores,
     "relpos_attention.backward_query": _attention_backward_query,
     "relpos_attention.backward_key": _attention_backward_key,
     "relpos_attention.backward_position": _attention_backward_position,
@@ -286,12 +328,9 @@ WORK: Mapping[str, Callable[[AotConfig, Shape], Work | None]] = {
     "feed_forward_products.up": _product("hidden", "d_model", 2),
     "feed_forward_products.down": _product("d_model", "hidden", 2),
     "feed_forward_products.up_backward": _product("hidden", "d_model", 3),
-    "glu_depthwise_conv.conv_fwd": _conv(3),
-    "glu_depthwise_conv.conv_fwd statistics": _conv(3),
-    "glu_depthwise_conv.input_bwd": _conv(6),
-    "glu_depthwise_conv.weight_bwd": _conv_weight,
-    "glu_depthwise_conv.norm_bwd": _conv_norm_backward(3),
-    "glu_depthwise_conv.norm_bwd statistics": _conv_norm_backward(2),
+    "glu_depthwise_conv.conv_fwd": _conv_forward,
+    "glu_depthwise_conv.conv_bwd": _conv_backward,
+    "glu_depthwise_conv.norm_bwd": _conv_norm_backward,
     "glu_depthwise_conv.norm_fwd": _conv_pointwise(2),
     "glu_depthwise_conv.stats_bwd": _conv_pointwise(3),
     "partials.sum_rows": _sum_rows,

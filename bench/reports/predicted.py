@@ -150,7 +150,9 @@ class _Model:
         stated = work(config, replace(self.shape, given=given))
         if stated is None:
             raise ValueError(f"{config.name} states no work: add it to WORK in kernels/cost_shapes.py")
-        return config.name, self._seconds(config, replace(stated, grid=math.prod(event.grid), bytes=event.bytes))
+        # a launch may be for a part of its tensors
+        size = min(stated.bytes, event.bytes)
+        return config.name, self._seconds(config, replace(stated, grid=math.prod(event.grid), bytes=size))
 
     def _seconds(self, config: AotConfig, launched: Work) -> float:
         own = (config.kernel.__name__, config.constexprs, config.signature, config.launch, sorted(config.divisible))
