@@ -28,18 +28,61 @@ def residual(d: int, dtype: str, **more: Any) -> Case:
     return {"op": "residual_layer_norm", "b": 2, "t": 19, "d": d, "dtype": dtype, **more}
 
 
+def norm_product(epilogue: str, d: int, t: int, dtype: str = "bf16", **more: Any) -> Case:
+    # more columns than a tile has, and no multiple of it
+    return {"op": "chain_norm_product", "t": t, "d": d, "f": 72, "dtype": dtype, "epilogue": epilogue, **more}
+
+
+def chain_cases() -> Iterator[Case]:
+    """Rows that have tiles of their own: up to 128, up to 512, more (``many``); widths for each number of row chunks."""
+    for rows in ({"t": 19}, {"t": 131}, {"t": 83, "many": True}):
+        for epilogue in ("none", "silu"):
+            yield norm_product(epilogue, 208, **rows)
+        for d in (208, 496):
+            yield norm_product("glu", d, **rows)
+            yield norm_product("silu", d, **rows, two=True)
+        yield {"op": "chain_residual_product", "d": 400, "f": 72, "dtype": "bf16", **rows}
+    for rows in ({"t": 19}, {"t": 83, "many": True}):
+        yield norm_product("glu", 144, **rows)
+        yield norm_product("silu", 144, **rows, two=True)
+    yield norm_product("glu", 752, 19)
+    yield norm_product("silu", 752, 19, two=True)
+    for dtype in ("fp16", "fp32"):
+        d = 240 if dtype == "fp32" else 208
+        yield norm_product("glu", d, 19, dtype)
+        yield norm_product("silu", d, 19, dtype, two=True)
+        yield {"op": "chain_residual_product", "t": 19, "d": 400, "f": 72, "dtype": dtype}
+    for d in (200, 752):
+        yield {"op": "chain_norm", "t": 19, "d": d, "dtype": "bf16"}
+    for many in (False, True):
+        for c in (200, 400, 700):
+            yield depthwise("layer", c, "bf16", many=many)
+        yield depthwise("batch" if many else "none", 260, "bf16", many=many)
+    for dtype in ("fp16", "fp32"):
+        yield depthwise("layer", 200, dtype)
+
+
+def depthwise(norm: str, c: int, dtype: str, **more: Any) -> Case:
+    return {"op": "chain_depthwise", "b": 2, "t": 37, "c": c, "k": 7, "norm": norm, "dtype": dtype,
+            "lengths": [37, 18], **more}  # fmt: skip
+
+
 def all_cases(arch: int) -> Iterator[Case]:
     for dtype in ("bf16", "fp32"):
-        for d, t in ((16, 131 if dtype == "bf16" else 67), (32, 67), (64, 67), (128, 37)):
+        for d, t in ((16, 131), (32, 67), (64, 67), (128, 37)):
             yield attention(d, dtype, t)
         for dropout in (0.0, 0.3):
             yield feed_forward(dtype, dropout=dropout)
         for d in (200, 512, 768, 1100):
             yield residual(d, dtype, dropout=0.3)
         yield feed_forward(dtype, 5, d=300)
-        yield convolution("none", 65, dtype)
+        yield convolution("none", 200, dtype)
         for c in (200, 512, 1000, 1500):
-            yield convolution("layer", c, dtype, k=7 if c > 1000 else 31)
+            yield convolution("layer", c, dtype, k=31)
+    yield from chain_cases()
+    yield {"op": "accumulate", "parts": 13, "dtype": "fp32"}
+    for k in (7, 63):
+        yield convolution("layer", 200, "bf16", t=67, k=k)
     yield attention(64, "bf16", 1)
     yield attention(64, "fp16", 131)
     yield attention(64, "fp32", 37, tf32=True)
@@ -53,7 +96,8 @@ def all_cases(arch: int) -> Iterator[Case]:
     yield feed_forward("fp16", 37, products=0, norm=True)
     yield convolution("group", 68, "fp32", t=67)
     for norm in ("none", "batch", "batch-training", "group"):
-        yield convolution(norm, 68, "bf16", t=67 if norm == "none" else 261, k=7 if norm == "none" else 31)
+        c, k = (68, 7) if norm == "none" else (200, 31)
+        yield convolution(norm, c, "bf16", t=67, k=k)
 
 
 def quick_cases() -> Iterator[Case]:
@@ -74,7 +118,9 @@ def cuda_cases() -> Iterator[Case]:
     yield convolution("batch", 5, "fp32", 65, 47)
 
 
-SHOWN = ("t", "d", "f", "c", "k", "dtype", "norm", "dropout", "packed", "tf32", "products")
+SHOWN = (
+    "t", "d", "f", "c", "k", "dtype", "norm", "dropout", "packed", "tf32", "products", "epilogue", "two", "many",
+)  # fmt: skip
 
 
 def name_of(case: Case) -> str:

@@ -38,6 +38,7 @@ from lcconformer import extension, ops
 from lcconformer.ops import availability
 from lcconformer.ops.registry import backend
 from lcconformer.tolerance import GRADIENT_FACTOR, OUTPUT_FACTOR, allowed_error, passes, relative_error
+from tests.ptx import chain
 from tests.ptx import program as ptx
 from tests.ptx.interpreter import Fault, Memory, launch
 
@@ -79,7 +80,8 @@ def key_of(kernel: Any, kinds: Mapping[str, str], constants: Mapping[str, Any], 
     """What tells one shipped configuration from another; sizes of tensors and strides do not."""
     sizes = {n: plain(v) for n, v in constants.items() if n.isupper() or v is None}
     integers = {p.name for p in kernel.params if not p.is_constexpr and sizes.get(p.name, 0) is not None}
-    sizes = {n: v for n, v in sizes.items() if n not in integers}
+    # channels are constant in the kernels of the convolution, which hold them in registers: BLOCK_C tells them apart
+    sizes = {n: v for n, v in sizes.items() if n not in integers and n != "C"}
     pointers = {n: t for n, t in kinds.items() if t.startswith("*")}
     tiles = tuple(sorted(map(str, sizes.items())))
     return kernel.fn.__name__, tuple(sorted(pointers.items())), tiles, config.num_warps, config.num_stages
@@ -143,7 +145,9 @@ class Launcher:
         """The project's ops on CPU tensors go through this launcher."""
         with contextlib.ExitStack() as stack:
             for module in MODULES:
-                for name, value in (("launch", self), ("arch_of", lambda x: self.arch)):
+                for name, value in (
+                    ("launch", self), ("arch_of", lambda x: self.arch), ("supports_pdl", lambda x: self.arch >= 90),
+                ):  # fmt: skip
                     if hasattr(module, name):
                         stack.enter_context(mock.patch.object(module, name, value))
             stack.enter_context(mock.patch.object(availability, "_triton_missing", return_value=""))
@@ -324,7 +328,15 @@ INPUTS = {
     "glu_depthwise_conv": convolution,
     "feed_forward": feed_forward,
     "residual_layer_norm": residual,
+    **{name: inputs for name, (inputs, _, _) in chain.KERNELS.items()},
 }
+
+
+def functions(op: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(what launches the kernels, the formula)"""
+    if op in chain.KERNELS:
+        return chain.KERNELS[op][1:]
+    return getattr(ops, op), getattr(importlib.import_module(f"lcconformer.ops.{op}"), f"{op}_reference")
 
 
 def call(case: Mapping[str, Any], function: Callable, dtype: torch.dtype, rounded: torch.dtype) -> dict[str, Tensor]:
@@ -340,7 +352,7 @@ def call(case: Mapping[str, Any], function: Callable, dtype: torch.dtype, rounde
         return leaves[name]
 
     inputs = INPUTS[case["op"]](case, tensor)
-    if case["op"] != "glu_depthwise_conv":
+    if case["op"] not in ("glu_depthwise_conv", *chain.KERNELS):
         inputs["dropout_p"] = case.get("dropout", 0.0)
     for name in ("running_mean", "running_var"):
         if name in inputs and dtype == torch.float64:
@@ -352,7 +364,7 @@ def call(case: Mapping[str, Any], function: Callable, dtype: torch.dtype, rounde
         outputs = tuple(torch.where(real.view(*real.shape, *[1] * (o.dim() - 2)), o, 0.0) for o in outputs)
     cotangents = [torch.randn(o.shape, generator=generator).to(rounded).to(dtype) for o in outputs]
     found = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
-    if case.get("forward_only"):
+    if case.get("forward_only") or case["op"] in chain.KERNELS:
         return found
     gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
     return found | {f"gradient of {n}": g for n, g in zip(leaves, gradients)}
@@ -361,6 +373,10 @@ def call(case: Mapping[str, Any], function: Callable, dtype: torch.dtype, rounde
 @contextlib.contextmanager
 def settings(case: Mapping[str, Any]) -> Iterator[None]:
     """TF32, the product kernels of the feed-forward, and a fixed seed, as the case asks."""
+    if case["op"] in chain.KERNELS:
+        with chain.settings(case), torch.no_grad():
+            yield
+        return
     op = importlib.import_module(f"lcconformer.ops.{case['op']}")
     with contextlib.ExitStack() as stack:
         if hasattr(op, "dropout_seed"):
@@ -389,7 +405,7 @@ def tf32(x: Tensor) -> Tensor:
 def run(case: Mapping[str, Any], change: Callable[[str], str] = lambda text: text) -> dict[str, Any]:
     """Answer a case: per tensor its error, what the tolerance rule allows, and how often the banks were passed."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[case["dtype"]]
-    reference = getattr(importlib.import_module(f"lcconformer.ops.{case['op']}"), f"{case['op']}_reference")
+    function, reference = functions(case["op"])
     rounded = dtype
     with counted_dropout():
         exact = call(case, reference, torch.float64, rounded)
@@ -403,7 +419,7 @@ def run(case: Mapping[str, Any], change: Callable[[str], str] = lambda text: tex
     else:
         launcher = Launcher(case["arch"], change=change)
     with settings(case), launcher.active():
-        found = call(case, getattr(ops, case["op"]), dtype, rounded)
+        found = call(case, function, dtype, rounded)
     errors = {name: relative_error(value, exact[name]) for name, value in found.items()}
     worst = {
         output: max(
@@ -457,7 +473,7 @@ def uncovered(cases: list[Mapping[str, Any]]) -> dict[str, list[str]]:
                 with settings(case), launcher.active():
                     call(
                         case,
-                        getattr(ops, case["op"]),
+                        functions(case["op"])[0],
                         {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[case["dtype"]],
                         torch.float32,
                     )
