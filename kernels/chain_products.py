@@ -410,7 +410,7 @@ def _aot(name: str, kernel: Any, arch: int, dtype: str, config: LaunchConfig, co
         launch=config.with_pdl(arch >= 90),
         divisible=frozenset(integers) - set(RUNTIME),
         tensor_cores=dtype != "fp32" and kernel is not _norm_kernel,
-        spill_budget=0,
+        spill_budget=16,
     )
 
 
