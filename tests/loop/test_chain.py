@@ -201,6 +201,9 @@ def test_many_wide_or_float32_rows_are_left_to_the_library(monkeypatch):
         )
         assert "512 float32 rows" in chain.reasons(make_encoder(), torch.empty(1, 1, 16, dtype=single), 513)[0]
         assert chain.reasons(make_encoder(), torch.empty(1, 1, 16, dtype=half), 513) == []
+        assert chain.reasons(make_encoder(), torch.empty(1, 1, 16, dtype=half), 4096) == []
+        (reason,) = chain.reasons(make_encoder(), torch.empty(1, 1, 16, dtype=half), 4097)
+        assert "predicted to be faster beyond 4096" in reason
         # a smaller GPU has less shared memory
         monkeypatch.setattr(common, "arch_of", lambda x: 89)
         assert chain.reasons(encoder, torch.empty(1, 1, 576), 512) == []
