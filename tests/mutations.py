@@ -801,7 +801,7 @@ CUDA = (
         "partial sums over frames not added",
         CUDA_CONVOLUTION,
         "count = taps ? parts : kGluConvWarps",
-        "count = taps ? 1 : kGluConvWarps",
+        "count = taps ? parts / 2 : kGluConvWarps",
         f"{ON_CUDA_CONVOLUTION}::test_odd_shapes[emulated-63-1]",
     ),
     Mutation(

@@ -131,12 +131,18 @@ struct alignas(2 * sizeof(T)) Pair {
 // eight elements, loaded sixteen bytes at a time
 template <class T>
 struct alignas(16) Eight {
-    T values[8];
+    Pair<T> pairs[4];
 };
 
 template <class T>
 __device__ inline float2 to_floats(const Pair<T>& pair) {
     return make_float2(to_float(pair.x), to_float(pair.y));
+}
+// one instruction an element: bfloat16 is the upper half of float32
+template <>
+__device__ inline float2 to_floats(const Pair<__nv_bfloat16>& pair) {
+    const auto bits = *reinterpret_cast<const uint32_t*>(&pair);
+    return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xFFFF0000u));
 }
 
 // Elements first ... first + n - 1 of a row of `count`, as a Pair or an Eight; zero beyond the end.

@@ -151,8 +151,10 @@ __device__ void stage_glu_as(Shared glu, const GluDepthwiseConv& op, const Tile&
         for (int n = 0; n < kLoads; ++n) {
             float h[8];
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                h[i] = to_float(value[n].values[i]) * sigmoid<T>(to_float(gate[n].values[i]));
+            for (int i = 0; i < 4; ++i) {
+                const float2 v = to_floats(value[n].pairs[i]), s = sigmoid<T>(to_floats(gate[n].pairs[i]));
+                h[2 * i] = v.x * s.x;
+                h[2 * i + 1] = v.y * s.y;
             }
             const int f = f0 + n * kStep;
             if (f >= rows) break;
@@ -392,14 +394,18 @@ __global__ void __launch_bounds__(kThreads) row_moments(const GluDepthwiseConvBa
         return sum_lanes(total);
     };
     const float share = 1.0f / static_cast<float>(op.channels);
-    const auto value = [&](int n, int i) { return to_float(z[n].values[i]); };
+    const auto element = [](const Eight<T>& from, int i) {
+        const float2 pair = to_floats(from.pairs[i / 2]);
+        return i % 2 == 0 ? pair.x : pair.y;
+    };
+    const auto value = [&](int n, int i) { return element(z[n], i); };
     const float mean = share * sum([&](int n, int i, int) { return value(n, i); });
     const float variance = share * sum([&](int n, int i, int) { return (value(n, i) - mean) * (value(n, i) - mean); });
     const float inverse = rsqrtf(variance + op.eps);
     float total_zhat = 0.0f;
     const float total = sum([&](int n, int i, int c) {
         const float zhat = (value(n, i) - mean) * inverse, a = fmaf(zhat, op.scale[c], op.shift[c]);
-        const float g = silu_gradient<T>(to_float(dout[n].values[i]), a) * op.scale[c];
+        const float g = silu_gradient<T>(element(dout[n], i), a) * op.scale[c];
         total_zhat = fmaf(g, zhat, total_zhat);
         return g;
     });

@@ -63,12 +63,12 @@ struct __half {
 };
 inline float __half2float(__half x) { return static_cast<float>(x.value); }
 inline __half __float2half_rn(float x) { return {static_cast<_Float16>(x)}; }
-inline float __bfloat162float(__nv_bfloat16 x) {
-    const uint32_t bits = uint32_t{x.bits} << 16;
+inline float __uint_as_float(uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
+inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
