@@ -8,12 +8,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-
 from lcconformer.kernels import chain_convolution as convolution
 from lcconformer.kernels import chain_products as products
 from lcconformer.kernels import partials
+from torch import Tensor
+from torch.nn import functional as F
 
 EPS = 1e-5
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda u: u, "silu": F.silu, "glu": F.glu}
