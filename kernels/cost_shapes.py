@@ -134,7 +134,7 @@ def _norm_forward(config: AotConfig, s: Shape) -> Work:
 
 def _norm_backward(config: AotConfig, s: Shape) -> Work:
     m = _b(config, "M")
-    each = max(1, cdiv(cdiv(s.rows, 512), m)) * m
+    each = max(1, cdiv(cdiv(s.rows, 1056 // config.launch.num_warps), m)) * m
     programs = cdiv(s.rows, each)
     return Work(programs, (each / m,), 5.0 * s.rows * s.d_model * _size(config) + 8.0 * programs * s.d_model)
 

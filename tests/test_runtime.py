@@ -73,7 +73,7 @@ def test_the_content_is_on_the_disk_before_the_name(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("lcconformer.runtime.os.fsync", lambda file: (order.append("fsync"), fsync(file)))
     monkeypatch.setattr("lcconformer.runtime.os.replace", lambda *names: (order.append("replace"), replace(*names)))
     write_atomically(tmp_path / "file", "one")
-    assert order == ["fsync", "replace"]
+    assert order == ["fsync", "replace", "fsync"]  # of the content, and of the folder for the name
 
 
 class Terminal(io.StringIO):

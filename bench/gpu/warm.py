@@ -68,7 +68,8 @@ def compiling(share: Share) -> Iterator[None]:
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         if not share.mine(specialisation(self.__name__, args, kwargs)):
             return None
-        return run(self, *args, grid=grid, warmup=True, **kwargs)
+        run(self, *args, grid=grid, warmup=True, **kwargs)
+        return None  # nothing that could be launched without Triton the next time
 
     JITFunction.run = compile_only
     try:

@@ -491,7 +491,7 @@ def test_left_alone_torchaudio(torchaudio_model, torchaudio_conformer):
             "conv_module.sequential.3 is a .*SyncBatchNorm, not a BatchNorm1d",
         ),
         (lambda m: setattr(m.ffn1, "forward", m.ffn1.forward), "ffn1 has a forward of its own; accelerate before"),
-        (lambda m: setattr(m.conv_module.sequential[2], "dilation", (2,)), "no convolution of stride 1 with 'same'"),
+        (lambda m: setattr(m.conv_module.sequential[2], "dilation", (2,)), "is not a stride-1 convolution with 'same'"),
         (lambda m: setattr(m, "forward", m.forward), "its forward was replaced by another tool"),
         (lambda m: m.ffn1.register_forward_hook(print), "ffn1 has hooks, which would not run; accelerate before"),
         (lambda m: m.ffn1.half(), r"parameters of several kinds \(torch.float16 on cpu, torch.float32 on cpu\)"),
