@@ -23,7 +23,8 @@ void mix_samples(uint64_t& hash, const char* data, int64_t words) {
     }
 }
 
-// Every lane multiplies by an odd number, so that no change of one word is lost; lanes are independent, and so vectorised.
+// Every lane multiplies by an odd number, so that no change of one word is lost; lanes are independent, and so
+// vectorised.
 void mix_all(uint64_t& hash, const char* data, int64_t words) {
     uint32_t lanes[kLanes] = {};
     int64_t i = 0;

@@ -134,7 +134,8 @@ static inline vec exp2(vec x) {
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 
-// 1 / sqrt(variance + eps); NaN, as PyTorch's LayerNorm gives, where the variance overflows: not a norm that says all is zero
+// 1 / sqrt(variance + eps); NaN, as PyTorch's LayerNorm gives, where the variance overflows: not a norm that says all
+// is zero
 static inline float reciprocal_deviation(float variance, float eps) {
     return variance <= __FLT_MAX__ ? 1.0f / sqrtf(variance + eps) : NAN;
 }

@@ -1,4 +1,5 @@
-// The launchers of _C.cuda, which call `listener`, a function that Python puts into the module, with what they would launch.
+// The launchers of _C.cuda, which call `listener`, a function that Python puts into the module, with what they would
+// launch.
 #include <dlfcn.h>
 
 #include "arguments.h"

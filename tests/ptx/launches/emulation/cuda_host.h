@@ -1,5 +1,5 @@
-// In place of csrc/emulation/cuda_host.h: launches are told to Python instead of run. The kernels are compiled as there,
-// for their addresses, by which Python finds their names.
+// In place of csrc/emulation/cuda_host.h: launches are told to Python instead of run. The kernels are compiled as
+// there, for their addresses, by which Python finds their names.
 #pragma once
 
 #include <functional>
@@ -34,8 +34,8 @@ namespace lcc {
 template <class... Params>
 void launch(const char* /*name*/, int /*device*/, void (*kernel)(Params...), dim3 grid, dim3 /*block*/, size_t shared,
             uintptr_t /*stream*/, Params... args) {
-    recording::listener()({reinterpret_cast<const void*>(kernel), {grid.x, grid.y, grid.z},
-                           shared, {recording::bytes(args)...}});
+    recording::listener()(
+        {reinterpret_cast<const void*>(kernel), {grid.x, grid.y, grid.z}, shared, {recording::bytes(args)...}});
 }
 
 }  // namespace lcc
