@@ -67,7 +67,7 @@ def pretrain(
         ValueError: ``out`` is a file, or holds a run and ``resume`` is False; the checkpoint is damaged, or of other
             settings or data; the speech does not fit into batches; the gradient was not finite 20 times in a row; another run
             is in ``out``.
-        RunError: no checkpoint can be written, before the first step or at the end; the message names the last good one.
+        OSError: no checkpoint can be written, before the first step or at the end; the message names the last good one.
         ImportError: tqdm is missing and ``progress`` is True.
     """
     folder = Path(out)
