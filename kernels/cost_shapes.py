@@ -187,20 +187,24 @@ def _kernel_width(config: AotConfig, s: Shape) -> int:
 
 
 def _conv_forward(config: AotConfig, s: Shape) -> Work:
-    """Loops: taps, window, frames; LayerNorm's over blocks of channels outside of them, its rows after them; or M2."""
+    """Loops: window, frames; LayerNorm's over blocks of channels outside of them, its rows after them; or M2.
+
+    The compiler unrolls the loop over the taps, and does away with a window of one step.
+    """
     c, step, size = s.d_model, _step(config), _size(config)
     k = _kernel_width(config, s)
     layer, statistics = config.constexprs["NORM"] == 2, config.constexprs["NORM"] == 3
     chunks, chunk = _chunks(s.batch, s.frames, 264 if layer else 264 * 256 // c, step)
     blocks = cdiv(c, _b(config, "C"))
-    walk = (cdiv(k, step), cdiv(k - 1, step), cdiv(chunk, step))
+    window, steps = cdiv(k - 1, step), cdiv(chunk, step)
+    walk = (window, steps) if window > 1 else (steps,)
     crossed = (3.0 + 2.0 * (layer or statistics)) * s.rows * c * size
     if layer:
         rows = cdiv(chunk, _b(config, "T"))
         # one block of channels is no loop
         trips = (*walk, rows) if blocks == 1 else (blocks, *walk, rows)
         return Work(s.batch * chunks, trips, crossed)
-    return Work(s.batch * chunks * blocks, (*walk, walk[2]) if statistics else walk, crossed)
+    return Work(s.batch * chunks * blocks, (*walk, steps) if statistics else walk, crossed)
 
 
 def _step(config: AotConfig) -> int:
@@ -208,13 +212,14 @@ def _step(config: AotConfig) -> int:
 
 
 def _conv_backward(config: AotConfig, s: Shape) -> Work:
-    """Loops: taps where dx is wanted, window, frames."""
+    """Loops: window, frames.  The compiler unrolls the loop over the taps, and a window of up to four steps."""
     c, step, k = s.d_model, _step(config), _kernel_width(config, s)
     chunks, chunk = _chunks(s.batch, s.frames, 132 * 256 // c, step)
     grid = s.batch * chunks * cdiv(c, _b(config, "C"))
-    taps = (cdiv(k, step),) if "dx_ptr" in config.signature else ()
+    window, steps = cdiv(k - 1, step), cdiv(chunk, step)
     written = 4.0 * s.batch * chunks * (k + 1) * c
-    return Work(grid, (*taps, cdiv(k - 1, step), cdiv(chunk, step)), 5.0 * s.rows * c * _size(config) + written)
+    trips = (window, steps) if window > 4 else (steps,)
+    return Work(grid, trips, 5.0 * s.rows * c * _size(config) + written)
 
 
 def _conv_norm_backward(config: AotConfig, s: Shape) -> Work:

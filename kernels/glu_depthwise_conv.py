@@ -460,9 +460,7 @@ _INTEGERS = ("T", "C", "P", "tiles", "chunks", "chunk", "TILE", "GROUP_C", "stri
 _DIVISIBLE = frozenset({"C", "GROUP_C", "stride_sb", "stride_xb"})
 
 
-def aot(
-    name: str, kernel: Any, dtype: str, launch_config: LaunchConfig, *, spill_budget: int = 64, **constexprs: Any
-) -> AotConfig:
+def aot(name: str, kernel: Any, dtype: str, launch_config: LaunchConfig, **constexprs: Any) -> AotConfig:
     """Pointers are of `dtype`, but statistics and partials float32 and lengths int64."""
     wide = ("part", "mean", "var", "count", "sums", "running")
     pointers = {
@@ -480,7 +478,7 @@ def aot(
         dtype=dtype,
         launch=launch_config,
         divisible=_DIVISIBLE,
-        spill_budget=spill_budget,
+        spill_budget=64,
     )
 
 

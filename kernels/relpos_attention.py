@@ -69,6 +69,7 @@ from .common import (
     launch,
     nearest_arch,
     next_power_of_2,
+    product_precision,
     unit_stride,
 )
 from .tuning import tuned
@@ -598,12 +599,6 @@ def _config(kernel: str, q: Tensor) -> LaunchConfig:
     return tuned(f"relpos_attention.{kernel}", q, heuristic, _LIMITS[kernel])
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """float32 products as PyTorch's own matmuls do them: exact, or TF32 where that is allowed."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
-
-
 def _padded_frames(t: int) -> int:
     return cdiv(t, 64) * 64
 
@@ -655,7 +650,7 @@ def _common_args(
         "q_ptr": q, "k_ptr": k, "v_ptr": v, "pos_ptr": pos, "u_ptr": u.contiguous(), "v_bias_ptr": v_bias.contiguous(),
         "lse_ptr": lse, **_strides("q", q), **_strides("k", k), **_strides("v", v), **_position_strides(pos),
         "T": t, "H": h, "rows": rows, "scale": math.log2(math.e) / math.sqrt(d), "keep_scale": dropout_scale(p),
-        "D": d, "PRECISION": _precision(q.dtype),
+        "D": d, "PRECISION": product_precision(q.dtype),
     }  # fmt: skip
 
 
@@ -801,7 +796,7 @@ def _aot_config(
     config = config_for(name, arch, torch_dtype, head_dim)
     absent = {"lengths_ptr"} if packed else {"cu_seqlens_ptr"}
     absent |= set() if dropout else {"keep_ptr"}
-    constexprs = {"D": head_dim, "PRECISION": _precision(torch_dtype), **config.blocks, **dict.fromkeys(absent)}
+    constexprs = {"D": head_dim, "PRECISION": product_precision(torch_dtype), **config.blocks, **dict.fromkeys(absent)}
     pointers = {n: "*fp32" if n in _POINTERS else f"*{dtype}" for n in kernel.arg_names if n.endswith("_ptr")}
     pointers |= {"lengths_ptr": "*i64", "cu_seqlens_ptr": "*i64", "seed_ptr": "*i64", "keep_ptr": "*i32"}
     integers = (*RUNTIME, "H")

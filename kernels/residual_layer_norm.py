@@ -114,7 +114,7 @@ def _layer_norm_bwd_kernel(
 
 
 def row_config(width: int) -> LaunchConfig:
-    """Whole rows; up to D = 1024 a program is one warp, whose sums need no barrier."""
+    """Whole rows; up to D = 512 a program is one warp, whose sums need no barrier."""
     block_d = max(16, next_power_of_2(width))
     return LaunchConfig(min(16, max(1, block_d // 512)), 1, {"BLOCK_M": max(1, 1024 // block_d), "BLOCK_D": block_d})
 

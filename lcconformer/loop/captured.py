@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +29,12 @@ from lcconformer.ops.registry import forced_backend
 from lcconformer.stack import LayerStack
 
 from . import training
-from .graphs import BUCKET, Replay
+from .graphs import padded_frames
 from .kernels import Kernels
+from .recording import CudaGraphs
 from .watch import watch
 
-__all__ = ["STEPS", "Record", "captured_training", "run", "wanted"]
+__all__ = ["STEPS", "captured_training", "run", "wanted"]
 
 STEPS = 64  # pairs of a depth and a shape that are kept; the one not used for longest makes room
 
@@ -67,37 +68,6 @@ def wanted(x: Tensor) -> bool:
     return _wanted.get() and x.is_cuda and not torch.cuda.is_current_stream_capturing()
 
 
-class Record(Protocol):
-    """Records functions and returns what replays them."""
-
-    def warm_up(self, call: Callable[[], None]) -> None:
-        """Run a function once, so that recording neither compiles nor tunes."""
-
-    def __call__(self, call: Callable[[], None]) -> Replay:
-        """Record a function, which is called once."""
-
-
-class CudaGraphs:
-    """Records functions as CUDA graphs in one pool of memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def warm_up(self, call: Callable[[], None]) -> None:
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            call()
-        torch.cuda.current_stream().wait_stream(self._stream)
-
-    def __call__(self, call: Callable[[], None]) -> Replay:
-        graph = torch.cuda.CUDAGraph()
-        # other threads may go on allocating
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-            call()
-        return graph.replay
-
-
 class _Step:
     """Forward and backward at one depth and shape, and their static buffers.
 
@@ -117,7 +87,7 @@ class _Step:
         seeds: Tensor | None,
         loops: Callable[[Tensor, Tensor | None, Tensor | None], list[Tensor]],
         parameters: list[nn.Parameter],
-        record: Record,
+        record: CudaGraphs,
     ) -> None:
         self.x = x.detach().clone().requires_grad_(x.requires_grad)
         self.lengths = None if lengths is None else lengths.clone()
@@ -147,9 +117,9 @@ class _Step:
             backward()
 
         record.warm_up(both)
-        self.replay_forward = record(forward)
+        self.replay_forward = record.capture(forward)
         allocate()
-        self.replay_backward = record(backward)
+        self.replay_backward = record.capture(backward)
         self.differentiable = [out.requires_grad for out in self.outputs]
         self.outputs = [out.detach() for out in self.outputs]
         for buffer, before in statistics:
@@ -164,7 +134,7 @@ class _Steps:
         self.steps: OrderedDict[tuple, _Step] = OrderedDict()
         self.places: tuple[list, ...] = ()
         self.memory: list = []
-        self.record: Record | None = None
+        self.record: CudaGraphs | None = None
         self.turn = 0  # a number for each replay: what a backward needs is there right after its forward alone
         self.done: torch.cuda.Event | None = None
 
@@ -206,10 +176,11 @@ def run(
     steps = _kept.setdefault(stack, _Steps())
     frames = x.shape[1]
     seeds = training.draw_seeds(stack, x, depth)
-    if stack.config.padding == "masked" and frames % BUCKET:
+    padding = padded_frames(stack, x) - frames
+    if padding:
         if lengths is None:
             lengths = torch.full((len(x),), frames, device=x.device)
-        x = nn.functional.pad(x, (0, 0, 0, -frames % BUCKET))
+        x = nn.functional.pad(x, (0, 0, 0, padding))
     used = sorted(set(stack.layer_map[:depth]))
     parameters = [p for i in used for p in stack.layers[i].parameters() if p.requires_grad]
     device = x.device.type

@@ -28,10 +28,11 @@ from .recording import Record, Replay
 
 __all__ = ["Chain", "reasons"]
 
-# Rows beyond which the modules are recorded instead. Between two predictions (H200, d_model 256), not a computed crossover:
-# at 128 rows 0.475 ms for the chain and 0.81 ms for the modules, at 14,336 rows 3.77 ms and 3.13 ms. The modules' figures
-# are of their kernels before those of attention and convolution were rewritten; wider models may cross over earlier.
-MOST_ROWS = 4096
+# d_model up to which -> rows up to which the chain is predicted to be no slower than the recorded modules, whose products are
+# the library's.  Predicted for an H200 in bfloat16 (bench/reports/predicted.py), 12 loops, chain and modules in ms:
+# d_model 256: 0.475 and 0.715 at 128 rows, 0.834 and 0.843 at 2048, 0.979 and 0.948 at 2560;
+# 512: 0.641 and 0.824 at 128, 0.747 and 0.860 at 256, 0.997 and 0.897 at 384;  768: 0.912 and 0.910 at 64, 1.333 and 0.975 at 128.
+MOST_ROWS = {256: 2048, 512: 256, 768: 64}
 
 
 def reasons(stack: LayerStack, x: Tensor, rows: int) -> list[str]:
@@ -65,8 +66,11 @@ def reasons(stack: LayerStack, x: Tensor, rows: int) -> list[str]:
         found.append(f"{rows} rows are fused up to d_model = {widest} on this GPU, got {d}")
     if rows > products.FEW and x.dtype == torch.float32:
         found.append(f"products of more than {products.FEW} float32 rows are left to the library")
-    if rows > MOST_ROWS:
-        found.append(f"{rows} rows are left to the library's products, predicted to be faster beyond {MOST_ROWS}")
+    most = next((rows for width, rows in MOST_ROWS.items() if d <= width), 0)
+    if rows > most:
+        found.append(
+            f"{rows} rows are left to the library's products, predicted to be faster beyond {most} at this width"
+        )
     return found
 
 

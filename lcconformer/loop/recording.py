@@ -21,11 +21,18 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, call: Callable[[], None]) -> Replay:
-        # a warm-up: the first run compiles, tunes and allocates
+        self.warm_up(call)
+        return self.capture(call)
+
+    def warm_up(self, call: Callable[[], None]) -> None:
+        """Run a function once, because the first run compiles, tunes and allocates."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             call()
         torch.cuda.current_stream().wait_stream(self._stream)
+
+    def capture(self, call: Callable[[], None]) -> Replay:
+        """Record a function, which is called once."""
         graph = torch.cuda.CUDAGraph()
         # other threads may go on allocating
         with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):

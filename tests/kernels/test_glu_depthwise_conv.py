@@ -143,11 +143,11 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["
 CASES = [
     ("none", 1, 5, 1, None),
     ("none", 7, 24, 31, [7, 3]),
-    ("none", 23, 5, 63, None),
+    ("none", 63, 5, 63, None),
     ("none", 203, 40, 3, [150, 203]),
     ("running", 65, 24, 3, [65, 0]),
     ("layer", 1, 24, 3, None),
-    ("layer", 33, 40, 31, [33, 20, 0]),
+    ("layer", 65, 40, 31, [65, 40, 0]),
     ("layer", 127, 5, 1, [127, 64]),
     ("batch", 7, 24, 31, None),
     ("batch", 127, 40, 3, [100, 0, 127]),
@@ -170,6 +170,12 @@ def test_shipped_tiles(check, norm):
     """More tiles than one in time, and more channels than one block of the unnormed kernels."""
     inputs = make_inputs(2, 70, 72, 7, norm, torch.float32)
     check(inputs, torch.randn(2, 70, 72, device=DEVICE), [70, 41], norm, groups=3)
+
+
+def test_shipped_tiles_of_long_inputs(check):
+    """Several programs of many frames each, whose windows begin in the middle of an utterance."""
+    inputs = make_inputs(1, 261, 5, 9, "layer", torch.float32)
+    check(inputs, torch.randn(1, 261, 5, device=DEVICE), [250], "layer")
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])

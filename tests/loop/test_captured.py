@@ -30,7 +30,7 @@ class Recorder:
     def warm_up(self, call):
         call()
 
-    def __call__(self, call):
+    def capture(self, call):
         Recorder.recorded += 1
         call()
 
@@ -258,7 +258,7 @@ def test_recordings_end_with_the_encoder(monkeypatch, recorder):
         call()
         return lambda: None
 
-    monkeypatch.setattr(Recorder, "__call__", record)
+    monkeypatch.setattr(Recorder, "capture", record)
     encoder = make_encoder()
     by_replay(encoder, data())
     steps = captured._kept[encoder]

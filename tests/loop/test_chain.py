@@ -191,23 +191,21 @@ def test_what_it_does_not_serve(changes, reason):
 
 
 def test_many_wide_or_float32_rows_are_left_to_the_library(monkeypatch):
-    encoder = make_encoder(d_model=576, num_heads=8)
-    half, single = torch.float16, torch.float32
-    with backend("triton"):
-        assert chain.reasons(encoder, torch.empty(1, 1, 576), 512) == []
-        assert (
-            "513 rows are fused up to d_model = 512"
-            in chain.reasons(encoder, torch.empty(1, 1, 576, dtype=half), 513)[0]
-        )
-        assert "512 float32 rows" in chain.reasons(make_encoder(), torch.empty(1, 1, 16, dtype=single), 513)[0]
-        assert chain.reasons(make_encoder(), torch.empty(1, 1, 16, dtype=half), 513) == []
-        assert chain.reasons(make_encoder(), torch.empty(1, 1, 16, dtype=half), 4096) == []
-        (reason,) = chain.reasons(make_encoder(), torch.empty(1, 1, 16, dtype=half), 4097)
-        assert "predicted to be faster beyond 4096" in reason
-        # a smaller GPU has less shared memory
-        monkeypatch.setattr(common, "arch_of", lambda x: 89)
-        assert chain.reasons(encoder, torch.empty(1, 1, 576), 512) == []
-        assert "up to d_model = 256" in chain.reasons(encoder, torch.empty(1, 1, 576, dtype=half), 513)[0]
+    def reasons(d: int, rows: int, dtype: torch.dtype = torch.float16) -> str:
+        encoder = make_encoder(d_model=d, num_heads=d // 64 or 1)
+        with backend("triton"):
+            return "; ".join(chain.reasons(encoder, torch.empty(1, 1, d, dtype=dtype), rows))
+
+    for d, most in ((16, 2048), (256, 2048), (320, 256), (512, 256), (576, 64)):
+        assert reasons(d, most) == ""
+        assert f"predicted to be faster beyond {most} at this width" in reasons(d, most + 1)
+    assert "513 rows are fused up to d_model = 512" in reasons(576, 513)
+    assert reasons(16, 512, torch.float32) == ""
+    assert "512 float32 rows" in reasons(16, 513, torch.float32)
+    # a smaller GPU has less shared memory
+    monkeypatch.setattr(common, "arch_of", lambda x: 89)
+    assert reasons(576, 64) == ""
+    assert "up to d_model = 256" in reasons(576, 513)
 
 
 def test_runs_where_triton_is_forced_and_is_told(monkeypatch):

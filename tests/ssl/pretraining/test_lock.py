@@ -1,7 +1,6 @@
 """Two runs in one folder: the second one refuses and says whose the first is; a run that died is no obstacle."""
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -83,23 +82,32 @@ def test_nothing_stays_behind(tmp_path: Path) -> None:
     assert not (tmp_path / "kept" / "run.json").exists()
 
 
-def _try(folder: str, results, all_tried) -> None:
-    try:
-        with lock_folder(Path(folder)):
-            results.put("in")
-            assert all_tried.wait(200)
-    except ValueError:
-        results.put("out")
+TRY = """
+import sys
+from pathlib import Path
+from lcconformer.ssl.pretraining.lock import lock_folder
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    with lock_folder(Path(sys.argv[1])):
+        print("in", flush=True)
+        sys.stdin.readline()
+except ValueError:
+    print("out", flush=True)
+"""
 
 
 def test_of_many_at_once_one_gets_in(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    results, all_tried = context.Queue(), context.Event()
-    processes = [context.Process(target=_try, args=(str(tmp_path / "run"), results, all_tried)) for _ in range(4)]
-    for process in processes:
-        process.start()
-    found = [results.get(timeout=200) for _ in processes]
-    all_tried.set()
-    for process in processes:
-        process.join(60)
-    assert sorted(found) == ["in", "out", "out", "out"]
+    command = [sys.executable, "-c", TRY, str(tmp_path / "run")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(4)]
+    try:
+        assert [process.stdout.readline() for process in processes] == ["ready\n"] * 4
+        for process in processes:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        found = [process.stdout.readline().strip() for process in processes]
+        assert sorted(found) == ["in", "out", "out", "out"]
+    finally:
+        for process in processes:
+            process.communicate("\n", timeout=60)
