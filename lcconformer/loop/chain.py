@@ -31,7 +31,8 @@ __all__ = ["Chain", "reasons"]
 # d_model up to which -> rows up to which the chain is predicted to be no slower than the recorded modules, whose products are
 # the library's.  Predicted for an H200 in bfloat16 (bench/reports/predicted.py), 12 loops, chain and modules in ms:
 # d_model 256: 0.475 and 0.715 at 128 rows, 0.834 and 0.843 at 2048, 0.979 and 0.948 at 2560;
-# 512: 0.641 and 0.824 at 128, 0.747 and 0.860 at 256, 0.997 and 0.897 at 384;  768: 0.912 and 0.910 at 64, 1.333 and 0.975 at 128.
+# 512: 0.641 and 0.824 at 128, 0.747 and 0.860 at 256, 0.997 and 0.897 at 384;
+# 768: 0.912 and 0.910 at 64, 1.333 and 0.975 at 128.
 MOST_ROWS = {256: 2048, 512: 256, 768: 64}
 
 
