@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .chain_products import wait_for_previous
-from .common import AotConfig, LaunchConfig, cdiv, constexpr_signature, launch, next_power_of_2, sigmoid, supports_pdl
+from .common import AotConfig, LaunchConfig, aot_config, cdiv, launch, next_power_of_2, sigmoid, supports_pdl
 
 __all__ = ["aot_configs", "depthwise", "tap_rows", "taps"]
 
@@ -188,22 +188,15 @@ def depthwise(
 
 
 def _aot(name: str, kernel: Any, arch: int, dtype: str, config: LaunchConfig, absent: tuple[str, ...]) -> AotConfig:
-    constexprs: dict[str, Any] = {**config.blocks, **dict.fromkeys(absent)}
-    if kernel is _depthwise_kernel:
-        constexprs["PDL"] = arch >= 90
-        config = config.with_pdl(arch >= 90)
-    fixed = {"taps_ptr": "*fp32", "lengths_ptr": "*i64"} | ({"out_ptr": "*fp32"} if kernel is _taps_kernel else {})
-    pointers = {n: fixed.get(n, f"*{dtype}") for n in kernel.arg_names if n.endswith("_ptr") and n not in constexprs}
-    integers = ("T", "C", "K", "tiles", "stride_wc", "stride_wk")
-    return AotConfig(
-        name=f"chain_convolution.{name}",
-        kernel=kernel,
-        signature=constexpr_signature(kernel, pointers, {"eps": "fp32"} | dict.fromkeys(integers, "i32"), constexprs),
-        constexprs=constexprs,
-        dtype=dtype,
-        launch=config,
-        divisible=frozenset({"C"}),
-        spill_budget=0,
+    depthwise = kernel is _depthwise_kernel
+    return aot_config(
+        f"chain_convolution.{name}",
+        kernel,
+        dtype,
+        config.with_pdl(depthwise and arch >= 90),
+        dict.fromkeys(absent),
+        types={"taps_ptr" if depthwise else "out_ptr": "*fp32"},
+        divisible=("C",),
     )
 
 

@@ -37,9 +37,9 @@ from .common import (
     AotConfig,
     LaunchConfig,
     add_bias,
+    aot_config,
     arch_of,
     cdiv,
-    constexpr_signature,
     dense,
     launch,
     nearest_arch,
@@ -403,20 +403,15 @@ def _aot(
     constexprs: dict[str, Any],
     spill_budget: int = 0,
 ) -> AotConfig:
-    constexprs = {**config.blocks, "PDL": arch >= 90, **constexprs}
-    # weights as nn.Linear has them; those of norms and biases as the model's dtype has them
-    constexprs |= {"stride_wk": 1} if "stride_wk" in kernel.arg_names else {}
-    pointers = {n: f"*{dtype}" for n in kernel.arg_names if n.endswith("_ptr") and n not in constexprs}
-    integers = ("M", "N", "K", "splits", "stride_wn")
-    scalars = {n: "i32" for n in integers} | {"eps": "fp32", "scale": "fp32"}
-    return AotConfig(
-        name=f"chain_products.{name}",
-        kernel=kernel,
-        signature=constexpr_signature(kernel, pointers, scalars, constexprs),
-        constexprs=constexprs,
-        dtype=dtype,
-        launch=config.with_pdl(arch >= 90),
-        divisible=frozenset(integers) - set(RUNTIME),
+    # weights as nn.Linear has them
+    weights = {"stride_wk": 1} if "stride_wk" in kernel.arg_names else {}
+    return aot_config(
+        f"chain_products.{name}",
+        kernel,
+        dtype,
+        config.with_pdl(arch >= 90),
+        constexprs | weights,
+        divisible=("N", "K", "stride_wn"),
         tensor_cores=dtype != "fp32" and kernel is not _norm_kernel,
         spill_budget=spill_budget,
     )

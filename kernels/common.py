@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -291,18 +292,52 @@ def add_bias(x, bias_ptr, cols, N):
 # --- ahead of time ---------------------------------------------------------------------------------------------------
 
 
-def constexpr_signature(
-    kernel: Any, pointers: Mapping[str, str], scalars: Mapping[str, str], constexprs: Mapping[str, Any]
-) -> dict[str, str]:
-    """Return the signature of `kernel` from its parameter names, checked: each is a pointer, a scalar or a constexpr.
+_INT64 = ("seed_ptr", "lengths_ptr", "cu_seqlens_ptr")
+_FLOAT = ("scale", "grad_scale", "keep_scale", "alpha", "eps")
 
-    A pointer mapped to None is absent (a constexpr None), as at run time.
+
+def aot_config(
+    name: str,
+    kernel: Any,
+    dtype: str,
+    config: LaunchConfig,
+    constexprs: Mapping[str, Any],
+    *,
+    types: Mapping[str, str] | None = None,
+    divisible: Iterable[str] = (),
+    tensor_cores: bool = False,
+    spill_budget: int = 0,
+    may_serialize: bool = False,
+) -> AotConfig:
+    """Return the kernel as shipped, with the types of its run-time arguments by their names.
+
+    A `_ptr` points to `dtype`, seeds and lengths to int64; scales and eps are float32, other scalars int32; `types` says what
+    is otherwise. A pointer in `constexprs` is None: absent, as at run time. The launch says whether `PDL` is on.
     """
-    known = {**pointers, **scalars}
-    missing = [n for n in kernel.arg_names if n not in known and n not in constexprs]
-    if missing:
-        raise ValueError(f"{kernel.__name__}: no type given for {missing}")
-    return {n: known[n] for n in kernel.arg_names if n in known and n not in constexprs}
+    constexprs = {**config.blocks, **constexprs}
+    if "PDL" in kernel.arg_names:
+        constexprs["PDL"] = config.pdl
+    known = {n: "*i64" for n in _INT64} | {n: "fp32" for n in _FLOAT} | dict(types or {})
+    parameters = inspect.signature(kernel.fn).parameters
+    missing = [n for n, p in parameters.items() if "constexpr" in str(p.annotation) and n not in constexprs]
+    unknown = sorted(constexprs.keys() - parameters.keys())
+    if missing or unknown:
+        raise ValueError(f"{name}: constexprs without a value: {missing}; values for what it does not take: {unknown}")
+    signature = {
+        n: known.get(n, f"*{dtype}" if n.endswith("_ptr") else "i32") for n in kernel.arg_names if n not in constexprs
+    }
+    return AotConfig(
+        name=name,
+        kernel=kernel,
+        signature=signature,
+        constexprs=constexprs,
+        dtype=dtype,
+        launch=config,
+        divisible=frozenset(divisible) & signature.keys(),
+        tensor_cores=tensor_cores,
+        spill_budget=spill_budget,
+        may_serialize=may_serialize,
+    )
 
 
 def divisible_by_16(config: AotConfig) -> Iterable[str]:

@@ -25,8 +25,8 @@ from .common import (
     AotConfig,
     LaunchConfig,
     add_bias,
+    aot_config,
     cdiv,
-    constexpr_signature,
     dense,
     dropout_scale,
     dropout_threshold,
@@ -305,19 +305,14 @@ def backward(
 
 
 def _aot(name: str, kernel: Any, dtype: str, dropout: bool) -> AotConfig:
-    constexprs: dict[str, Any] = dict(_CONFIG.blocks) | ({} if dropout else {"seed_ptr": None})
-    fixed = {"seed_ptr": "*i64", "part_ptr": "*fp32"}
-    pointers = {n: fixed.get(n, f"*{dtype}") for n in kernel.arg_names if n.endswith("_ptr") and n not in constexprs}
-    scalars = dict.fromkeys(("M", "N", "rows_each", "threshold", "stride_xm", "stride_dm"), "i32")
-    scalars |= dict.fromkeys(("scale", "keep_scale"), "fp32")
-    return AotConfig(
-        name=f"feed_forward.{name}{' dropout' if dropout else ''}",
-        kernel=kernel,
-        signature=constexpr_signature(kernel, pointers, scalars, constexprs),
-        constexprs=constexprs,
-        dtype=dtype,
-        launch=_CONFIG,
-        divisible=frozenset({"N", "stride_xm", "stride_dm"}),
+    return aot_config(
+        f"feed_forward.{name}{' dropout' if dropout else ''}",
+        kernel,
+        dtype,
+        _CONFIG,
+        {} if dropout else {"seed_ptr": None},
+        types={"part_ptr": "*fp32"},
+        divisible=("N", "stride_xm", "stride_dm"),
         spill_budget=64,
     )
 

@@ -30,8 +30,8 @@ from .common import (
     AotConfig,
     LaunchConfig,
     add_bias,
+    aot_config,
     cdiv,
-    constexpr_signature,
     dense,
     dropout_scale,
     dropout_threshold,
@@ -291,30 +291,24 @@ def up_backward(
     return du, g, part
 
 
-def _aot(product: str, dtype: str, launch_config: LaunchConfig, dropout: bool) -> AotConfig:
-    kernel = {"down": _down_kernel, "up_backward": _up_bwd_kernel}.get(product, _up_kernel)
-    constexprs: dict[str, Any] = dict(launch_config.blocks) | ({} if dropout else {"seed_ptr": None})
+def _aot(product: str, dtype: str, config: LaunchConfig, dropout: bool) -> AotConfig:
     # the weights as nn.Linear has them
-    constexprs["stride_wn" if product == "up_backward" else "stride_wk"] = 1
+    constexprs: dict[str, Any] = {"stride_wn" if product == "up_backward" else "stride_wk": 1}
+    constexprs |= {} if dropout else {"seed_ptr": None}
     if product == "up":
         constexprs |= dict.fromkeys(("norm_weight_ptr", "norm_bias_ptr", "mean_ptr", "rstd_ptr"))
-    fixed = {"seed_ptr": "*i64", "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "part_ptr": "*fp32"}
-    pointers = {n: fixed.get(n, f"*{dtype}") for n in kernel.arg_names if n.endswith("_ptr") and n not in constexprs}
-    integers = ("M", "N", "K", "threshold", "stride_xm", "stride_dm", "stride_wk", "stride_wn")
-    scalars = {n: "i32" for n in integers if n not in constexprs}
-    scalars |= dict.fromkeys(("scale", "keep_scale", "eps"), "fp32")
-    sizes = "x".join(map(str, launch_config.blocks.values()))
-    return AotConfig(
-        name=f"feed_forward_products.{product} {sizes}{' dropout' if dropout else ''}",
-        kernel=kernel,
-        signature=constexpr_signature(kernel, pointers, scalars, constexprs),
-        constexprs=constexprs,
-        dtype=dtype,
-        launch=launch_config,
-        divisible=frozenset(integers) - set(RUNTIME),
+    sizes = "x".join(map(str, config.blocks.values()))
+    return aot_config(
+        f"feed_forward_products.{product} {sizes}{' dropout' if dropout else ''}",
+        {"down": _down_kernel, "up_backward": _up_bwd_kernel}.get(product, _up_kernel),
+        dtype,
+        config,
+        constexprs,
+        types=dict.fromkeys(("mean_ptr", "rstd_ptr", "part_ptr"), "*fp32"),
+        divisible=("N", "K", "stride_xm", "stride_dm", "stride_wk", "stride_wn"),
         tensor_cores=True,
         spill_budget=64,
-        may_serialize=product == "norm_up" and launch_config.blocks["BLOCK_N"] == 32,
+        may_serialize=product == "norm_up" and config.blocks["BLOCK_N"] == 32,
     )
 
 

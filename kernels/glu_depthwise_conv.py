@@ -24,8 +24,8 @@ import triton.language as tl
 from .common import (
     AotConfig,
     LaunchConfig,
+    aot_config,
     cdiv,
-    constexpr_signature,
     dense,
     launch,
     next_power_of_2,
@@ -456,28 +456,18 @@ def stat_strides(norm: str, num_groups: int, channels: int) -> tuple[int, int]:
 
 # --- ahead of time ---------------------------------------------------------------------------------------------------
 
-_INTEGERS = ("T", "C", "P", "tiles", "chunks", "chunk", "TILE", "GROUP_C", "stride_sb", "stride_xb")
-_DIVISIBLE = frozenset({"C", "GROUP_C", "stride_sb", "stride_xb"})
 
-
-def aot(name: str, kernel: Any, dtype: str, launch_config: LaunchConfig, **constexprs: Any) -> AotConfig:
-    """Pointers are of `dtype`, but statistics and partials float32 and lengths int64."""
+def aot(name: str, kernel: Any, dtype: str, config: LaunchConfig, **constexprs: Any) -> AotConfig:
+    """Statistics, their sums and partial results are float32 whatever `dtype` is."""
     wide = ("part", "mean", "var", "count", "sums", "running")
-    pointers = {
-        n: "*i64" if n.startswith("lengths") else "*fp32" if n.startswith(wide) else f"*{dtype}"
-        for n in kernel.arg_names
-        if n.endswith("_ptr") and n not in constexprs
-    }
-    scalars = {n: "i32" for n in _INTEGERS if n not in constexprs} | {"eps": "fp32"}
-    constexprs |= launch_config.blocks
-    return AotConfig(
-        name=f"glu_depthwise_conv.{name}",
-        kernel=kernel,
-        signature=constexpr_signature(kernel, pointers, scalars, constexprs),
-        constexprs=constexprs,
-        dtype=dtype,
-        launch=launch_config,
-        divisible=_DIVISIBLE,
+    return aot_config(
+        f"glu_depthwise_conv.{name}",
+        kernel,
+        dtype,
+        config,
+        constexprs,
+        types={n: "*fp32" for n in kernel.arg_names if n.endswith("_ptr") and n.startswith(wide)},
+        divisible=("C", "GROUP_C", "stride_sb", "stride_xb"),
         spill_budget=64,
     )
 

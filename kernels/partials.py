@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import TRITON_DTYPE, AotConfig, LaunchConfig, cdiv, constexpr_signature, launch
+from .common import AotConfig, LaunchConfig, aot_config, cdiv, launch
 
 # what changes with T, B or K: specialised on ones and multiples of 16 it would compile again for new lengths
 RUNTIME = ("P",)
@@ -113,30 +113,11 @@ def accumulate(parts: Sequence[torch.Tensor], total: torch.Tensor, offsets: Sequ
 
 def aot_configs(arch: int) -> Iterator[AotConfig]:
     """The reduce, into either width of weights, and the sums of a layer's 13 small gradients."""
-    for dtype in (torch.float32, torch.bfloat16):
-        pointers = {"part_ptr": "*fp32", "out_ptr": f"*{TRITON_DTYPE[dtype]}"}
-        scalars = {"P": "i32", "N": "i32"}
-        yield AotConfig(
-            name="partials.sum_rows",
-            kernel=_sum_rows_kernel,
-            signature=constexpr_signature(_sum_rows_kernel, pointers, scalars, _CONFIG.blocks),
-            constexprs=_CONFIG.blocks,
-            dtype=TRITON_DTYPE[dtype],
-            launch=_CONFIG,
-            divisible=frozenset({"N"}),
-            spill_budget=0,
-        )
-    pointers = {"out_ptr": "*fp32"} | {f"part{i}_ptr": "*fp32" for i in range(13)}
-    absent = {f"part{i}_ptr": None for i in range(13, SEGMENTS)}
-    absent |= {f"{name}{i}": 0 for name in ("P", "N", "at") for i in range(13, SEGMENTS)}
-    scalars = {f"{name}{i}": "i32" for name in ("P", "N", "at") for i in range(13)}
-    yield AotConfig(
-        name="partials.accumulate",
-        kernel=_accumulate_kernel,
-        signature=constexpr_signature(_accumulate_kernel, pointers, scalars, {**absent, **_CONFIG.blocks}),
-        constexprs={**absent, **_CONFIG.blocks},
-        dtype="fp32",
-        launch=_CONFIG,
-        divisible=frozenset(f"N{i}" for i in range(13)),
-        spill_budget=0,
-    )
+    for dtype in ("fp32", "bf16"):
+        part = {"part_ptr": "*fp32"}
+        yield aot_config("partials.sum_rows", _sum_rows_kernel, dtype, _CONFIG, {}, types=part, divisible=("N",))
+    used, absent = range(13), range(13, SEGMENTS)
+    constexprs: dict[str, int | None] = {f"part{i}_ptr": None for i in absent}
+    constexprs |= {f"{name}{i}": 0 for name in ("P", "N", "at") for i in absent}
+    sizes = [f"N{i}" for i in used]
+    yield aot_config("partials.accumulate", _accumulate_kernel, "fp32", _CONFIG, constexprs, divisible=sizes)

@@ -60,9 +60,9 @@ from torch import Tensor
 from .common import (
     AotConfig,
     LaunchConfig,
+    aot_config,
     arch_of,
     cdiv,
-    constexpr_signature,
     dropout_keep,
     dropout_scale,
     dropout_threshold,
@@ -785,7 +785,7 @@ _KERNELS = {
     "backward_key": _backward_key,
     "backward_position": _backward_position,
 }
-_POINTERS = {"lse_ptr", "du_ptr", "dpos_ptr", "dv_bias_ptr"}  # float32 whatever the inputs are
+_FLOAT32 = ("lse_ptr", "du_ptr", "dpos_ptr", "dv_bias_ptr")  # whatever the inputs are
 
 
 def _aot_config(
@@ -796,21 +796,15 @@ def _aot_config(
     config = config_for(name, arch, torch_dtype, head_dim)
     absent = {"lengths_ptr"} if packed else {"cu_seqlens_ptr"}
     absent |= set() if dropout else {"keep_ptr"}
-    constexprs = {"D": head_dim, "PRECISION": product_precision(torch_dtype), **config.blocks, **dict.fromkeys(absent)}
-    pointers = {n: "*fp32" if n in _POINTERS else f"*{dtype}" for n in kernel.arg_names if n.endswith("_ptr")}
-    pointers |= {"lengths_ptr": "*i64", "cu_seqlens_ptr": "*i64", "seed_ptr": "*i64", "keep_ptr": "*i32"}
-    integers = (*RUNTIME, "H")
-    scalars = {n: "i32" for n in kernel.arg_names if n.startswith("stride_") or n in integers}
-    scalars |= dict.fromkeys(("scale", "grad_scale", "keep_scale"), "fp32")
-    constexprs = {n: c for n, c in constexprs.items() if n in kernel.arg_names}
-    return AotConfig(
-        name=f"relpos_attention.{name} D={head_dim}{' dropout' if dropout else ''}{' packed' if packed else ''}",
-        kernel=kernel,
-        signature=constexpr_signature(kernel, pointers, scalars, constexprs),
-        constexprs=constexprs,
-        dtype=dtype,
-        launch=config,
-        divisible=frozenset(n for n in scalars if n.startswith("stride_")),
+    values = {"D": head_dim, "PRECISION": product_precision(torch_dtype), **config.blocks, **dict.fromkeys(absent)}
+    return aot_config(
+        f"relpos_attention.{name} D={head_dim}{' dropout' if dropout else ''}{' packed' if packed else ''}",
+        kernel,
+        dtype,
+        config,
+        {n: value for n, value in values.items() if n in kernel.arg_names},
+        types=dict.fromkeys(_FLOAT32, "*fp32") | {"keep_ptr": "*i32"},
+        divisible=[n for n in kernel.arg_names if n.startswith("stride_")],
         tensor_cores=name != "draw" and dtype != "fp32",
         spill_budget=64,
     )

@@ -15,8 +15,8 @@ import triton.language as tl
 from .common import (
     AotConfig,
     LaunchConfig,
+    aot_config,
     cdiv,
-    constexpr_signature,
     dense,
     dropout_keep,
     dropout_scale,
@@ -222,24 +222,15 @@ def backward(
     return dx.view(s.shape), dy, sum_rows(part, weight.dtype)
 
 
-_INTEGERS = ("M", "D", "rows_each", "threshold", "stride_xm", "stride_ym", "stride_dnm", "stride_dsm", "stride_sm")
-
-
 def _aot(name: str, kernel: Any, dtype: str, width: int, **constexprs: Any) -> AotConfig:
-    config = row_config(width)
-    constexprs |= config.blocks
-    fixed = {"seed_ptr": "*i64", "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "part_ptr": "*fp32"}
-    pointers = {n: fixed.get(n, f"*{dtype}") for n in kernel.arg_names if n.endswith("_ptr") and n not in constexprs}
-    scalars = {n: "i32" for n in _INTEGERS if n not in constexprs}
-    scalars |= dict.fromkeys(("alpha", "keep_scale", "eps"), "fp32")
-    return AotConfig(
-        name=f"residual_layer_norm.{name} D={width}",
-        kernel=kernel,
-        signature=constexpr_signature(kernel, pointers, scalars, constexprs),
-        constexprs=constexprs,
-        dtype=dtype,
-        launch=config,
-        divisible=frozenset(_INTEGERS) - {"M", "rows_each", "threshold"},
+    return aot_config(
+        f"residual_layer_norm.{name} D={width}",
+        kernel,
+        dtype,
+        row_config(width),
+        constexprs,
+        types=dict.fromkeys(("mean_ptr", "rstd_ptr", "part_ptr"), "*fp32"),
+        divisible=("D", "stride_xm", "stride_ym", "stride_dnm", "stride_dsm", "stride_sm"),
         spill_budget=64,
     )
 

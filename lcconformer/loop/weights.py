@@ -33,7 +33,7 @@ from lcconformer.stack import LayerStack
 
 from .watch import Watch, watch
 
-__all__ = ["FeedForward", "Matrix", "Norm", "PackedLayer", "forget", "packed", "padded_columns"]
+__all__ = ["Affine", "FeedForward", "Matrix", "PackedLayer", "forget", "packed", "padded_columns"]
 
 
 def padded_columns(columns: int) -> int:
@@ -68,7 +68,7 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Norm:
+class Affine:
     """Scale and shift of a norm, ``[d_model]``."""
 
     weight: Tensor
@@ -84,7 +84,7 @@ class Norm:
 class FeedForward:
     """A feed-forward, its half step folded into ``down``."""
 
-    norm: Norm
+    norm: Affine
     up: Matrix
     down: Matrix
 
@@ -93,7 +93,7 @@ class FeedForward:
 class Attention:
     """An attention module; ``pos``, ``u`` and ``v_bias`` ``[H, D]`` only with relative positions."""
 
-    norm: Norm
+    norm: Affine
     qkv: Matrix
     out: Matrix
     pos: Matrix | None
@@ -105,11 +105,11 @@ class Attention:
 class Convolution:
     """A convolution module with taps ``[K, C]``; a BatchNorm is folded into taps and bias."""
 
-    norm: Norm
+    norm: Affine
     pointwise1: Matrix
     taps: Tensor
     bias: Tensor
-    depthwise_norm: Norm | None
+    depthwise_norm: Affine | None
     pointwise2: Matrix
 
 
@@ -121,7 +121,7 @@ class PackedLayer:
     attention: Attention
     conv: Convolution
     ffn2: FeedForward
-    norm: Norm
+    norm: Affine
     heads: int
     # grow-only: rows of positions Tmax-1 ... -(Tmax-1), [2 Tmax - 1, d_model padded]
     _positions: Tensor | None = field(default=None, repr=False)
@@ -190,9 +190,9 @@ def pack(layer: nn.Module, overrides: dict[str, Tensor]) -> PackedLayer:
         assert value is not None, name
         return value.float().contiguous()
 
-    def norm(name: str) -> Norm:
+    def norm(name: str) -> Affine:
         # copies: what is packed must not change with its source
-        return Norm(given(f"{name}.weight").clone(), given(f"{name}.bias").clone())
+        return Affine(given(f"{name}.weight").clone(), given(f"{name}.bias").clone())
 
     def matrix(name: str, scale: float = 1.0) -> Matrix:
         return Matrix.of(given(f"{name}.weight"), get(f"{name}.bias"), scale)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lcconformer.loop.weights import Matrix, Norm, padded_columns
+from lcconformer.loop.weights import Affine, Matrix, padded_columns
 
 from .cpu_kernels import CPU, LEVELS, kernels
 
@@ -45,7 +45,7 @@ def run(v: dict[str, Tensor], parts: list[str], level: str | None = None, thread
     v = {name: value.float() for name, value in v.items()}
     names = [n for n in parts if n != "feed_forward"] + ["up", "down"] * ("feed_forward" in parts)
     matrices = {name: Matrix.of(v[f"{name}.weight"], v[f"{name}.bias"]) for name in names}
-    norms = {name: Norm(v[f"{name}.weight"], v[f"{name}.bias"]) for name in ("hidden_norm", "norm")}
+    norms = {name: Affine(v[f"{name}.weight"], v[f"{name}.bias"]) for name in ("hidden_norm", "norm")}
     n = matrices["next"].columns if "next" in parts else 0
     x, out = v["x"].clone(), torch.full((m + CPU.TILE_ROWS, padded_columns(n)), torch.nan)
     branch = torch.cat((v["branch"], torch.full((CPU.TILE_ROWS, d + 3), torch.nan)))  # rows of the last tile

@@ -91,15 +91,20 @@ def test_nearest_arch(arch, nearest):
     assert common.nearest_arch(arch) == nearest
 
 
-def test_constexpr_signature_names_what_has_no_type():
+def test_a_shipped_kernel_has_every_constexpr_and_no_other():
     class Kernel:
-        __name__ = "kernel"
-        arg_names = ("x_ptr", "n", "BLOCK")
+        arg_names = ("x_ptr", "seed_ptr", "bias_ptr", "eps", "n", "BLOCK")
 
-    given = common.constexpr_signature(Kernel(), {"x_ptr": "*fp32"}, {"n": "i32"}, {"BLOCK": 4})
-    assert given == {"x_ptr": "*fp32", "n": "i32"}
-    with pytest.raises(ValueError, match=r"kernel: no type given for \['n'\]"):
-        common.constexpr_signature(Kernel(), {"x_ptr": "*fp32"}, {}, {"BLOCK": 4})
+        @staticmethod
+        def fn(x_ptr, seed_ptr, bias_ptr, eps, n, BLOCK: tl.constexpr):
+            pass
+
+    config = LaunchConfig(4, 1, {"BLOCK": 16})
+    given = common.aot_config("k", Kernel, "bf16", config, {"bias_ptr": None}, divisible=("n", "other"))
+    assert given.signature == {"x_ptr": "*bf16", "seed_ptr": "*i64", "eps": "fp32", "n": "i32"}
+    assert given.divisible == {"n"}
+    with pytest.raises(ValueError, match=r"k: constexprs without a value: \['BLOCK'\]; .*: \['WARPS'\]"):
+        common.aot_config("k", Kernel, "bf16", LaunchConfig(4, 1), {"WARPS": 4})
 
 
 def test_an_empty_grid_launches_nothing():
