@@ -342,4 +342,7 @@ def aot_config(
 
 def divisible_by_16(config: AotConfig) -> Iterable[str]:
     """Return the names of the arguments that Triton would specialise on at run time."""
-    return [n for n, t in config.signature.items() if t.startswith("*") or n in config.divisible]
+    unaligned = {p.name for p in config.kernel.params if p.do_not_specialize_on_alignment}
+    return [
+        n for n, t in config.signature.items() if (t.startswith("*") or n in config.divisible) and n not in unaligned
+    ]

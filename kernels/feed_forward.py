@@ -45,7 +45,7 @@ RUNTIME = ("M", "rows_each", "threshold")
 _CONFIG = LaunchConfig(num_warps=4, num_stages=1, blocks={"BLOCK_M": 16, "BLOCK_N": 128})
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=("seed_ptr",))
 def _activation_fwd_kernel(
     u_ptr, bias_ptr, seed_ptr, g_ptr, M, N, threshold, keep_scale, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
@@ -60,7 +60,7 @@ def _activation_fwd_kernel(
     tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=("seed_ptr",))
 def _activation_bwd_kernel(
     dg_ptr, u_ptr, bias_ptr, seed_ptr, du_ptr, g_ptr, part_ptr, M, N, rows_each, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -88,7 +88,7 @@ def _activation_bwd_kernel(
     tl.store(part_ptr + program.to(tl.int64) * N + offs_n, tl.sum(acc, 0), mask=offs_n < N)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=("seed_ptr",))
 def _residual_fwd_kernel(
     z_ptr, bias_ptr, x_ptr, stride_xm, seed_ptr, out_ptr, M, N, scale, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -106,7 +106,7 @@ def _residual_fwd_kernel(
     tl.store(out_ptr + wide * N + offs_n[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=("seed_ptr",))
 def _residual_bwd_kernel(
     dout_ptr, stride_dm, seed_ptr, dz_ptr, part_ptr, M, N, rows_each, scale, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

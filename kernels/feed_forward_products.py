@@ -105,7 +105,7 @@ def _product(
     return acc
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=("seed_ptr",))
 def _up_kernel(
     x_ptr, stride_xm, norm_weight_ptr, norm_bias_ptr, w_ptr, stride_wk, stride_wn, bias_ptr, seed_ptr,
     u_ptr, g_ptr, mean_ptr, rstd_ptr, M, N, K, eps, threshold, keep_scale,
@@ -140,7 +140,7 @@ def _up_kernel(
     tl.store(_rows_from(g_ptr, row, N) + at, g.to(g_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=("seed_ptr",))
 def _down_kernel(
     g_ptr, w_ptr, stride_wk, stride_wn, bias_ptr, x_ptr, stride_xm, seed_ptr, out_ptr, M, N, K, scale, threshold,
     keep_scale, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -162,7 +162,7 @@ def _down_kernel(
     tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=("seed_ptr",))
 def _up_bwd_kernel(
     dz_ptr, stride_dm, w_ptr, stride_wk, stride_wn, u_ptr, bias_ptr, seed_ptr, du_ptr, g_ptr, part_ptr, M, N, K, threshold,
     keep_scale, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,

@@ -32,7 +32,7 @@ from .tuning import tuned
 RUNTIME = ("M", "rows_each", "threshold")
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=("seed_ptr",))
 def _layer_norm_fwd_kernel(
     x_ptr, stride_xm, y_ptr, stride_ym, seed_ptr, weight_ptr, bias_ptr, s_ptr, n_ptr, mean_ptr, rstd_ptr,
     M, D, alpha, threshold, keep_scale, eps, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -66,7 +66,7 @@ def _layer_norm_fwd_kernel(
         tl.store(rstd_ptr + rows, rstd, mask=rows < M)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=("seed_ptr",))
 def _layer_norm_bwd_kernel(
     dn_ptr, stride_dnm, ds_ptr, stride_dsm, s_ptr, stride_sm, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, seed_ptr,
     dx_ptr, dy_ptr, n_ptr, part_ptr, M, D, rows_each, alpha, threshold, keep_scale,

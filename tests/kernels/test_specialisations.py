@@ -139,7 +139,8 @@ def calls(b: int, t: int) -> Iterator[tuple[str, Callable[[], object]]]:
     """Each op forward and backward, as its autograd.Function calls it."""
     d, f, p = 64, 128, 0.1
     x, wide, vector = torch.zeros(b, t, d), torch.zeros(b, t, 2 * d), torch.zeros(d)
-    lengths, ends, seed = (torch.zeros(n, dtype=torch.int64) for n in (b, b + 1, 1))
+    lengths, ends = torch.zeros(b, dtype=torch.int64), torch.zeros(b + 1, dtype=torch.int64)
+    seed = torch.zeros(2, dtype=torch.int64)[b % 2 :][:1]  # those of several loops are one tensor
 
     def feed() -> None:
         w1, w2, b1 = torch.zeros(f, d), torch.zeros(d, f), torch.zeros(f)
@@ -168,7 +169,6 @@ def calls(b: int, t: int) -> Iterator[tuple[str, Callable[[], object]]]:
 
     def attention(shape: tuple[int, ...], *where: torch.Tensor | None) -> None:
         qkv = torch.zeros(*shape, 3, 4, d).unbind(-3)
-        seed = torch.zeros(2, dtype=torch.int64)[b % 2 :][:1]  # those of several loops are one tensor
         given = (*qkv, torch.zeros(2 * t - 1, 4, d), torch.zeros(4, d), torch.zeros(4, d), *where, seed)
         out, lse = relpos_attention.forward(*given, p)
         relpos_attention.backward(torch.zeros_like(out), *given, out, lse, p)
