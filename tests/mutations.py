@@ -239,7 +239,14 @@ TRITON = (
         CONVOLUTION,
         "(zero + t + (K - 1 - K // 2 + u) < n)",
         "(zero + t + (K - 1 - K // 2 + u) <= n)",
-        f"{ON_CONVOLUTION}::test_equals_the_oracle[none-1-5-1-None-fp32]",
+        f"{ON_CONVOLUTION}::test_equals_the_oracle[none-203-40-3-lengths3-fp32]",
+    ),
+    Mutation(
+        "convolution: a frame beyond the length is in the first window",
+        CONVOLUTION,
+        "(zero + t + j + u >= 0) & (zero + t + j + u < n)",
+        "(zero + t + j + u >= 0) & (zero + t + j + u <= n)",
+        f"{ON_CONVOLUTION}::test_equals_the_oracle[none-7-24-31-lengths1-fp32]",
     ),
     Mutation(
         "convolution: frames before the first are read",
