@@ -242,8 +242,9 @@ def tells_depths_apart(config: ConformerConfig) -> bool:
 # --- kept from call to call ------------------------------------------------------------------------------------------
 
 
-# Frames through all loops, by unique layer, from which all values are compared instead of samples
-_COMPLETE = 512
+# Frames through all loops, by unique layer, from which all values are compared instead of samples: there it takes 2.5% of the
+# call's processor time (at 576 of one layer 2.7% with d_model 256, 2.9% with 512; an AMD EPYC, one thread)
+_COMPLETE = 640
 
 
 def _cacheable(tensor: Tensor) -> bool:
