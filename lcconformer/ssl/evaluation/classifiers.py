@@ -3,7 +3,7 @@
 The two probes are those of the phone tasks of S3PRL and CPC: a linear layer, and one hidden layer with ReLU.  Both see a
 window of neighbouring vectors (S3PRL's ``phone_linear_concat``), and an encoder that merges M frames of 10 ms gets M
 classifiers, one for each frame under its output, so that its frame rate sets no limit to the accuracy.  Channels are
-standardised, not whitened: whitening gains nothing for hidden states and costs log-mel features four points
+standardised, not whitened: whitening costs log-mel features four points and gained hidden states nothing
 (bench/results/paper/README.md).  The probes of all depths start from the same weights and see the same vectors in the same
 order, and nothing couples them (AdamW is elementwise, gradients are not clipped).  So training them together gives the same
 result as training each of them alone.
