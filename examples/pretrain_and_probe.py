@@ -13,7 +13,7 @@ import argparse
 from lcconformer import ConformerConfig
 from lcconformer.data import demo_corpus
 from lcconformer.ssl import load_model
-from lcconformer.ssl.evaluation import ProbeSettings, accuracies, probe_model, smallest_depth
+from lcconformer.ssl.evaluation import ProbeSettings, accuracies, probe_model, smallest_depth, split_validation
 from lcconformer.ssl.pretraining import PretrainSettings, pretrain
 
 
@@ -51,10 +51,12 @@ def main() -> None:
     model = load_model(result.checkpoint)
     depths = range(config.num_layers + 1)  # 0 is the front end
     probe = ProbeSettings(max_frames=args.probe_frames, hidden=128)
-    rows = probe_model(model, train, test, depths, settings=probe, name="pretrained")
+    seen, validation = split_validation(train)  # validation speech chooses the depth
+    rows = probe_model(model, seen, validation, test, depths, settings=probe, name="pretrained")
     accuracy = accuracies(rows, "pretrained", "linear")
     print("phone accuracy by depth:", " ".join(f"{value:.1%}" for value in accuracy.values()))
-    print(f"{smallest_depth(accuracy)} of {config.num_layers} loops are within 1% of the best")
+    depth = smallest_depth(accuracies(rows, "pretrained", "linear", "validation"))
+    print(f"{depth} of {config.num_layers} loops are within 1% of the best")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """``lcconformer probe``: how well phones can be read from the hidden states of every depth.
 
-A linear and a one-hidden-layer classifier are trained on the frozen hidden states of each depth.  They are scored by frame
-accuracy over labelled 10 ms frames.  The log-mel features (one frame, no context) give the baseline.
+A linear and a one-hidden-layer classifier are trained on the frozen hidden states of each depth, in a window of neighbouring
+outputs.  They are scored by frame accuracy over labelled 10 ms frames.  Log-mel features in a window of 11 frames give the
+baseline.  Depths are chosen by the accuracy on held-out validation speech, and judged by that on the test speech.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from ..ssl.evaluation.probes import (
     TOLERANCE,
     ProbeSettings,
     accuracies,
+    best_depth,
     probe_model,
     smallest_depth,
     split_speech,
+    split_validation,
 )
 from ..ssl.model import load_model
 from .options import add_checkpoint_argument, add_device_argument, names
@@ -44,12 +47,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help="take only these speakers of D2; leave them out of pretraining too (pretrain --exclude-speakers)",
     )
+    parser.add_argument(
+        "--validation-speakers",
+        type=names,
+        metavar="A,B",
+        help="hold these training speakers out to choose the depth by (default: some with 5%% of the training speech)",
+    )
     parser.add_argument("--depths", default="all", help="'all' (default), or a list such as 1,2,4; 0 is the front end")
     parser.add_argument("--random-init", action="store_true", help="also probe the same encoder with untrained weights")
     for field, text in (
-        ("max_frames", "training frames, drawn at random and kept in memory as float16"),
+        ("max_frames", "training frames of 10 ms, in whole utterances drawn at random, kept in memory as float16"),
         ("hidden", "width of the hidden layer of the second probe"),
         ("epochs", "passes over the training frames"),
+        ("context", "encoder outputs on each side that a probe sees too"),
         ("seed", "seed of the drawn frames, their order and the initial weights"),
     ):
         default = getattr(ProbeSettings, field)
@@ -62,11 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_output("--json", args.json)
-    settings = ProbeSettings(args.max_frames, args.hidden, args.epochs, args.seed)
+    settings = ProbeSettings(args.max_frames, args.hidden, args.epochs, args.context, args.seed)
     model = load_model(args.checkpoint, args.device)
     depths = parse_depths(args.depths, model.config.num_layers)
     train, test = split_speech(args.train_data, args.test_data, args.train_speakers, args.test_speakers)
-    print(f"train: {train}\ntest:  {test}", file=sys.stderr)
+    train, validation = split_validation(train, args.validation_speakers, args.seed)
+    print(f"train: {train}\nvalidation: {validation}\ntest: {test}", file=sys.stderr)
     models = {"checkpoint": model}
     if args.random_init:
         models["random-init"] = random_init_like(model, args.seed)
@@ -74,24 +85,42 @@ def run(args: argparse.Namespace) -> None:
     for number, (name, which) in enumerate(models.items()):
         with ProgressBar(name) as bar:
             rows += probe_model(
-                which, train, test, depths, settings=settings, name=name, log_mel=number == 0, progress=bar.update
+                which,
+                train,
+                validation,
+                test,
+                depths,
+                settings=settings,
+                name=name,
+                log_mel=number == 0,
+                progress=bar.update,
             )
     times = time_depths({"checkpoint": model}, test, [k for k in depths if k])["checkpoint"]
     for row in rows:
         row["seconds"] = times.seconds.get(row["depth"]) if row["features"] == "checkpoint" else None
-    chosen = {p: smallest_depth(accuracies(rows, "checkpoint", p)) for p in PROBES} if times.seconds else {}
+    chosen = {}
+    if times.seconds:
+        for probe in PROBES:
+            validated = accuracies(rows, "checkpoint", probe, "validation")
+            chosen[probe] = {"best": best_depth(validated), "smallest": smallest_depth(validated)}
     print(format_table(rows, list(models), times.audio_seconds))
     for probe, depth in chosen.items():
-        print(f"smallest depth within {TOLERANCE:.0%} (relative) of the best, {probe} probe: {depth}")
+        test_accuracy = accuracies(rows, "checkpoint", probe)
+        print(
+            f"{probe} probe, chosen on validation speech: best depth {depth['best']} "
+            f"({test_accuracy[depth['best']]:.1%} on the test speech), smallest within {TOLERANCE:.0%} (relative) of it "
+            f"{depth['smallest']} ({test_accuracy[depth['smallest']]:.1%})"
+        )
     if args.json:
         result = {
             "checkpoint": str(args.checkpoint),
             "train": _describe(train),
+            "validation": _describe(validation),
             "test": _describe(test),
             "classes": list(PHONES),
             "settings": dataclasses.asdict(settings),
             "rows": rows,
-            "smallest_depth": {"tolerance": TOLERANCE, "kind": "relative", **chosen},
+            "chosen_depth": {"tolerance": TOLERANCE, "kind": "relative", **chosen},
             "timing": {k: v for k, v in dataclasses.asdict(times).items() if k != "seconds"},
             "machine": describe_machine(args.device),
         }

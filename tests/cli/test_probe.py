@@ -8,7 +8,7 @@ import torch
 from lcconformer.__main__ import main
 from lcconformer.cli.options import names
 from lcconformer.cli.probe import format_table, parse_depths
-from lcconformer.ssl.evaluation.probes import accuracies, smallest_depth
+from lcconformer.ssl.evaluation.probes import accuracies, best_depth, smallest_depth
 
 FEW = ["--epochs", "3", "--hidden", "16", "--max-frames", "2000"]
 
@@ -25,9 +25,11 @@ def test_command_writes_rows_times_rule_and_machine(tiny_checkpoint, speech, tmp
         timed = row["features"] == "checkpoint" and row["depth"] > 0
         assert (row["seconds"] is not None) == timed
     for probe in ("linear", "hidden"):
-        assert result["smallest_depth"][probe] == smallest_depth(accuracies(rows, "checkpoint", probe))
-    assert result["smallest_depth"]["kind"] == "relative"
-    assert result["train"]["speakers"] == ["s0", "s1"]
+        validated = accuracies(rows, "checkpoint", probe, "validation")
+        expected = {"best": best_depth(validated), "smallest": smallest_depth(validated)}
+        assert result["chosen_depth"][probe] == expected
+    assert result["chosen_depth"]["kind"] == "relative"
+    assert sorted(result["train"]["speakers"] + result["validation"]["speakers"]) == ["s0", "s1"]
     assert result["test"]["speakers"] == ["s2"]
     assert result["machine"]["torch"] == torch.__version__
     assert result["timing"]["audio_seconds"] > 0
@@ -63,6 +65,7 @@ def test_depths_and_names_are_parsed():
         (["--depths", "9"], "--depths is '9'"),
         (["--epochs", "0"], "epochs is 0; expected 1 or more"),
         (["--test-speakers", "nobody"], "has no speaker nobody"),
+        (["--validation-speakers", "s2"], "has no speaker s2"),
         (["--checkpoint", "missing.safetensors"], "no checkpoint at missing.safetensors"),
         (["--train-data", "missing"], "no corpus at missing"),
     ],

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...data import Corpus
-from ..evaluation import DepthTimes, model_consistency, probe_model, time_depths
+from ..evaluation import DepthTimes, model_consistency, probe_model, split_validation, time_depths
 from ..model import PretrainingModel
 from .plan import DemoPlan
 from .stages import Stages
@@ -62,6 +62,7 @@ def _probe(
 ) -> list[dict[str, Any]]:
     depths = list(range(plan.settings.config.num_layers + 1))
     rows: list[dict[str, Any]] = []
+    train, validation = split_validation(train, seed=plan.settings.seed)
     with stages.stage("probes") as report:
         for number, (name, model) in enumerate(models.items()):
 
@@ -71,6 +72,7 @@ def _probe(
             rows += probe_model(
                 model,
                 train,
+                validation,
                 test,
                 depths,
                 settings=plan.probe,

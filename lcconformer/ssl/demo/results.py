@@ -91,11 +91,11 @@ def _saving(training: dict[str, dict[str, Any]], n: int) -> dict[str, float]:
 
 
 def _choose(rows: list[dict[str, Any]], seconds: dict[int, float]) -> dict[str, Any]:
-    """For each probe, the smallest depth of the sampled model near its best one, and the inference time that saves."""
+    """For each probe, the smallest depth of the sampled model near its best one by validation, and the time that saves."""
     full = max(seconds)
     chosen: dict[str, Any] = {"tolerance": TOLERANCE, "kind": "relative"}
     for probe in PROBES:
-        depth = smallest_depth(accuracies(rows, SAMPLED, probe))
+        depth = smallest_depth(accuracies(rows, SAMPLED, probe, "validation"))
         chosen[probe] = {
             "depth": depth,
             "time_saved": 1.0 - seconds[depth] / seconds[full],

@@ -122,7 +122,7 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
         remarks.append(
             f"percentages: phone frame accuracy of a linear and of a one-hidden-layer probe, {len(PHONES)} classes, "
             f"{frames:,} test frames; depth 0 is the front end; 'within 1%' is relative to the best accuracy at any "
-            "depth from 1 on"
+            "depth from 1 on, on training speech that was held out to choose the depth by"
         )
     else:
         remarks.append("no phone probes: this speech has no phone alignments")

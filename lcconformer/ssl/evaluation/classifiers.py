@@ -1,10 +1,12 @@
 """Phone classifiers on frozen features: a pair of them for every depth, all trained together.
 
-The two probes are those of the phone tasks of S3PRL and CPC: a linear layer, and one hidden layer with ReLU.  Features are
-whitened first, with the mean and covariance of the training frames.  A linear probe stays linear that way, but needs only a
-few hundred steps where the strongly correlated channels of raw features need hundreds of thousands.  The probes of all
-depths start from the same weights and see the same frames in the same order, and nothing couples them (AdamW is elementwise,
-gradients are not clipped).  So training them together gives the same result as training each of them alone.
+The two probes are those of the phone tasks of S3PRL and CPC: a linear layer, and one hidden layer with ReLU.  Both see a
+window of neighbouring vectors (S3PRL's ``phone_linear_concat``), and an encoder that merges M frames of 10 ms gets M
+classifiers, one for each frame under its output, so that its frame rate sets no limit to the accuracy.  Channels are
+standardised, not whitened: whitening costs log-mel features four points and gained hidden states nothing
+(bench/results/paper/README.md).  The probes of all depths start from the same weights and see the same vectors in the same
+order, and nothing couples them (AdamW is elementwise, gradients are not clipped).  So training them together gives the same
+result as training each of them alone.
 """
 
 from __future__ import annotations
@@ -16,24 +18,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...data import IGNORE
+
 __all__ = ["PROBES", "Probes", "train_probes"]
 
 PROBES = ("linear", "hidden")
-_STATISTICS = 32_768  # number of frames for mean and covariance
-_NOISE = 1e-5  # part of a channel's variance: weaker directions are rounding errors of float16
+_STATISTICS = 32_768  # number of vectors for mean and variance
+_SCORED = 4096  # vectors that are classified at a time
 
 
 class Probes:
     """A linear and a one-hidden-layer classifier for each of G sets of features.
 
     Args:
-        mean, whitener: ``[G, 1, D]`` and ``[G, D, D]``, such that ``(x - mean) @ whitener`` is white.
+        mean, scale: ``[G, 1, D]``, so that ``(x - mean) * scale`` has zero mean and unit variance.
+        labels: number of labels M of a vector.
         classes: number of classes C.
         hidden: width of the hidden layer.
+        context: number of neighbours on each side whose features a classifier sees too.
         seed: seed of the initial weights, which are the same for all G sets.
     """
 
-    def __init__(self, mean: Tensor, whitener: Tensor, *, classes: int, hidden: int, seed: int) -> None:
+    def __init__(
+        self, mean: Tensor, scale: Tensor, *, labels: int, classes: int, hidden: int, context: int, seed: int
+    ) -> None:
         groups, _, width = mean.shape
         generator = torch.Generator().manual_seed(seed)
 
@@ -42,72 +50,100 @@ class Probes:
             weight = torch.empty(fan_in, fan_out).uniform_(-bound, bound, generator=generator).to(mean.device)
             return weight.repeat(groups, 1, 1).requires_grad_()
 
-        self.mean, self.whitener = mean, whitener
-        self.weights = [matrix(width, classes), matrix(width, hidden), matrix(hidden, classes)]
-        self.biases = [mean.new_zeros(groups, 1, n, requires_grad=True) for n in (classes, hidden, classes)]
+        self.mean, self.scale, self.classes, self.context = mean, scale, classes, context
+        seen, out = (2 * context + 1) * width, labels * classes
+        self.weights = [matrix(seen, out), matrix(seen, hidden), matrix(hidden, out)]
+        self.biases = [mean.new_zeros(groups, 1, n, requires_grad=True) for n in (out, hidden, out)]
 
-    def logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits ``[G, F, C]`` of both probes (linear, hidden) for features ``[G, F, D]`` of any floating dtype."""
-        x = (x.float() - self.mean) @ self.whitener
+    def logits(self, x: Tensor, spans: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits ``[G, R, M, C]`` of both probes (linear, hidden) for some of the vectors of sequences.
+
+        Args:
+            x: ``[G, U, D]``, features of any floating dtype.
+            spans: ``[U, 2]`` int64, first and last vector of the sequence of each vector; beyond, they are repeated.
+            rows: ``[R]`` int64, the vectors to classify; None: all U.
+        """
+        rows = torch.arange(x.shape[1], device=x.device) if rows is None else rows
+        near = rows[:, None] + torch.arange(-self.context, self.context + 1, device=x.device)
+        near = near.clamp(spans[rows, :1], spans[rows, 1:])  # [R, W]
+        seen = ((x[:, near.flatten()].float() - self.mean) * self.scale).reshape(len(x), len(rows), -1)  # [G, R, W D]
         linear, first, second = (lambda y, w=w, b=b: torch.baddbmm(b, y, w) for w, b in zip(self.weights, self.biases))
-        return linear(x), second(F.relu(first(x)))
+        shape = (len(x), len(rows), -1, self.classes)
+        return linear(seen).view(shape), second(F.relu(first(seen))).view(shape)
 
     @torch.no_grad()
-    def correct(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Count the frames of ``x [G, F, D]`` classified as in ``labels [F]``: ``[2, G]`` int64 (linear, hidden)."""
-        return torch.stack([(logits.argmax(-1) == labels).sum(-1) for logits in self.logits(x)])
+    def correct(self, x: Tensor, labels: Tensor, spans: Tensor) -> Tensor:
+        """Count the labels ``[U, M]`` that are met by the classes of ``x [G, U, D]``: ``[2, G]`` int64 (linear, hidden).
+
+        Unknown labels (-100) are never met.
+        """
+        right = torch.zeros(len(PROBES), len(x), dtype=torch.int64, device=x.device)
+        for rows in torch.arange(x.shape[1], device=x.device).split(_SCORED):
+            for number, logits in enumerate(self.logits(x, spans, rows)):
+                right[number] += (logits.argmax(-1) == labels[rows]).sum((1, 2))
+        return right
 
 
 def train_probes(
     features: Tensor,
     labels: Tensor,
+    spans: Tensor,
     *,
     classes: int,
+    context: int,
     hidden: int = 256,
     epochs: int = 10,
-    batch_frames: int = 512,
-    learning_rate: float = 2e-3,
+    batch: int = 512,
+    learning_rate: float = 1e-3,
     seed: int = 0,
     progress: Callable[[], object] | None = None,
 ) -> Probes:
-    """Train both probes on G sets of features of the same frames.
+    """Train both probes on G sets of features of the same speech.
 
     The optimizer is AdamW (weight decay 0.01) with a learning rate that falls linearly to zero.
 
     Args:
-        features: ``[G, F, D]``, any floating dtype; only batches of it are converted to float32.
-        labels: ``[F]`` int64, 0 ... ``classes`` - 1.
+        features: ``[G, U, D]``, any floating dtype; only batches of it are converted to float32.
+        labels: ``[U, M]`` int64, the M labels of each vector: 0 ... ``classes`` - 1, or -100 where unknown.
+        spans: ``[U, 2]`` int64, first and last vector of the sequence of each vector.
         classes: number of classes C.
+        context: number of neighbours on each side whose features a classifier sees too.
         hidden: width of the hidden layer.
-        epochs: passes over the frames.
-        batch_frames: number of frames per step.
+        epochs: passes over the vectors.
+        batch: number of vectors per step.
         learning_rate: learning rate of the first step.
-        seed: seed of the initial weights and of the order of the frames.
+        seed: seed of the initial weights and of the order of the vectors.
         progress: called after every epoch.
 
     Raises:
-        ValueError: shapes that do not match, labels out of range, or features that are not finite.
+        ValueError: shapes that do not match, labels out of range or all unknown, or features that are not finite.
     """
-    if features.dim() != 3 or labels.shape != features.shape[1:2] or not len(labels):
+    count = features.shape[1:2]
+    if features.dim() != 3 or labels.dim() != 2 or labels.shape[:1] != count or spans.shape != (*count, 2):
         raise ValueError(
-            f"train_probes: features {list(features.shape)} and labels {list(labels.shape)}; "
-            "expected [G, F, D] and [F], F >= 1"
+            f"train_probes: features {list(features.shape)}, labels {list(labels.shape)} and spans {list(spans.shape)}; "
+            "expected [G, U, D], [U, M] and [U, 2]"
         )
-    if int(labels.min()) < 0 or int(labels.max()) >= classes:
-        raise ValueError(
-            f"train_probes: labels {int(labels.min())} ... {int(labels.max())}; expected 0 ... {classes - 1}"
-        )
-    mean, whitener = _whitener(features)
-    probes = Probes(mean, whitener, classes=classes, hidden=hidden, seed=seed)
+    known = labels[labels != IGNORE]
+    if not len(known) or int(known.min()) < 0 or int(known.max()) >= classes:
+        found = f"labels {int(known.min())} ... {int(known.max())}" if len(known) else "no known label"
+        raise ValueError(f"train_probes: {found}; expected 0 ... {classes - 1}, or {IGNORE} where unknown")
+    mean, scale = _standardisation(features)
+    probes = Probes(mean, scale, labels=labels.shape[1], classes=classes, hidden=hidden, context=context, seed=seed)
     optimizer = torch.optim.AdamW([*probes.weights, *probes.biases], lr=learning_rate, weight_decay=0.01, fused=True)
     generator = torch.Generator().manual_seed(seed)
-    steps = epochs * math.ceil(len(labels) / batch_frames)
+    usable = (labels != IGNORE).any(1).nonzero()[:, 0]
+    steps = epochs * math.ceil(len(usable) / batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / steps)
     for _ in range(epochs):
-        for index in torch.randperm(len(labels), generator=generator).to(labels.device).split(batch_frames):
-            target = labels[index].expand(len(features), -1).flatten()
-            linear, deep = (F.cross_entropy(y.flatten(0, 1), target) for y in probes.logits(features[:, index]))
-            # times G, so that each set gets the gradient of the mean over its own frames, as it would alone
+        for order in torch.randperm(len(usable), generator=generator).to(labels.device).split(batch):
+            rows = usable[order]
+            target = labels[rows].expand(len(features), -1, -1).flatten()
+            linear, deep = (
+                F.cross_entropy(y.flatten(0, 2), target, ignore_index=IGNORE)
+                for y in probes.logits(features, spans, rows)
+            )
+            # times G, so that each set gets the gradient of the mean over its own labels, as it would alone
             loss = (linear + deep) * len(features)
             optimizer.zero_grad()
             loss.backward()
@@ -118,24 +154,14 @@ def train_probes(
     return probes
 
 
-def _whitener(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean ``[G, 1, D]`` and whitening matrix ``[G, D, D]``, float32.
-
-    Channels are first scaled to unit variance, so that their units do not matter, then decorrelated by the symmetric root
-    (ZCA).  A channel that does not vary becomes 0.
-    """
-    means, matrices = [], []
+def _standardisation(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and inverse standard deviation of each channel, ``[G, 1, D]`` float32; 0 for a channel that does not vary."""
+    means, scales = [], []
     for one in features:  # one at a time, because float64 copies are large
         sample = one[:: max(1, len(one) // _STATISTICS)].double()
         if not bool(sample.isfinite().all()):
             raise ValueError("train_probes: features hold NaN or infinity")
-        mean = sample.mean(0, keepdim=True)
-        sample = sample - mean
-        variance = sample.square().mean(0)  # [D]
-        scale = torch.where(variance > 1e-10, variance.rsqrt(), 0.0)
-        sample = sample * scale
-        values, vectors = torch.linalg.eigh(sample.T @ sample / len(sample))
-        inverse_root = (vectors * (values.clamp(min=0) + _NOISE).rsqrt()) @ vectors.T
+        variance, mean = torch.var_mean(sample, 0, correction=0, keepdim=True)
         means.append(mean.float())
-        matrices.append((scale[:, None] * inverse_root).float())
-    return torch.stack(means), torch.stack(matrices)
+        scales.append(torch.where(variance > 1e-10, variance.rsqrt(), 0.0).float())
+    return torch.stack(means), torch.stack(scales)

@@ -98,7 +98,7 @@ def model_consistency(
         ValueError: no usable audio.
     """
     choices = choose_frames(corpus, max_frames=max_frames, seed=seed, step=model.config.subsampling_factor)
-    return consistency(list(collect_states(model, corpus, choices, range(model.config.num_layers + 1)).hidden))
+    return consistency(list(collect_states(model, corpus, choices, range(model.config.num_layers + 1))))
 
 
 def summarise(matrices: Mapping[str, np.ndarray]) -> dict[str, float]:

@@ -9,16 +9,30 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ...data import PHONES, Corpus, load_corpus
+from ...data import IGNORE, PHONES, Corpus, load_corpus
 from ..model import PretrainingModel
+from ..pretraining.speech import hold_out_speakers
 from .classifiers import PROBES, train_probes
-from .hidden_states import choose_frames, collect_states, stream_states
+from .hidden_states import Sequences, choose_utterances, collect_sequences, stream_sequences
 
-__all__ = ["LOG_MEL", "TOLERANCE", "ProbeSettings", "accuracies", "probe_model", "smallest_depth", "split_speech"]
+__all__ = [
+    "LOG_MEL",
+    "TOLERANCE",
+    "ProbeSettings",
+    "accuracies",
+    "best_depth",
+    "probe_model",
+    "smallest_depth",
+    "split_speech",
+    "split_validation",
+]
 
 LOG_MEL = "log-mel"
 TOLERANCE = 0.01
+_LOG_MEL_CONTEXT = 5  # frames on each side: the usual 11-frame window
+_HELD_OUT = 0.05  # part of the utterances of a single speaker
 
 
 @dataclass(frozen=True)
@@ -26,11 +40,13 @@ class ProbeSettings:
     """Settings of the probes.
 
     Attributes:
-        max_frames: largest number of training frames, drawn at random.  They are kept in memory as float16,
-            ``2 (K D + C)`` bytes each for K depths of width D and C mel bins.  Test frames are never stored.
+        max_frames: number of training frames of 10 ms, in whole utterances that are drawn at random.  They are kept in memory
+            as float16, about ``2 (K D / M + C)`` bytes each for K depths of width D, M frames per output and C mel bins.  Test
+            frames are never stored.
         hidden: width of the hidden layer of the second probe.
         epochs: passes over the training frames.
-        seed: seed of the drawn frames, their order and the initial weights.
+        context: encoder outputs on each side that a probe sees besides its own; log-mel baselines always see 11 frames.
+        seed: seed of the drawn utterances, their order and the initial weights.
 
     Raises:
         ValueError: a value out of range.
@@ -39,10 +55,11 @@ class ProbeSettings:
     max_frames: int = 300_000
     hidden: int = 256
     epochs: int = 10
+    context: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("max_frames", 1), ("hidden", 1), ("epochs", 1), ("seed", 0)):
+        for name, least in (("max_frames", 1), ("hidden", 1), ("epochs", 1), ("context", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected {least} or more")
 
@@ -50,6 +67,7 @@ class ProbeSettings:
 def probe_model(
     model: PretrainingModel,
     train: Corpus,
+    validation: Corpus,
     test: Corpus,
     depths: Sequence[int],
     *,
@@ -58,28 +76,29 @@ def probe_model(
     log_mel: bool = False,
     progress: Callable[[float], object] | None = None,
 ) -> list[dict[str, Any]]:
-    """Train and score both probes at every depth.
+    """Train both probes at every depth, and score them on validation and test speech.
 
     Args:
         model: the model, in evaluation mode; its device is used.
-        train, test: speech with phone alignments; utterances without one are left out.
+        train, validation, test: speech with phone alignments; utterances without one are left out.
         depths: depths from 0 (the output of the front end) to N.
         settings: settings of the probes.
         name: name of the hidden states in the rows.
-        log_mel: also probe the log-mel features.
+        log_mel: also probe the log-mel features, in a window of 11 frames.
         progress: called with the part that is done, 0 to 1.
 
     Returns:
-        Rows ``{"features", "depth", "probe", "accuracy", "frames"}``: ``features`` is ``name``, or ``"log-mel"`` with depth
-        None; ``probe`` is ``"linear"`` or ``"hidden"``; ``frames`` is the number of test frames.
+        Rows ``{"features", "depth", "probe", "accuracy", "validation", "frames"}``: ``features`` is ``name``, or ``"log-mel"``
+        with depth None; ``probe`` is ``"linear"`` or ``"hidden"``; ``accuracy`` is that of the test speech and ``frames`` its
+        number of labelled frames; ``validation`` is the accuracy on the validation speech, which a depth is chosen by.
 
     Raises:
         ValueError: there is no alignment, or no usable audio.
     """
     report = progress or (lambda part: None)
-    chosen = choose_frames(train, max_frames=settings.max_frames, seed=settings.seed, labelled=True)
-    scored = choose_frames(test, labelled=True)
-    states = collect_states(model, train, chosen, depths)
+    chosen = choose_utterances(train, max_frames=settings.max_frames, seed=settings.seed)
+    scored = [(corpus, choose_utterances(corpus)) for corpus in (validation, test)]
+    speech = collect_sequences(model, train, chosen, depths)
     report(0.2)
     options: dict[str, Any] = {
         "classes": len(PHONES),
@@ -89,34 +108,80 @@ def probe_model(
     }
     epochs = itertools.count(1)
     probes = train_probes(
-        states.hidden, states.labels, progress=lambda: report(0.2 + 0.7 * next(epochs) / settings.epochs), **options
+        speech.hidden,
+        speech.labels,
+        speech.spans,
+        context=settings.context,
+        progress=lambda: report(0.2 + 0.7 * next(epochs) / settings.epochs),
+        **options,
     )
-    floor = train_probes(states.mel[None], states.labels, **options) if log_mel else None
-    del states
-    correct = torch.zeros(len(PROBES), len(depths), dtype=torch.int64)
-    floor_correct = torch.zeros(len(PROBES), 1, dtype=torch.int64)
-    frames = 0
-    for part in stream_states(model, test, scored, depths):
-        correct += probes.correct(part.hidden, part.labels).cpu()
-        if floor is not None:
-            floor_correct += floor.correct(part.mel[None], part.labels).cpu()
-        frames += len(part.labels)
-    if not frames:
-        raise ValueError(f"none of the audio of {test.name} is usable; Corpus.skipped says why")
+    floor = train_probes(*_by_frame(speech), context=_LOG_MEL_CONTEXT, **options) if log_mel else None
+    del speech
+    accuracy, frames = [], 0
+    for corpus, utterances in scored:
+        correct = torch.zeros(len(PROBES), len(depths) + (floor is not None), dtype=torch.int64)
+        frames = 0
+        for part in stream_sequences(model, corpus, utterances, depths):
+            right = [probes.correct(part.hidden, part.labels, part.spans)]
+            if floor is not None:
+                right.append(floor.correct(*_by_frame(part)))
+            correct += torch.cat(right, 1).cpu()
+            frames += int((part.labels != IGNORE).sum())
+        if not frames:
+            raise ValueError(f"none of the audio of {corpus.name} is usable; Corpus.skipped says why")
+        accuracy.append((correct / frames).tolist())
     report(1.0)
 
-    def row(features: str, depth: int | None, probe: str, right: torch.Tensor) -> dict[str, Any]:
+    def row(features: str, depth: int | None, probe: int, column: int) -> dict[str, Any]:
         return {
             "features": features,
             "depth": depth,
-            "probe": probe,
-            "accuracy": int(right) / frames,
+            "probe": PROBES[probe],
+            "accuracy": accuracy[1][probe][column],
+            "validation": accuracy[0][probe][column],
             "frames": frames,
         }
 
-    rows = [row(LOG_MEL, None, p, n[0]) for p, n in zip(PROBES, floor_correct) if floor is not None]
-    rows += [row(name, k, p, correct[i, j]) for j, k in enumerate(depths) for i, p in enumerate(PROBES)]
-    return rows
+    kinds = range(len(PROBES))
+    rows = [row(LOG_MEL, None, i, len(depths)) for i in kinds if floor is not None]
+    return rows + [row(name, k, i, j) for j, k in enumerate(depths) for i in kinds]
+
+
+def _by_frame(speech: Sequences) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-mel features ``[1, U M, C]``, labels ``[U M, 1]`` and spans ``[U M, 2]`` of the 10 ms frames."""
+    outputs, merged, bins = speech.mel.shape
+    spans = speech.spans * merged + speech.spans.new_tensor([0, merged - 1])
+    return (
+        speech.mel.view(1, outputs * merged, bins),
+        speech.labels.view(-1, 1),
+        spans.repeat_interleave(merged, 0),
+    )
+
+
+def split_validation(train: Corpus, speakers: Collection[str] | None = None, seed: int = 0) -> tuple[Corpus, Corpus]:
+    """Hold out a part of the training speech, by which the depth is chosen.
+
+    Args:
+        train: aligned speech.
+        speakers: the speakers to hold out; None: some with 5% of the speech, or of a single speaker 5% of the utterances.
+        seed: seed of the draw.
+
+    Returns:
+        The rest of the training speech, and the validation speech.
+
+    Raises:
+        ValueError: a speaker that ``train`` does not have, or nothing is left to train on.
+    """
+    held = speakers or hold_out_speakers([train], seed)
+    if held:
+        return train.select(exclude_speakers=held), train.select(speakers=held)
+    if len(train) < 2:
+        raise ValueError(f"{train.name} has one utterance to train on: nothing can be held out to choose the depth by")
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
+    count = max(1, round(_HELD_OUT * len(train)))
+    parts = order[count:], order[:count]
+    rest, validation = (train.select(ids=[train[i].id for i in part]) for part in parts)
+    return rest, validation
 
 
 def split_speech(
@@ -163,11 +228,20 @@ def split_speech(
     return train, test
 
 
+def best_depth(accuracy: Mapping[int, float]) -> int:
+    """Depth of the highest accuracy, the smaller of equals; depth 0, the front end, does not count.
+
+    Raises:
+        ValueError: there is no depth from 1 on.
+    """
+    return smallest_depth(accuracy, 0.0)
+
+
 def smallest_depth(accuracy: Mapping[int, float], tolerance: float = TOLERANCE) -> int:
     """Smallest depth whose accuracy is at least ``(1 - tolerance)`` times the best; depth 0, the front end, does not count.
 
     Args:
-        accuracy: accuracy by depth, 0 to 1.
+        accuracy: accuracy by depth, 0 to 1, on validation speech: chosen by test accuracy, a depth would flatter itself.
         tolerance: relative to the best accuracy: 0.01 allows 0.5 percentage points where the best is 50%.
 
     Raises:
@@ -180,6 +254,12 @@ def smallest_depth(accuracy: Mapping[int, float], tolerance: float = TOLERANCE) 
     return min(depth for depth, value in loops.items() if value >= (1.0 - tolerance) * best)
 
 
-def accuracies(rows: Sequence[Mapping[str, Any]], features: str, probe: str) -> dict[int, float]:
-    """Accuracy by depth, from the rows that have these features and this probe."""
-    return {r["depth"]: r["accuracy"] for r in rows if r["features"] == features and r["probe"] == probe}
+def accuracies(
+    rows: Sequence[Mapping[str, Any]], features: str, probe: str, speech: str = "accuracy"
+) -> dict[int, float]:
+    """Accuracy by depth, from the rows that have these features and this probe.
+
+    Args:
+        speech: ``"accuracy"``: on the test speech; ``"validation"``: on the validation speech.
+    """
+    return {r["depth"]: r[speech] for r in rows if r["features"] == features and r["probe"] == probe}

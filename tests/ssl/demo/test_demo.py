@@ -99,7 +99,7 @@ def test_depths_models_and_the_chosen_depth_agree(demo_run):
     assert list(times) == list(results["consistency"]) == [SAMPLED, FIXED, RANDOM]
     for probe in ("linear", "hidden"):
         chosen = results["smallest_depth"][probe]
-        assert chosen["depth"] == smallest_depth(accuracies(rows, SAMPLED, probe))
+        assert chosen["depth"] == smallest_depth(accuracies(rows, SAMPLED, probe, "validation"))
         spent = times[SAMPLED][str(chosen["depth"])] / times[SAMPLED]["3"]
         assert chosen["time_saved"] == pytest.approx(1 - spent)
     for row in rows:
