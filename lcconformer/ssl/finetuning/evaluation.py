@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +75,7 @@ def read_corpus(
             pad_sequence(list(audio.values()), batch_first=True).to(device), samples.to(device)
         )
         at_depth = [model.logits(h, counts) for h in hidden[1:]]
-        changes = [change.distance(new, old, counts).tolist() for old, new in zip(hidden, hidden[1:])]
+        changes = [change.distance(new, old, counts).tolist() for old, new in itertools.pairwise(hidden)]
         texts = {name: [model.spell(logits, name) for logits in at_depth] for name in model.units}
         best = [None if x.frames is None else x.frames.argmax(-1).cpu() for x in at_depth]
         for row, index in enumerate(audio):
@@ -179,11 +180,12 @@ def best_depth(rows: Sequence[Mapping[str, Any]]) -> int:
 
 
 def exit_depths(readings: Sequence[Reading], rule: ExitRule) -> list[int]:
-    """Depth at which ``rule``, of kind ``"change"``, stops each utterance, as :meth:`ConformerEncoder.adaptive` would."""
+    """Depth at which ``rule``, of kind ``"fixed"`` or ``"change"``, stops each utterance, as :meth:`ConformerEncoder.adaptive` would."""
     depths = []
     for reading in readings:
         most = rule.depth or len(reading.changes)
-        small = [k for k in range(rule.min_depth, most) if reading.changes[k - 1] < rule.threshold]
+        early = range(rule.min_depth, most) if rule.kind == "change" else ()
+        small = [k for k in early if reading.changes[k - 1] < rule.threshold]
         depths.append(small[0] if small else most)
     return depths
 

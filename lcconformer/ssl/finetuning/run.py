@@ -10,7 +10,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,8 @@ def finetune(
 
     Raises:
         ValueError: ``out`` is a file, or holds a run and ``resume`` is False; the checkpoint is damaged, or of other
-            settings or data; the speech lacks what the tasks need, or does not fit into batches; the gradient was not finite 20
-            times in a row; another run is in ``out``.
+            settings or data; the speech lacks what the tasks need, or does not fit into batches; the gradient was not finite
+            20 times in a row; another run is in ``out``.
         OSError: no checkpoint can be written, before the first step or at the end; the message names the last good one.
         ImportError: tqdm is missing and ``progress`` is True.
         NotImplementedError: torchrun started several processes.
@@ -139,17 +139,17 @@ class _Run:
                         f"checkpoint is {self.checkpoints.newest}"
                     )
                 stopped = stop.received or self._over()
-                if stopped in ("steps", "minutes") or counters.step % settings.validate_every == 0:
-                    if self.validation is not None:
-                        validated.append((counters.step, self.learner.validate(self.validation.epoch(0))))
-                        reports.validation(*validated[-1])
+                due = stopped in ("steps", "minutes") or counters.step % settings.validate_every == 0
+                if due and self.validation is not None:
+                    validated.append((counters.step, self.learner.validate(self.validation.epoch(0))))
+                    reports.validation(*validated[-1])
                 # checkpoints during a series of skipped steps would displace the good ones
                 if stopped or (counters.step % settings.checkpoint_every == 0 and not in_a_row):
                     self.checkpoints.save(self.learner, counters, last=bool(stopped))
         newest = self.checkpoints.newest or checkpoint_path(self.checkpoints.folder, counters.step)
         return FinetuneResult(self.learner.model.eval(), newest, history, validated, stopped)
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Generator[Batch, None, None]:
         """Training batches from where the counters stand, which they advance."""
         counters = self.counters
         while True:
