@@ -180,7 +180,7 @@ def best_depth(rows: Sequence[Mapping[str, Any]]) -> int:
 
 
 def exit_depths(readings: Sequence[Reading], rule: ExitRule) -> list[int]:
-    """Depth at which ``rule``, of kind ``"fixed"`` or ``"change"``, stops each utterance, as :meth:`ConformerEncoder.adaptive` would."""
+    """Depths at which ``rule`` (``"fixed"`` or ``"change"``) stops the utterances, as ``adaptive`` of the encoder would."""
     depths = []
     for reading in readings:
         most = rule.depth or len(reading.changes)
