@@ -61,8 +61,8 @@ class TaskSettings:
 class Logits:
     """Predictions for a batch.
 
-    frames: ``[B, T, 40]`` for 10 ms frames, T a multiple of the encoder's subsampling factor, or None. units: for each trained
-    one of :data:`UNITS`, ``[B, T'', V]``. counts: ``[B]`` int64 CTC outputs T'' of each utterance without padding.
+    frames: ``[B, T, 40]`` for 10 ms frames, T a multiple of the encoder's subsampling factor, or None. units: ``[B, T'', V]``
+    for what of phones and characters is trained. counts: ``[B]`` int64 CTC outputs T'' of each utterance without padding.
     """
 
     frames: Tensor | None
@@ -118,7 +118,7 @@ class Recogniser(nn.Module):
 
     @property
     def units(self) -> tuple[str, ...]:
-        """What it can spell, of :data:`UNITS`."""
+        """What it can spell: phones, characters or both."""
         return tuple(name for name in UNITS if name in self.heads)
 
     def describe(self) -> dict[str, Any]:
@@ -220,7 +220,7 @@ class Recogniser(nn.Module):
         Args:
             audio: ``[B, S]`` float, 16 kHz.
             lengths: ``[B]`` int64 samples; None: all S.
-            units: one of :data:`UNITS`; None: characters if they were trained, else phones.
+            units: ``"phones"`` or ``"characters"``; None: characters if they were trained, else phones.
             depth: number of loops; None: all N, or as ``rule`` says.
             rule: when to stop looping, instead of ``depth``.
 
