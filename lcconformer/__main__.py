@@ -23,6 +23,8 @@ COMMANDS = {
         "pretrain a small encoder on real speech in minutes and write a report with plots",
     ),
     "pretrain": ("lcconformer.cli.pretrain", "self-supervised pretraining on your speech"),
+    "finetune": ("lcconformer.cli.finetune", "train an encoder to recognise speech, and measure it at every depth"),
+    "transcribe": ("lcconformer.cli.transcribe", "print what is said in audio files"),
     "probe": ("lcconformer.cli.probe", "phone-classification probe at every depth of a checkpoint"),
     "consistency": ("lcconformer.cli.consistency", "how alike the hidden states of different depths are"),
     "tune": (

@@ -43,6 +43,13 @@ def test_serving_without_a_checkpoint():
     assert out.count("after 1 of 8 loops") == 4
 
 
+def test_recognise_phones(tmp_path):
+    pytest.importorskip("soundfile")
+    pytest.importorskip("jiwer")
+    out = run("recognise_phones", "--out", str(tmp_path / "run"), "--steps", "3")
+    assert len(out.splitlines()[0].removeprefix("phone error rate by depth:").split()) == 6
+
+
 def test_drop_in():
     for package in ("torchaudio", "transformers"):
         if importlib.util.find_spec(package) is None:
@@ -53,7 +60,7 @@ def test_drop_in():
 
 
 def test_every_example_is_tested():
-    tested = {"adding_an_op", "drop_in", "pretrain_and_probe", "serving_with_exit_rule"}
+    tested = {"adding_an_op", "drop_in", "pretrain_and_probe", "recognise_phones", "serving_with_exit_rule"}
     assert {p.stem for p in EXAMPLES.glob("*.py")} == tested
 
 

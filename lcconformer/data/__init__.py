@@ -1,7 +1,7 @@
 """Speech for pretraining and probes: corpora, phone labels, log-mel features, batches."""
 
 from .batching import Batch, BatchLoader, plan_batches
-from .corpora import BadAudioError, Corpus, demo_corpus, load_corpus
+from .corpora import BadAudioError, Corpus, demo_corpus, load_corpus, read_audio
 from .features import LogMel, cmvn, frame_count
 from .phones import IGNORE, PHONES, fold, frame_labels
 from .utterance import Utterance
@@ -22,4 +22,5 @@ __all__ = [
     "frame_labels",
     "load_corpus",
     "plan_batches",
+    "read_audio",
 ]

@@ -35,7 +35,7 @@ from typing import Any, BinaryIO, overload
 import numpy as np
 import torch
 
-from .features import SAMPLE_RATE
+from .features import FRAME_SHIFT, SAMPLE_RATE
 from .phones import parse_alignment
 from .utterance import Utterance
 
@@ -328,6 +328,30 @@ def demo_corpus() -> Corpus:
     licence (CC BY-SA 3.0).
     """
     return load_corpus(str(resources.files("lcconformer.data.demo") / "asterisk_en.zip"))
+
+
+def read_audio(path: str | os.PathLike[str]) -> torch.Tensor:
+    """Load a file of audio: float32 ``[S]`` at 16 kHz, full scale +-1, rounded to 16 bits.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        BadAudioError: the file cannot be used; it is not mono or not 16 kHz, say.
+        ImportError: soundfile is not installed.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no audio at {path}")
+    _soundfile()
+    files, skipped = _Folder(path.parent), _Skipped()
+    try:
+        with _open_audio(files, path.name) as header:
+            samples = header.frames
+        if samples < FRAME_SHIFT // 2:
+            raise BadAudioError(f"has {samples} samples: less than a frame")
+        utterance = Utterance(path.stem, "", "", "", samples, None, path.name)
+        return Corpus(str(path), [utterance], files, skipped).audio(utterance)
+    except BadAudioError as error:
+        raise BadAudioError(f"{path} {error}") from error
 
 
 def _from_meta(files: _Archive | _Folder, skipped: _Skipped) -> list[Utterance]:

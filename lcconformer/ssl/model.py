@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint, load_checkpoint
 from .masking import Masks
 from .objectives import ObjectiveSettings, make_objective
 
-__all__ = ["FeatureSettings", "PretrainingModel", "check_model", "load_model"]
+__all__ = ["FeatureSettings", "PretrainingModel", "check_layers", "check_model", "load_model"]
 
 _TENSORS = 20  # any layer has more, whatever its norms and biases
 
@@ -156,7 +156,24 @@ def check_model(checkpoint: Checkpoint) -> None:
     """Compare the model that a checkpoint describes with the tensors that it has, before any memory is taken for it.
 
     Raises:
-        ValueError: the description is damaged, or they differ.
+        ValueError: the description is damaged or of a fine-tuned model, or they differ.
+    """
+    if "tasks" in checkpoint.meta:
+        raise ValueError(
+            f"{checkpoint.path} is a checkpoint of 'finetune', whose model recognises speech: load it with "
+            "lcconformer.ssl.finetuning.load_recogniser, or give one of 'pretrain'"
+        )
+    check_layers(checkpoint)
+    with torch.device("meta"):
+        expected = PretrainingModel.from_description(checkpoint.meta).state_dict()
+    checkpoint.check("model.", expected)
+
+
+def check_layers(checkpoint: Checkpoint) -> None:
+    """Check that a checkpoint has as many tensors as the layers of its encoder need, before any module is built for them.
+
+    Raises:
+        ValueError: it has fewer, or the description of the encoder is damaged.
     """
     try:
         config = ConformerConfig(**checkpoint.meta["config"])
@@ -168,6 +185,3 @@ def check_model(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} does not fit its own settings: they ask for {layers} layers, it has "
             f"{len(checkpoint.shapes)} tensors"
         )
-    with torch.device("meta"):
-        expected = PretrainingModel.from_description(checkpoint.meta).state_dict()
-    checkpoint.check("model.", expected)

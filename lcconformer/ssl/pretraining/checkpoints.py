@@ -8,7 +8,10 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
 
 from ...data import Corpus
 from ...runtime import RunError
@@ -16,10 +19,35 @@ from ...validation import need_integer, need_number
 from ..checkpoint import Checkpoint, checkpoint_path, find_checkpoints, save_checkpoint
 from .counters import Counters
 from .distributed import Ranks
-from .learner import Learner
-from .settings import PretrainSettings
 
-__all__ = ["RunCheckpoints"]
+__all__ = ["Described", "Learner", "RunCheckpoints", "Settings"]
+
+
+class Settings(Protocol):
+    """What checkpoints need of the settings of a run."""
+
+    @property
+    def keep(self) -> int: ...
+    def describe(self) -> dict[str, Any]: ...
+    def describe_free(self) -> dict[str, Any]: ...
+
+
+class Described(Protocol):
+    """A model that says how to build it."""
+
+    def describe(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+
+class Learner(Protocol):
+    """What checkpoints need of a model in training."""
+
+    @property
+    def model(self) -> Described: ...
+    @property
+    def scaler(self) -> torch.amp.GradScaler: ...
+    def tensors(self) -> dict[str, Tensor]: ...
+    def load(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], scaler: dict[str, Any]) -> None: ...
 
 
 class RunCheckpoints:
@@ -34,7 +62,7 @@ class RunCheckpoints:
     def __init__(
         self,
         folder: Path,
-        settings: PretrainSettings,
+        settings: Settings,
         ranks: Ranks,
         train: Corpus,
         speech: Mapping[str, Any] | None,

@@ -1,0 +1,366 @@
+"""``lcconformer finetune``: train an encoder, pretrained or new, to recognise speech, and measure its error rates."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config import ConformerConfig
+from ..data import Corpus, load_corpus
+from ..runtime import ProgressBar, check_output
+from ..ssl.checkpoint import find_checkpoints, load_checkpoint
+from ..ssl.evaluation.output import describe_machine, write_json
+from ..ssl.finetuning import (
+    AugmentSettings,
+    FinetuneSettings,
+    Recogniser,
+    TaskSettings,
+    best_depth,
+    calibrate_exit,
+    error_rates,
+    exit_depths,
+    finetune,
+    read_corpus,
+)
+from ..ssl.finetuning.settings import FREE_SETTINGS, PRECISIONS
+from ..ssl.model import FeatureSettings, load_model
+from ..ssl.pretraining import load_speech
+from .options import names
+
+__all__ = ["add_arguments", "format_rows", "run", "settings_from"]
+
+DEPTHS = ("uniform", "fixed", "curriculum", "log_normal", "sandwich")
+_EXIT = {"SIGINT": 130, "SIGTERM": 143}
+_ENCODER = ConformerConfig(input_dim=80, subsampling="stack", subsampling_factor=4)
+# option -> (what it is a setting of, name of the field)
+_FIELDS = {
+    "layers": ("config", "num_layers"),
+    "sharing": ("config", "sharing"),
+    "conditioning": ("config", "conditioning"),
+    "d_model": ("config", "d_model"),
+    "heads": ("config", "num_heads"),
+    "ffn_dim": ("config", "ffn_dim"),
+    "kernel": ("config", "conv_kernel_size"),
+    "dropout": ("config", "dropout"),
+    "position": ("config", "position"),
+    "conv_norm": ("config", "conv_norm"),
+    "subsampling": ("config", "subsampling"),
+    "mel_bins": ("features", "num_bins"),
+    "low_freq": ("features", "low_freq"),
+    "high_freq": ("features", "high_freq"),
+    "frames": ("tasks", "frames"),
+    "phones": ("tasks", "phones"),
+    "characters": ("tasks", "characters"),
+    "ctc_outputs": ("tasks", "ctc_outputs"),
+    "frequency_masks": ("augment", "frequency_masks"),
+    "frequency_width": ("augment", "frequency_width"),
+    "time_masks": ("augment", "time_masks"),
+    "time_width": ("augment", "time_width"),
+}
+_OWN = [
+    f.name for f in dataclasses.fields(FinetuneSettings) if f.name not in ("config", "features", "tasks", "augment")
+]
+_SPEECH: dict[str, Any] = {"data": None, "splits": (), "test_speakers": (), "validation_speakers": None}
+
+
+def options_of(settings: FinetuneSettings) -> dict[str, Any]:
+    """Options that describe ``settings``: the inverse of :func:`settings_from`."""
+    told = {option: getattr(getattr(settings, part), name) for option, (part, name) in _FIELDS.items()}
+    told["subsampling"] = f"{settings.config.subsampling}:{settings.config.subsampling_factor}"
+    return told | {name: getattr(settings, name) for name in _OWN}
+
+
+_DEFAULTS = options_of(FinetuneSettings(_ENCODER))
+
+
+def _option(group: argparse._ArgumentGroup, name: str, text: str, **more: Any) -> None:
+    """Add an option that is absent from the parsed arguments unless given; its help ends with its default, if any."""
+    default = _DEFAULTS.get(name[2:].replace("-", "_"))
+    if default not in (None, ()) and default is not False:
+        text = f"{text} (default: {default})"
+        more.setdefault("type", type(default))
+    group.add_argument(name, default=argparse.SUPPRESS, help=text, **more)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "At the end the validation speakers choose the depth, and calibrate an exit rule; the error rates of the test "
+        "speakers (without any, of the validation speakers) at every depth are printed and written to results.json in the "
+        "folder of the run. Ctrl-C finishes the step, writes a checkpoint and says how to continue."
+    )
+    several: dict[str, Any] = {"type": names, "metavar": "A,B"}
+    group = parser.add_argument_group("speech")
+    text = "a LibriSpeech folder tree, or a zip or folder with meta.jsonl; several times for several corpora"
+    _option(group, "--data", text, action="append", metavar="PATH")
+    _option(group, "--splits", "take only these splits (default: all)", **several)
+    _option(
+        group, "--test-speakers", "keep these speakers out and measure error rates on them (default: none)", **several
+    )
+    text = "hold these speakers out to choose the depth (default: some with 5%% of the speech)"
+    _option(group, "--validation-speakers", text, **several)
+    _option(group, "--batch-seconds", "largest amount of audio in a batch, padding included")
+    _option(group, "--workers", "threads that decode audio ahead")
+
+    group = parser.add_argument_group("run")
+    _option(group, "--out", "folder for checkpoints, logs and results", metavar="DIR")
+    group.add_argument(
+        "--resume",
+        metavar="DIR",
+        help="continue from the newest checkpoint in DIR, which holds all other options: only --device, --workers, "
+        "--validate-every, --checkpoint-every, --keep and the place of --data may change. A finished run is measured again",
+    )
+    text = (
+        "start from the encoder of this checkpoint of 'pretrain', or of the folder of a run (default: random weights)"
+    )
+    group.add_argument("--checkpoint", metavar="PATH", help=text)
+    text = "train the heads alone, on the encoder as it is"
+    _option(group, "--freeze-encoder", text, action="store_true")
+    _option(group, "--freeze-front-end", "first steps in which the front end keeps its weights", metavar="STEPS")
+    _option(group, "--steps", "optimizer steps; the learning rate falls to zero at the last")
+    text = "end after this time, the learning rate following the clock (default: no limit)"
+    _option(group, "--max-minutes", text, type=float)
+    _option(group, "--device", "cpu, cuda or cuda:N (default: cuda if there is one)")
+    _option(group, "--precision", "precision of matrix products", choices=PRECISIONS)
+    _option(group, "--seed", "seed of everything random")
+    _option(group, "--validate-every", "steps between validations; one more at the end")
+    _option(group, "--checkpoint-every", "steps between checkpoints; one more at the end")
+    _option(group, "--keep", "number of newest checkpoints to keep")
+
+    group = parser.add_argument_group("predictions", "weights in the loss; 0: not predicted")
+    _option(group, "--frames", "cross-entropy on the aligned phone of each 10 ms frame", metavar="WEIGHT")
+    _option(group, "--phones", "CTC on the phones of the alignment", metavar="WEIGHT")
+    _option(group, "--characters", "CTC on the transcript", metavar="WEIGHT")
+    _option(group, "--ctc-outputs", "CTC outputs per encoder output", metavar="NUMBER")
+
+    group = parser.add_argument_group("depth")
+    _option(group, "--layers", "N, loops of a full run")
+    text = (
+        "loops of a training step: uniform over MIN ... N; fixed N; curriculum, MIN ... a growing maximum; log_normal, around "
+        "the middle; sandwich, N, MIN and a random one together"
+    )
+    _option(group, "--depth", text, choices=DEPTHS)
+    _option(group, "--min-depth", "fewest loops of a step", metavar="MIN")
+    text = "which depths share weights: all, none, sequence:M, cycle:M, middle_cycle:M or prelude_core_coda:P,M,C"
+    _option(group, "--sharing", text)
+    text = "what tells shared depths apart: layer_norm, step, film, lora (default: nothing)"
+    _option(group, "--conditioning", text, **several)
+
+    group = parser.add_argument_group("encoder and features", "with --checkpoint, those of the checkpoint")
+    _option(group, "--d-model", "width")
+    _option(group, "--heads", "attention heads")
+    _option(group, "--ffn-dim", "width inside the feed-forward modules")
+    _option(group, "--kernel", "width of the depthwise convolution in frames, odd")
+    _option(group, "--dropout", "dropout rate of every branch")
+    _option(group, "--position", "positions in the attention: relative, rotary or none")
+    _option(group, "--conv-norm", "norm in the convolution module: layer, batch, group or none")
+    text = "frames merged into one: none, stack:FACTOR, conv:2 or conv:4"
+    _option(group, "--subsampling", text, metavar="KIND[:FACTOR]")
+    _option(group, "--mel-bins", "log-mel filters")
+    _option(group, "--low-freq", "lower edge in Hz")
+    _option(group, "--high-freq", "upper edge in Hz, inside the band of all the speech")
+
+    group = parser.add_argument_group("SpecAugment and optimizer")
+    _option(group, "--frequency-masks", "bands of mel bins hidden in each utterance")
+    _option(group, "--frequency-width", "largest number of mel bins of a band")
+    _option(group, "--time-masks", "spans of frames hidden in each utterance")
+    _option(group, "--time-width", "largest number of 10 ms frames of a span")
+    _option(group, "--learning-rate", "peak learning rate")
+    _option(group, "--warmup", "part of the run in which the learning rate rises")
+    _option(group, "--weight-decay", "weight decay of matrices")
+    _option(group, "--clip", "largest norm of the gradient")
+
+
+def settings_from(given: Mapping[str, Any], start: tuple[ConformerConfig, FeatureSettings] | None) -> FinetuneSettings:
+    """Settings of a new run from the options that were given, on the encoder and features of a checkpoint if there is one.
+
+    Raises:
+        ValueError: a value out of range, or an option that the checkpoint decides.
+    """
+    parts: dict[str, dict[str, Any]] = {"config": {}, "features": {}, "tasks": {}, "augment": {}}
+    for option, (part, name) in _FIELDS.items():
+        if option in given:
+            parts[part][name] = given[option]
+    if start is not None:
+        fixed = [
+            f"--{o.replace('_', '-')}" for o, (p, _) in _FIELDS.items() if p in ("config", "features") and o in given
+        ]
+        if fixed:
+            raise ValueError(f"{', '.join(fixed)}: --checkpoint decides the encoder and the features; leave them out")
+        config, features = start
+    else:
+        if "subsampling" in given:
+            kind, colon, factor = given["subsampling"].partition(":")
+            if colon and not factor.isdecimal():
+                text = given["subsampling"]
+                raise ValueError(f"--subsampling is {text!r}; expected none, stack:FACTOR, conv:2 or conv:4")
+            parts["config"] |= {"subsampling": kind, "subsampling_factor": int(factor or 1)}
+        features = FeatureSettings(**parts["features"])
+        config = _ENCODER.replace(input_dim=features.num_bins, **parts["config"])
+    return FinetuneSettings(
+        config,
+        features,
+        TaskSettings(**parts["tasks"]),
+        AugmentSettings(**parts["augment"]),
+        **{name: given[name] for name in _OWN if name in given},
+    )
+
+
+def resumed(given: Mapping[str, Any], path: Path) -> tuple[FinetuneSettings, dict[str, Any]]:
+    """Settings and speech of the run that wrote the checkpoint ``path``, updated by the given options that may change.
+
+    Raises:
+        ValueError: given options contradict the checkpoint, or it is no checkpoint of this command.
+    """
+    checkpoint = load_checkpoint(path, prefix=None)
+    if "tasks" not in checkpoint.meta:
+        raise ValueError(
+            f"{path} is a checkpoint of 'pretrain': resume it with that command, or give it as --checkpoint"
+        )
+    settings = FinetuneSettings.from_checkpoint(checkpoint.meta)
+    speech = {**_SPEECH, **(checkpoint.meta.get("speech") or {})}
+    if speech["data"] is None and "data" not in given:
+        raise ValueError(f"{path} does not say which speech it was trained on: give the --data of the first command")
+    was = {**options_of(settings), **{name: speech[name] for name in _SPEECH if name != "data"}}
+    changed = [
+        f"--{name.replace('_', '-')} is {_shown(given[name])} but was {_shown(value)}"
+        for name, value in was.items()
+        if name in given and name not in FREE_SETTINGS and _listed(given[name]) != _listed(value)
+    ]
+    if given.get("checkpoint") is not None:
+        changed.append("--checkpoint is given, but the weights are those of the run")
+    if changed:
+        raise ValueError(f"cannot resume {path} with other options: {'; '.join(changed)}: leave them out")
+    settings = dataclasses.replace(settings, **{name: given[name] for name in FREE_SETTINGS if name in given})
+    return settings, {**speech, **({"data": given["data"]} if "data" in given else {})}
+
+
+def _listed(value: Any) -> Any:
+    """Value for a comparison: JSON turns tuples into lists, and the order of names does not matter."""
+    return sorted(value) if isinstance(value, (list, tuple)) else value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value)) or "empty"
+    return "not set" if value is None else str(value)
+
+
+def run(args: argparse.Namespace) -> int:
+    given = vars(args)
+    if (args.resume is None) == ("out" not in given):
+        raise ValueError("give either --out, the folder of a new run, or --resume, that of an earlier one")
+    option, folder = ("--out", Path(given["out"])) if args.resume is None else ("--resume", Path(args.resume))
+    check_output(option, folder, folder=True)
+    start = None
+    if args.resume is not None:
+        found = find_checkpoints(folder)
+        if not found:
+            raise ValueError(f"{folder} has no checkpoint to resume; to start a run, give --data and --out")
+        settings, speech = resumed(given, found[-1])
+    else:
+        if not given.get("data"):
+            raise ValueError("--data is missing: give the speech to train on")
+        speech = {name: given.get(name, default) for name, default in _SPEECH.items()}
+        start = None if args.checkpoint is None else load_model(args.checkpoint)
+        settings = settings_from(given, None if start is None else (start.config, start.feature_settings))
+    # absolute, so that the run can be resumed from anywhere
+    speech = {**speech, "data": [os.path.abspath(path) for path in speech["data"]]}
+    train, validation = load_speech(
+        speech["data"],
+        splits=speech["splits"],
+        exclude_speakers=speech["test_speakers"],
+        validation_speakers=speech["validation_speakers"],
+        seed=settings.seed,
+    )
+    tests = _test_speech(speech)
+    held = "none" if validation is None else ", ".join(validation.speakers)
+    print(f"{train}\nheld out for validation: {held}", file=sys.stderr)
+    result = finetune(
+        settings, train, validation, out=folder, start=start, resume=args.resume is not None, speech=speech
+    )
+    print(f"checkpoint: {result.checkpoint}", file=sys.stderr)
+    if result.stopped in _EXIT:
+        again = shlex.join(["lcconformer", "finetune", "--resume", str(folder)])
+        print(f"stopped by {result.stopped}; to continue: {again}", file=sys.stderr)
+        return _EXIT[result.stopped]
+    if validation is None and not tests:
+        print("no speaker was held out: no error rates", file=sys.stderr)
+        return 0
+    scores = _measure(result.model, validation, tests)
+    print(format_rows(scores))
+    machine = describe_machine(result.model.features.window.device)
+    described = {**result.model.describe(), "settings": settings.describe(), "speech": speech}
+    steps = load_checkpoint(result.checkpoint, prefix=None).meta
+    progress = {"steps": steps["step"], "epochs": steps["epoch"], "training_seconds": steps["elapsed_s"]}
+    print(
+        f"wrote {write_json(folder / 'results.json', scores | progress | described | {'machine': machine})}",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _test_speech(speech: Mapping[str, Any]) -> list[Corpus]:
+    """The speech of the test speakers in each corpus that has some."""
+    if not speech["test_speakers"]:
+        return []
+    corpora = [load_corpus(path) for path in speech["data"]]
+    tests = []
+    for corpus in corpora:
+        speakers = set(corpus.speakers) & set(speech["test_speakers"])
+        splits = set(corpus.splits) & set(speech["splits"] or corpus.splits)
+        if any(u.speaker in speakers and u.split in splits for u in corpus):
+            tests.append(corpus.select(speakers=speakers, splits=splits))
+    return tests
+
+
+def _measure(model: Recogniser, validation: Corpus | None, tests: list[Corpus]) -> dict[str, Any]:
+    """Error rates at every depth of the test speech, or of the validation speech, and at what the latter chooses."""
+    depths = range(1, model.config.num_layers + 1)
+    with ProgressBar("measuring") as bar:
+        read = {}
+        if validation is not None:
+            read["validation"] = read_corpus(model, validation, progress=bar.update)
+        if tests:
+            read["test"] = [reading for corpus in tests for reading in read_corpus(model, corpus, progress=bar.update)]
+    rows = {name: [{"depth": k, **error_rates(readings, k)} for k in depths] for name, readings in read.items()}
+    last = [*read][-1]
+    scores: dict[str, Any] = {"measured_on": last, "rows": rows[last]}
+    if "validation" in read:
+        chosen = best_depth(rows["validation"])
+        rule = calibrate_exit(read["validation"], chosen)
+        exits = exit_depths(read[last], rule)
+        scores |= {
+            "validation_rows": rows["validation"],
+            "chosen_depth": chosen,
+            "exit": {"rule": dataclasses.asdict(rule), **error_rates(read[last], exits)},
+        }
+    return scores
+
+
+def format_rows(scores: Mapping[str, Any]) -> str:
+    """Format error rates in percent: a line per depth, and one for the exit rule."""
+    columns = [name for name in ("frame_accuracy", "per", "cer", "wer") if name in scores["rows"][0]]
+    titles = {"frame_accuracy": "frames right", "per": "PER", "cer": "CER", "wer": "WER"}
+
+    def line(label: str, row: Mapping[str, Any]) -> str:
+        return f"{label:>8}" + "".join(f"{100 * row[name]:>14.1f}" for name in columns)
+
+    lines = [
+        f"percent over {scores['rows'][0]['utterances']} {scores['measured_on']} utterances",
+        f"{'depth':>8}" + "".join(f"{titles[name]:>14}" for name in columns),
+        *(line(str(row["depth"]), row) for row in scores["rows"]),
+    ]
+    if "exit" in scores:
+        rule = scores["exit"]["rule"]
+        lines.append(line("exit", scores["exit"]) + f"   mean depth {scores['exit']['mean_depth']:.2f}")
+        how = (
+            "no early exit" if rule["kind"] == "fixed" else f"exit when the change falls below {rule['threshold']:.4g}"
+        )
+        lines.append(f"chosen on validation: depth {scores['chosen_depth']}; {how}")
+    return "\n".join(lines)
