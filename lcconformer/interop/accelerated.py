@@ -7,6 +7,7 @@ the end, attention weights that are asked for, or a submodule that was replaced.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ class AcceleratedLayer(nn.Module):
 
     Attributes:
         peer: the peer's class.
-        own: classes of the peer's composite modules, in the order of ``own_classes``, their names.
+        own: classes of the peer's own submodules, in the order of ``own_classes``: their names in its source file, where
+            ``{}`` is that of the layer without "EncoderLayer", or ``module:class``.
         keys: where the peer keeps our tensors.
     """
 
@@ -61,6 +63,12 @@ def _empty(peer: type[nn.Module], mixin: type[AcceleratedLayer]) -> nn.Module:
     return cls.__new__(cls)
 
 
+def _class_named(name: str, source: dict[str, Any]) -> type[nn.Module] | None:
+    """Find a class in the source of a layer, or where ``module:class`` says."""
+    module, _, cls = name.rpartition(":")
+    return getattr(importlib.import_module(module), cls, None) if module else source.get(cls)
+
+
 _made: dict[tuple[type, type], type[nn.Module]] = {}
 
 
@@ -71,11 +79,12 @@ def accelerated_class(peer: type[nn.Module], mixin: type[AcceleratedLayer]) -> t
     # the peer's source file, which need not be in sys.modules
     source = peer.__init__.__globals__  # type: ignore[misc]
     names = [name.format(peer.__name__.removesuffix("EncoderLayer")) for name in mixin.own_classes]
-    missing = [name for name in names if name not in source]
+    own = [_class_named(name, source) for name in names]
+    missing = [name for name, cls in zip(names, own) if cls is None]
     need(not missing, f"{peer.__module__} has no {', '.join(missing)}; is it another version?")
     attributes = {
         "peer": peer,
-        "own": tuple(source[name] for name in names),
+        "own": tuple(own),
         **{name: getattr(peer, name) for name in ("__module__", "__qualname__", "__doc__")},
     }
     made = _made[peer, mixin] = type(peer.__name__, (mixin, peer), attributes)

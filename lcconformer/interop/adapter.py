@@ -128,7 +128,7 @@ _masks, _paddings, _tables = _Latest(), _Latest(), _Latest()
 
 
 def lengths_of_padding(mask: Tensor, *, keep: bool = False) -> Tensor:
-    """Return the lengths ``[B]`` int64 of ``mask [B, T]``, true at padding, or elsewhere if ``keep``.
+    """Return the lengths ``[B]`` int64 of ``mask [B, T]`` or ``[B, 1, T]``, true at padding, or elsewhere if ``keep``.
 
     Raises:
         NotPadding: anything but the last frames is padding, or the mask has another form.  While a compiler traces or a CUDA
@@ -136,11 +136,12 @@ def lengths_of_padding(mask: Tensor, *, keep: bool = False) -> Tensor:
     """
 
     def find() -> Tensor:
-        if mask.dim() != 2 or mask.is_floating_point():
+        frames = mask[:, 0] if mask.dim() == 3 and mask.shape[1] == 1 else mask
+        if frames.dim() != 2 or mask.is_floating_point():
             raise NotPadding
-        real = mask.bool() if keep else ~mask.bool()
+        real = frames.bool() if keep else ~frames.bool()
         lengths = real.sum(-1)
-        _insist((real == frame_mask(lengths, mask.shape[1])).all())
+        _insist((real == frame_mask(lengths, frames.shape[1])).all())
         return lengths
 
     return _paddings.get(mask, keep, find)

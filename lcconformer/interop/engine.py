@@ -54,11 +54,12 @@ def run(
     packed, frames = _kept.get(module), x.shape[0] * x.shape[1]
     if config is None:
         return None
-    if packed is None or not packed.holds(config, complete=frames >= weights.COMPLETE):
+    epsilon = _epsilon(parts.conv.depthwise_norm)
+    if packed is None or not packed.holds(config, epsilon, complete=frames >= weights.COMPLETE):
         _kept.pop(module, None)
-        if not _readable(module):
+        if not _readable(module, _READ | parts.layer_norms):
             return None
-        packed = _kept[module] = _Packed(module, keys, config)
+        packed = _kept[module] = _Packed(module, keys, config, epsilon)
     with torch.no_grad():
         return inference.run_layer(config, packed.layer, x, lengths)
 
@@ -89,12 +90,17 @@ def _records(module: nn.Module, x: Tensor) -> bool:
 def _config(parts: Parts, heads: int, position: str) -> ConformerConfig | None:
     """Return the settings of the layer; None if ours have none like it."""
     ffn1, conv, ffn2 = parts.ffn1, parts.conv, parts.ffn2
-    norms: list[Any] = [ffn1.norm, parts.attention_norm, conv.norm, conv.depthwise_norm, ffn2.norm, parts.norm]
+    norms: list[Any] = [ffn1.norm, parts.attention_norm, conv.norm, ffn2.norm, parts.norm]
+    depthwise_norm: Any = conv.depthwise_norm
     matrices: list[Any] = [ffn1.up, ffn1.down, ffn2.up, ffn2.down]
     up, depthwise = matrices[0], conv.depthwise
     if any(type(m) is not nn.Linear or m.bias is None for m in matrices) or type(depthwise) is not nn.Conv1d:
         return None
-    if any(type(norm) not in NORMS or norm.eps != norms[0].eps for norm in norms):
+    if any(type(norm) not in parts.layer_norms or norm.eps != norms[0].eps for norm in norms):
+        return None
+    # a BatchNorm is folded into the taps, whatever its epsilon
+    batch = type(depthwise_norm) is nn.BatchNorm1d
+    if type(depthwise_norm) not in NORMS or not (batch or _epsilon(depthwise_norm) in (0.0, norms[0].eps)):
         return None
     return ConformerConfig(
         d_model=up.in_features,
@@ -103,14 +109,18 @@ def _config(parts: Parts, heads: int, position: str) -> ConformerConfig | None:
         num_layers=1,
         conv_kernel_size=depthwise.kernel_size[0],
         position=position,
-        conv_norm=NORMS[type(norms[3])],
-        conv_norm_groups=getattr(norms[3], "num_groups", 1),
+        conv_norm=NORMS[type(depthwise_norm)],
+        conv_norm_groups=getattr(depthwise_norm, "num_groups", 1),
         attention_bias=parts.attention_bias,
         conv_bias=depthwise.bias is not None,
         convolution_first=parts.convolution_first,
         layer_norm_eps=norms[0].eps,
         padding="masked" if conv.masked else "peer",
     )
+
+
+def _epsilon(norm: nn.Module) -> float:
+    return getattr(norm, "eps", 0.0)  # an Identity has none
 
 
 def _leaves(module: nn.Module) -> list[nn.Module]:
@@ -121,9 +131,9 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _readable(module: nn.Module) -> bool:
+def _readable(module: nn.Module, known: frozenset[type[nn.Module]]) -> bool:
     """Whether calling the layer's modules is computing with their tensors, and these can be packed."""
-    if any(altered(leaf, "", _READ) for leaf in _leaves(module)):
+    if any(altered(leaf, "", known) for leaf in _leaves(module)):
         return False
     tensors = _tensors(module)
     return all(
@@ -134,7 +144,7 @@ def _readable(module: nn.Module) -> bool:
 class _Packed:
     """The packed weights of one layer, and the state of its modules and tensors when they were packed."""
 
-    def __init__(self, module: nn.Module, keys: tuple[Key, ...], config: ConformerConfig) -> None:
+    def __init__(self, module: nn.Module, keys: tuple[Key, ...], config: ConformerConfig, epsilon: float) -> None:
         modules = list(module.modules())
         self._owners: list[dict[str, Any]] = [d for m in modules for d in (m._parameters, m._buffers, m._modules)]
         self._found = self._ids()
@@ -143,9 +153,10 @@ class _Packed:
         self._state = self._now()
         self._memory = [StorageWeakRef(t.untyped_storage()) for t in self._tensors]  # addresses are not used again
         self._values = weights.Fingerprint(self._tensors)
-        self._config = config
+        self._config, self._epsilon = config, epsilon
         with torch.device("meta"):
             layer = ConformerLayer(config)
+        layer.conv.depthwise_norm.eps = epsilon  # type: ignore[assignment]
         layer.load_state_dict(from_peer(keys, module.state_dict()), assign=True)
         self.layer = weights.pack(layer, {})
 
@@ -155,9 +166,10 @@ class _Packed:
     def _now(self) -> tuple[list[int], list[int]]:
         return list(map(Tensor.data_ptr, self._tensors)), list(map(_version, self._tensors))
 
-    def holds(self, config: ConformerConfig, *, complete: bool) -> bool:
+    def holds(self, config: ConformerConfig, epsilon: float, *, complete: bool) -> bool:
         """Return whether modules and tensors are as they were; values by all of them if ``complete``, else by samples."""
-        same = self._ids() == self._found and config == self._config and self._now() == self._state
+        settings = (config, epsilon) == (self._config, self._epsilon)
+        same = settings and self._ids() == self._found and self._now() == self._state
         return same and not any(altered(m, "", cls) for m, cls in self._leaves) and self._values.holds(complete)
 
 

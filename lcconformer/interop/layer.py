@@ -19,8 +19,6 @@ from ..plain import LAYER_NORM, LINEAR, NORMS, altered, readable
 
 __all__ = ["Convolution", "FeedForward", "Parts", "probability", "run"]
 
-_FEED_FORWARD = (LAYER_NORM, LINEAR, LINEAR)
-_NORM_AHEAD = (LAYER_NORM,)
 _CONVOLUTION = frozenset({nn.Conv1d})
 
 
@@ -64,6 +62,7 @@ class Parts(NamedTuple):
         attend: attention of normalised input with the lengths, ``[B, T, D] -> [B, T, D]``.
         attention_on: dropout on its output.
         attention_bias: whether its projections have biases.
+        layer_norms: classes that compute what ``nn.LayerNorm`` does.
     """
 
     ffn1: FeedForward
@@ -75,6 +74,7 @@ class Parts(NamedTuple):
     ffn2: FeedForward
     norm: nn.Module
     convolution_first: bool
+    layer_norms: frozenset[type[nn.Module]] = LAYER_NORM
 
 
 def probability(dropout: nn.Module) -> float:
@@ -91,26 +91,26 @@ def run(parts: Parts, x: Tensor, lengths: Tensor | None) -> Tensor:
     (norm, first, drop_first), (following, second, drop_second) = (
         (convolution, attention) if parts.convolution_first else (attention, convolution)
     )
-    x = _feed_forward(parts.ffn1, x)
+    x = _feed_forward(parts.ffn1, x, parts.layer_norms)
     y = first(norm(x)).to(x.dtype)
-    if readable(_NORM_AHEAD, following) and drop_first < 1.0:
+    if readable((parts.layer_norms,), following) and drop_first < 1.0:
         weight, bias, eps = _affine(following)
         x, h = ops.residual_layer_norm(x, y, weight, bias, dropout_p=drop_first, eps=eps)
     else:
         x = x + F.dropout(y, drop_first)
         h = following(x)
     x = x + F.dropout(second(h), drop_second).to(x.dtype)
-    return parts.norm(_feed_forward(parts.ffn2, x))
+    return parts.norm(_feed_forward(parts.ffn2, x, parts.layer_norms))
 
 
 def _affine(norm: Any) -> tuple[Tensor, Tensor, float]:
     return norm.weight, norm.bias, norm.eps
 
 
-def _feed_forward(parts: FeedForward, x: Tensor) -> Tensor:
+def _feed_forward(parts: FeedForward, x: Tensor, norms: frozenset[type[nn.Module]]) -> Tensor:
     norm, up, down = parts.norm, parts.up, parts.down
     # the op has one dropout for both places
-    if parts.inside != parts.on or parts.on >= 1.0 or not readable(_FEED_FORWARD, norm, up, down):
+    if parts.inside != parts.on or parts.on >= 1.0 or not readable((norms, LINEAR, LINEAR), norm, up, down):
         h = F.dropout(ACTIVATIONS[parts.activation](up(norm(x))), parts.inside)  # [B, T, F]
         return x + 0.5 * F.dropout(down(h), parts.on).to(x.dtype)
     weight, bias, eps = _affine(norm)
@@ -154,7 +154,8 @@ def _convolve(parts: Convolution, h: Tensor, lengths: Tensor | None) -> Tensor:
         y = F.pad(y, (0, 0, ahead, 0))
         lengths = None if lengths is None else lengths + ahead
     options: dict[str, Any] = {"norm": NORMS[type(norm)]}
-    options |= {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
+    if type(norm) is not nn.Identity:
+        options |= {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
     if type(norm) is nn.GroupNorm:
         options["num_groups"] = norm.num_groups
     elif type(norm) is nn.BatchNorm1d:

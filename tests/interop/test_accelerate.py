@@ -848,3 +848,18 @@ def test_no_peer_is_imported():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_another_norm_in_the_convolution(torchaudio_model):
+    """Put there after accelerating."""
+    model = torchaudio_model().eval()["encoder"]
+    peer = copy.deepcopy(model)
+    accelerate(model, strict=True)
+    x, lengths = torch.randn(2, 13, 16), torch.tensor([13, 6])
+    for norm in (nn.Identity(), nn.BatchNorm1d(16, eps=0.1), nn.InstanceNorm1d(16), nn.GroupNorm(4, 16, eps=1e-3)):
+        for m in (model, peer):
+            for one in m.conformer_layers:
+                one.conv_module.sequential[3] = copy.deepcopy(norm).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(model(x, lengths)[0], peer(x, lengths)[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(model(x, lengths)[0], peer(x, lengths)[0], rtol=0, atol=1e-5)
