@@ -1,4 +1,4 @@
-"""Replace the Conformer layers of loaded torchaudio and transformers models by lcconformer's, in place.
+"""Compute the Conformer layers of loaded torchaudio and transformers models by lcconformer's kernels, in place.
 
     python examples/drop_in.py
 
@@ -17,14 +17,14 @@ from transformers import Wav2Vec2ConformerConfig, Wav2Vec2ConformerModel
 import lcconformer
 
 
-def replace_and_compare(name: str, model: nn.Module, *inputs: torch.Tensor) -> None:
+def accelerate_and_compare(name: str, model: nn.Module, *inputs: torch.Tensor) -> None:
     """Accelerate a copy of ``model``; print the report and how far the outputs and state dicts are apart."""
     accelerated = copy.deepcopy(model)
     report = lcconformer.accelerate(accelerated)
     with torch.no_grad():
         before, after = model(*inputs)[0], accelerated(*inputs)[0]
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
-    accelerated.load_state_dict(model.state_dict())  # the same names and shapes
+    accelerated.load_state_dict(model.state_dict())  # the names and shapes are untouched
     print(f"{name}: {report}\n  largest difference of the outputs: {(after - before).abs().max():.1e}")
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     lengths = torch.tensor([100, 100])
 
     torchaudio_model = Conformer(80, num_heads=4, ffn_dim=128, num_layers=4, depthwise_conv_kernel_size=31).eval()
-    replace_and_compare("torchaudio", torchaudio_model, torch.randn(2, 100, 80), lengths)
+    accelerate_and_compare("torchaudio", torchaudio_model, torch.randn(2, 100, 80), lengths)
 
     # a small model with random weights; Wav2Vec2ConformerModel.from_pretrained(...) is treated alike
     config = Wav2Vec2ConformerConfig(
@@ -44,7 +44,7 @@ def main() -> None:
         conv_depthwise_kernel_size=7,
         num_conv_pos_embedding_groups=4,
     )
-    replace_and_compare("transformers", Wav2Vec2ConformerModel(config).eval(), torch.randn(2, 16_000))
+    accelerate_and_compare("transformers", Wav2Vec2ConformerModel(config).eval(), torch.randn(2, 16_000))
 
     # or build torchaudio's Conformer from here, by its own signature, and load its weights
     conformer = lcconformer.Conformer(80, num_heads=4, ffn_dim=128, num_layers=4, depthwise_conv_kernel_size=31).eval()

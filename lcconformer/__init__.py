@@ -4,7 +4,7 @@ from .config import ConformerConfig
 from .conformer import Conformer
 from .depth import DepthSampler, ExitRule
 from .encoder import ConformerEncoder
-from .interop.accelerate import AccelerationReport, accelerate
+from .interop.accelerate import AccelerationReport, accelerate, restore
 from .layer import ConformerLayer
 from .loop import captured_training, engine
 from .ops.registry import backend
@@ -22,4 +22,5 @@ __all__ = [
     "backend",
     "captured_training",
     "engine",
+    "restore",
 ]

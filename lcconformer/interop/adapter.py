@@ -1,28 +1,33 @@
-"""What the adapters of all peers share: reading a peer's settings, refusing what we cannot reproduce, and masks."""
+"""What the adapters of all peers share: refusing what we cannot reproduce, and lengths out of masks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import ConformerConfig
-from ..layer import ConformerLayer
-from ..ops.checks import frame_mask, readable
+from ..ops.checks import frame_mask
+from ..ops.derivatives import transformed
+from ..plain import altered, readable
+from ..positions import relative_sinusoids
 
 __all__ = [
-    "Described",
-    "Dropouts",
+    "NotPadding",
     "Unsupported",
     "activation_of",
+    "are_sinusoids",
+    "check_activations",
     "check_convolutions",
-    "common_eps",
+    "check_norms",
     "lengths_of_padding",
     "lengths_of_scores_mask",
     "need",
-    "need_types",
+    "untouched",
 ]
 
 
@@ -35,150 +40,154 @@ def need(condition: object, reason: str) -> None:
         raise Unsupported(reason)
 
 
-@dataclass(frozen=True)
-class Dropouts:
-    """Dropout probabilities of a peer's layer, one per place; tuples have one entry per feed-forward module."""
-
-    ffn_inner: tuple[float, ...]
-    ffn_outer: tuple[float, ...]
-    weights: float
-    attention: float
-    conv: float
-
-    def why_not(self) -> str | None:
-        """Return why our layer cannot apply dropout in the same places, or None."""
-        ffn = {*self.ffn_inner, *self.ffn_outer}
-        if len(ffn) > 1:
-            return f"dropout differs within the feed-forward modules ({', '.join(map(str, sorted(ffn)))})"
-        if self.attention != self.conv:
-            return f"dropout differs after attention ({self.attention}) and after the convolution ({self.conv})"
-        return None
-
-    def apply(self, layer: ConformerLayer) -> None:
-        layer.ffn1.dropout = layer.ffn2.dropout = self.ffn_inner[0]
-        layer.attention.dropout = self.weights
-        layer.dropout = self.attention
+_ACTIVATIONS = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELU": "gelu",
+    "GELUActivation": "gelu",
+    "ReLU": "relu",
+}
 
 
-@dataclass(frozen=True)
-class Described:
-    """Settings of a peer's layer.
-
-    Attributes:
-        config: settings of our layer.
-        dropouts: dropout probabilities of the peer's layer.
-        inference_only: why our layer would train differently, if it would.
-    """
-
-    config: ConformerConfig
-    dropouts: Dropouts
-    inference_only: str | None = None
+def activation_of(module: nn.Module) -> str | None:
+    """Return our name of the activation that a module computes; None: ours lack it."""
+    known = None if getattr(module, "approximate", "none") != "none" else _ACTIVATIONS.get(type(module).__name__)
+    return None if known is None or altered(module, "", (type(module),)) else known
 
 
-def need_types(layer: nn.Module, types: Mapping[str, type[nn.Module]]) -> None:
-    """Require submodules of exactly these classes: wrappers (LoRA, quantisation, parametrisation) compute something else."""
-    for name, cls in types.items():
-        found = type(layer.get_submodule(name))
-        if cls is nn.Linear and found is nn.modules.linear.NonDynamicallyQuantizableLinear:
-            continue
-        need(found is cls, f"{name} is a {found.__module__}.{found.__qualname__}, not a {cls.__name__}")
+def check_activations(*modules: nn.Module) -> None:
+    """Require activations that ours have."""
+    unknown = sorted({type(m).__name__ for m in modules if activation_of(m) is None})
+    need(not unknown, f"activation {', '.join(unknown)}")
 
 
-def activation_of(*modules: nn.Module) -> str:
-    """Return our name of the one activation that all modules compute."""
-    names = {
-        "SiLU": "silu",
-        "SiLUActivation": "silu",
-        "GELU": "gelu",
-        "GELUActivation": "gelu",
-        "ReLU": "relu",
-    }
-    found = {type(m).__name__ for m in modules}
-    ours = {names.get(name) for name in found}
-    approximate = any(getattr(m, "approximate", "none") != "none" for m in modules)
-    need(len(ours) == 1 and None not in ours and not approximate, f"activation {', '.join(sorted(found))}")
-    (activation,) = ours
-    assert activation is not None
-    return activation
+def untouched(modules: Iterable[tuple[nn.Module, type[nn.Module]]]) -> bool:
+    """Return whether the modules are of these very classes and do what their class does, so that calling them adds nothing."""
+    return readable(()) and not any(altered(module, "", (cls,)) for module, cls in modules)
 
 
-def check_convolutions(layer: nn.Module, pointwise1: str, depthwise: str, pointwise2: str) -> int:
-    """Check that the three convolutions are what their names say, and return the kernel size of the depthwise one."""
-    for name in (pointwise1, depthwise, pointwise2):
-        conv: nn.Conv1d = layer.get_submodule(name)  # type: ignore[assignment]
+def check_convolutions(pointwise1: Any, depthwise: Any, pointwise2: Any, *, causal: bool = False) -> None:
+    """Check that the three convolutions are what their names say; a causal one is padded by its layer."""
+    for conv, name in ((pointwise1, "pointwise"), (depthwise, "depthwise"), (pointwise2, "pointwise")):
         (kernel,) = conv.kernel_size
-        same = conv.stride == (1,) and conv.dilation == (1,) and conv.padding == (kernel // 2,) and kernel % 2 == 1
-        need(same and conv.padding_mode == "zeros", f"{name} is not a stride-1 convolution with 'same' zero padding")
-        if name == depthwise:
-            need(conv.groups == conv.in_channels == conv.out_channels, f"{name} is not depthwise")
-            need(kernel <= 63, f"{name} has a kernel of {kernel}; ours go up to 63")
-            size = kernel
+        padding: set[Any] = {(0,)} if causal and name == "depthwise" else {(kernel // 2,), "same"}
+        same = conv.stride == (1,) and conv.dilation == (1,) and conv.padding in padding and kernel % 2 == 1
+        need(
+            same and conv.padding_mode == "zeros",
+            f"a {name} convolution is not one of stride 1 with 'same' zero padding",
+        )
+        if name == "depthwise":
+            need(conv.groups == conv.in_channels == conv.out_channels, "the depthwise convolution is not depthwise")
+            need(kernel <= 63, f"the depthwise convolution has a kernel of {kernel}; ours go up to 63")
         else:
-            need(kernel == 1 and conv.groups == 1, f"{name} is not pointwise")
-    return size
+            need(kernel == 1 and conv.groups == 1, "a pointwise convolution is not pointwise")
 
 
-def common_eps(layer: nn.Module) -> float:
-    """Return the epsilon that all norms of the layer share."""
-    norms = [m for m in layer.modules() if isinstance(m, (nn.LayerNorm, nn.BatchNorm1d, nn.GroupNorm))]
-    eps = {norm.eps for norm in norms}
-    need(len(eps) == 1, f"norms differ in epsilon ({', '.join(map(str, sorted(eps)))})")
-    for norm in norms:
-        if isinstance(norm, nn.BatchNorm1d):
+def check_norms(layer: nn.Module) -> None:
+    """Require affine norms, and running statistics of a BatchNorm."""
+    for name, norm in layer.named_modules():
+        if isinstance(norm, nn.LayerNorm):
+            need(norm.elementwise_affine and norm.bias is not None, f"{name} has no weight or no bias")
+        elif isinstance(norm, nn.BatchNorm1d):
             usual = norm.affine and norm.track_running_stats
-            need(usual, f"BatchNorm with affine {norm.affine}, or without running statistics")
-    return eps.pop()
+            need(usual, f"{name} is a BatchNorm with affine {norm.affine}, or without running statistics")
 
 
-_MASK = (
-    "the attention mask is not that of padding at the end of each utterance; call the model with right-padded input, "
-    "or without lcconformer.accelerate"
-)
+class NotPadding(Exception):
+    """A mask that excludes anything but the last frames of each utterance."""
 
 
 def _insist(condition: Tensor) -> None:
-    if readable(condition):
-        if not condition:
-            raise ValueError(_MASK)
-    else:
-        # on the device: reading the value here would stall every layer
-        torch._assert_async(condition, _MASK)
+    if torch.compiler.is_compiling() or (condition.is_cuda and torch.cuda.is_current_stream_capturing()):
+        torch._assert_async(condition, "the attention mask is not that of padding at the end of each utterance")
+    elif not condition:
+        raise NotPadding
 
 
-def lengths_of_padding(mask: Tensor) -> Tensor:
-    """Return the lengths ``[B]`` int64 of ``mask [B, T]`` bool, True at padding.
+class _Latest(threading.local):
+    """What was made of a tensor, for the next layer of a stack, which is given the same one."""
+
+    def __init__(self) -> None:
+        self._tensor: weakref.ref[Tensor] | None = None
+        self._key: tuple[Any, ...] = ()
+        self._value: Any = None
+
+    def get(self, tensor: Tensor, kind: object, make: Callable[[], Any]) -> Any:
+        """Return ``make()``, or what it returned for this tensor and ``kind`` if that was the latest call."""
+        if torch.compiler.is_compiling() or tensor.is_inference() or tensor.requires_grad or transformed():
+            return make()
+        key = (kind, tensor._version)
+        if self._tensor is None or self._tensor() is not tensor or self._key != key:
+            self._tensor = None  # nothing is kept of a call that raises
+            value = make()
+            self._tensor, self._key, self._value = weakref.ref(tensor), key, value
+        return self._value
+
+
+_masks, _paddings, _tables = _Latest(), _Latest(), _Latest()
+
+
+def lengths_of_padding(mask: Tensor, *, keep: bool = False) -> Tensor:
+    """Return the lengths ``[B]`` int64 of ``mask [B, T]`` or ``[B, 1, T]``, true at padding, or elsewhere if ``keep``.
 
     Raises:
-        ValueError: anything but the last frames is padding (on a CUDA device: an assertion there).
+        NotPadding: anything but the last frames is padding, or the mask has another form.  While a compiler traces or a CUDA
+            graph is captured it is an assertion on the device.
     """
-    if mask.dtype != torch.bool or mask.dim() != 2:
-        raise ValueError(f"the padding mask is {mask.dtype} {list(mask.shape)}; expected bool [B, T]")
-    lengths = (~mask).sum(-1)
-    _insist((mask != frame_mask(lengths, mask.shape[1])).all())
-    return lengths
+
+    def find() -> Tensor:
+        frames = mask[:, 0] if mask.dim() == 3 and mask.shape[1] == 1 else mask
+        if frames.dim() != 2 or mask.is_floating_point():
+            raise NotPadding
+        real = frames.bool() if keep else ~frames.bool()
+        lengths = real.sum(-1)
+        _insist((real == frame_mask(lengths, frames.shape[1])).all())
+        return lengths
+
+    return _paddings.get(mask, keep, find)
 
 
-def lengths_of_scores_mask(mask: Tensor, *, queries: bool) -> Tensor:
-    """Return the lengths ``[B]`` int64 of a mask of scores ``[B, 1, T or 1, T]``: bool (True: attend) or additive.
+def lengths_of_scores_mask(mask: Tensor, batch: int, *, queries: bool) -> Tensor:
+    """Return the lengths ``[B]`` int64 of a mask of scores ``[B or 1, 1, T or 1, T]``: bool (True: attend) or additive.
 
     Args:
         mask: the mask.
+        batch: B.
         queries: rows of padding frames are masked as well.
 
     Raises:
-        ValueError: anything but padding at the end is masked (on a CUDA device: an assertion there).
+        NotPadding: as for :func:`lengths_of_padding`.
     """
-    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[1] != 1:
-        got = f"of shape {list(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
-        raise ValueError(f"the attention mask is {got}; expected a tensor [B, 1, T, T] (eager or sdpa attention)")
-    if mask.dtype == torch.bool:
-        keep = mask[:, 0]
-    else:
-        keep = mask[:, 0] == 0
-        # a bias that neither keeps nor excludes a score is no mask
-        _insist((keep | (mask[:, 0] < -1e4)).all())
-    lengths = keep.any(1).sum(-1)
-    frames = frame_mask(lengths, keep.shape[-1])  # [B, T]
-    expected = frames[:, None] & frames[:, :, None] if queries else frames[:, None]
-    _insist((keep == expected).all())
-    return lengths
+
+    def find() -> Tensor:
+        if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[0] not in (1, batch):
+            raise NotPadding
+        if mask.dtype == torch.bool:
+            keep = mask[:, 0]
+        else:
+            keep = mask[:, 0] == 0
+            # a bias that neither keeps nor excludes a score is no mask
+            _insist((keep | (mask[:, 0] < -1e4)).all())
+        lengths = keep.any(1).sum(-1)
+        frames = frame_mask(lengths, keep.shape[-1])  # [B, T]
+        expected = frames[:, None] & frames[:, :, None] if queries else frames[:, None]
+        _insist((keep == expected).all())
+        return lengths.expand(batch)
+
+    return _masks.get(mask, ("scores", batch, queries), find) if isinstance(mask, Tensor) else find()
+
+
+def are_sinusoids(table: Tensor) -> bool:
+    """Return whether ``table [B, 2T-1, D]`` are the relative positions that the engine computes for itself."""
+    if torch.compiler.is_compiling() or table.device.type != "cpu":
+        return False  # the engine is not asked
+    return _tables.get(table, "", functools.partial(_are_sinusoids, table))
+
+
+_sinusoids_of = functools.lru_cache(maxsize=1)(relative_sinusoids)
+
+
+def _are_sinusoids(table: Tensor) -> bool:
+    rows, width = table.shape[1:]
+    ours = _sinusoids_of((rows + 1) // 2, width, device=table.device, dtype=table.dtype)
+    return ours.shape == table.shape[1:] and bool((table - ours).abs().max() < 1e-5)

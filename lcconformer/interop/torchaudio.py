@@ -1,17 +1,28 @@
-"""torchaudio's Conformer layer: its weights under our names, its settings, and our layer behind its call."""
+"""torchaudio's Conformer layer: its weights under our names, and our computation under its call."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ..config import ConformerConfig
-from ..layer import ConformerLayer
-from .adapter import Described, Dropouts, check_convolutions, common_eps, lengths_of_padding, need, need_types
-from .keys import STATISTICS, Key, use_peer_names, weight_and_bias
+from .. import ops
+from .accelerated import AcceleratedLayer
+from .adapter import (
+    NotPadding,
+    activation_of,
+    check_activations,
+    check_convolutions,
+    check_norms,
+    lengths_of_padding,
+    need,
+    untouched,
+)
+from .keys import STATISTICS, Key, weight_and_bias
+from .layer import Convolution, FeedForward, Parts, probability
 
-__all__ = ["LAYER_KEYS", "TorchaudioConformerLayer", "describe"]
+__all__ = ["LAYER_KEYS", "TorchaudioLayer"]
 
 
 def _ffn(name: str) -> tuple[Key, ...]:
@@ -39,64 +50,68 @@ LAYER_KEYS: tuple[Key, ...] = (
 )
 
 
-def describe(layer: Any) -> Described:
-    """Return the settings of a ``torchaudio.models.conformer.ConformerLayer``."""
-    ffn = (nn.LayerNorm, nn.Linear, nn.SiLU, nn.Dropout, nn.Linear, nn.Dropout)
-    get = layer.get_submodule
-    norm = get("conv_module.sequential.3")
-    group = isinstance(norm, nn.GroupNorm)
-    need_types(layer, {f"{name}.sequential.{i}": cls for name in ("ffn1", "ffn2") for i, cls in enumerate(ffn)})
-    convolution = (
-        nn.Conv1d,
-        nn.GLU,
-        nn.Conv1d,
-        nn.GroupNorm if group else nn.BatchNorm1d,
-        nn.SiLU,
-        nn.Conv1d,
-        nn.Dropout,
-    )
-    need_types(layer, {f"conv_module.sequential.{i}": cls for i, cls in enumerate(convolution)})
-    need_types(layer, {"self_attn": nn.MultiheadAttention, "self_attn_dropout": nn.Dropout})
-    attention = get("self_attn")
-    plain = attention.bias_k is None and attention.bias_v is None and not attention.add_zero_attn
-    need(plain, "self_attn has added keys (add_bias_kv or add_zero_attn)")
-    need(attention._qkv_same_embed_dim and not attention.batch_first, "self_attn has another layout")
-    kernel = check_convolutions(
-        layer, "conv_module.sequential.0", "conv_module.sequential.2", "conv_module.sequential.5"
-    )
-    config = ConformerConfig(
-        d_model=attention.embed_dim,
-        num_heads=attention.num_heads,
-        ffn_dim=get("ffn1.sequential.1").out_features,
-        num_layers=1,
-        conv_kernel_size=kernel,
-        dropout=0.0,
-        position="none",
-        conv_norm="group" if group else "batch",
-        conv_norm_groups=norm.num_groups if isinstance(norm, nn.GroupNorm) else 1,
-        attention_bias=attention.in_proj_bias is not None,
-        convolution_first=bool(layer.convolution_first),
-        layer_norm_eps=common_eps(layer),
-        padding="peer",
-    )
-    dropouts = Dropouts(
-        ffn_inner=tuple(get(f"{name}.sequential.3").p for name in ("ffn1", "ffn2")),
-        ffn_outer=tuple(get(f"{name}.sequential.5").p for name in ("ffn1", "ffn2")),
-        weights=attention.dropout,
-        attention=get("self_attn_dropout").p,
-        conv=get("conv_module.sequential.6").p,
-    )
-    return Described(config, dropouts)
+class TorchaudioLayer(AcceleratedLayer):
+    """``(input [T, B, D], key_padding_mask [B, T] bool or None) -> [T, B, D]``, as ``torchaudio.models.ConformerLayer``."""
 
+    own_classes = ("_FeedForwardModule", "_ConvolutionModule")
+    keys = LAYER_KEYS
 
-class TorchaudioConformerLayer(nn.Module):
-    """Our layer behind torchaudio's call: ``(input [T, B, D], key_padding_mask [B, T] bool or None) -> [T, B, D]``."""
+    def check_structure(self) -> None:
+        layer: Any = self
+        convolution = layer.conv_module.sequential
+        check_convolutions(convolution[0], convolution[2], convolution[5])
+        check_norms(layer)
+        check_activations(layer.ffn1.sequential[2], layer.ffn2.sequential[2], convolution[4])
+        attention = layer.self_attn
+        plain = attention.bias_k is None and attention.bias_v is None and not attention.add_zero_attn
+        need(plain, "self_attn has added keys (add_bias_kv or add_zero_attn)")
+        need(attention._qkv_same_embed_dim and not attention.batch_first, "self_attn has another layout")
 
-    def __init__(self, layer: ConformerLayer, replaced: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-        use_peer_names(self, LAYER_KEYS, {"layer.": ""})
+    def parts(self) -> Parts | None:
+        layer: Any = self
+        feed_forward, convolution = self.own
+        conv = layer.conv_module
+        found: list[Any] = []
+        passed = [(layer.self_attn, nn.MultiheadAttention), (layer.self_attn_dropout, nn.Dropout), (conv, convolution)]
+        for module in (layer.ffn1, layer.ffn2):
+            passed += [(module, feed_forward), (module.sequential, nn.Sequential)]
+            norm, up, activation, inside, down, on = module.sequential
+            passed += [(inside, nn.Dropout), (on, nn.Dropout)]
+            found.append((norm, up, down, activation_of(activation), probability(inside), probability(on)))
+        pointwise1, glu, depthwise, norm, activation, pointwise2, dropout = conv.sequential
+        passed += [(conv.sequential, nn.Sequential), (glu, nn.GLU), (dropout, nn.Dropout)]
+        names: list[Any] = [*(f[3] for f in found), activation_of(activation)]
+        if None in names or not untouched(passed):
+            return None
+        ffn1, ffn2 = (FeedForward(*f) for f in found)
+        return Parts(
+            ffn1=ffn1,
+            attention_norm=layer.self_attn_layer_norm,
+            attend=self._attend,
+            attention_on=probability(layer.self_attn_dropout),
+            attention_bias=layer.self_attn.in_proj_bias is not None,
+            conv=Convolution(
+                conv.layer_norm, pointwise1, depthwise, norm, pointwise2, names[2], False, False, probability(dropout)
+            ),
+            ffn2=ffn2,
+            norm=layer.final_layer_norm,
+            convolution_first=bool(layer.convolution_first),
+        )
+
+    def _attend(self, h: Tensor, lengths: Tensor | None) -> Tensor:
+        attention: Any = self.self_attn
+        qkv = F.linear(h, attention.in_proj_weight, attention.in_proj_bias)
+        q, k, v = (x.unflatten(-1, (attention.num_heads, -1)) for x in qkv.chunk(3, -1))  # [B, T, H, D]
+        dropout_p = attention.dropout if attention.training else 0.0
+        return attention.out_proj(ops.relpos_attention(q, k, v, lengths=lengths, dropout_p=dropout_p).flatten(-2))
 
     def forward(self, input: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-        lengths = None if key_padding_mask is None else lengths_of_padding(key_padding_mask)
-        return self.layer(input.transpose(0, 1), lengths).transpose(0, 1)
+        try:
+            lengths = None if key_padding_mask is None else lengths_of_padding(key_padding_mask)
+            parts = self.parts()
+        except NotPadding:
+            parts = None
+        if parts is None:
+            return super().forward(input, key_padding_mask)
+        attention: Any = self.self_attn
+        return self.run(parts, input.transpose(0, 1), lengths, attention.num_heads, "none").transpose(0, 1)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcconformer.config import ConformerConfig
 from lcconformer.ops.availability import cpu_reasons
 from lcconformer.ops.native import common, cpu_kernels, i64, pointer
 from lcconformer.ops.registry import Choice, forced_backend, note
@@ -24,7 +25,7 @@ from .kernels import explain_ops
 from .watch import watch
 from .weights import FeedForward, PackedLayer, padded_columns
 
-__all__ = ["chosen", "explain", "reasons", "run", "slower"]
+__all__ = ["chosen", "explain", "reasons", "run", "run_layer", "slower"]
 
 OP = "shared_loop"
 
@@ -92,7 +93,7 @@ def run(stack: LayerStack, x: Tensor, lengths: Tensor | None, depth: int, return
         return graphs.run(stack, x, lengths, depth, return_hidden_states)
     note(Choice(OP, "cpu"))
     layers = weights.packed(stack, depth, x.shape[0] * x.shape[1])
-    loop = _Loop(stack, x, lengths)
+    loop = _Loop(stack.config, x, lengths)
     outputs = []
     for k, layer in enumerate(layers):
         if stack.conditioning is not None:
@@ -103,11 +104,19 @@ def run(stack: LayerStack, x: Tensor, lengths: Tensor | None, depth: int, return
     return outputs
 
 
+def run_layer(config: ConformerConfig, layer: PackedLayer, x: Tensor, lengths: Tensor | None) -> Tensor:
+    """Run one packed layer on the CPU: float32 ``[B, T, d_model] -> [B, T, d_model]``."""
+    note(Choice(OP, "cpu"))
+    loop = _Loop(config, x, lengths)
+    loop.step(layer)
+    return loop.x
+
+
 class _Loop:
     """The residual stream of one call, its buffers, and the kernels of each layer with their arguments."""
 
-    def __init__(self, stack: LayerStack, x: Tensor, lengths: Tensor | None) -> None:
-        config = self.config = stack.config
+    def __init__(self, config: ConformerConfig, x: Tensor, lengths: Tensor | None) -> None:
+        self.config = config
         cpu = self.cpu = cpu_kernels()
         b, t, d = x.shape
 

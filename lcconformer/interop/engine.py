@@ -1,0 +1,176 @@
+"""Runs another package's layer on the packed weights of :mod:`lcconformer.loop`, where an inference on the CPU allows it."""
+
+from __future__ import annotations
+
+import weakref
+from itertools import chain
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ..config import ConformerConfig
+from ..layer import ConformerLayer
+from ..loop import forced_engine, inference, weights
+from ..ops.availability import cpu_reasons
+from ..ops.derivatives import transformed
+from ..ops.registry import forced_backend
+from ..plain import NORMS, PLAIN, altered
+from .keys import Key, from_peer
+from .layer import Parts
+
+__all__ = ["run"]
+
+# whose parameters are read: plain modules, and torch's attention with its projection
+_READ = PLAIN | {nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear}
+_version = attrgetter("_version")
+
+
+def run(
+    module: nn.Module,
+    keys: tuple[Key, ...],
+    parts: Parts,
+    x: Tensor,
+    lengths: Tensor | None,
+    *,
+    heads: int,
+    position: str,
+) -> Tensor | None:
+    """Run a peer's layer on ``x [B, T, D]``, or return None where the engine cannot stand in for it.
+
+    Args:
+        module: the layer.
+        keys: where it keeps our tensors.
+        parts: what it does in its present mode.
+        x, lengths: its input, and the real frames of each utterance, None for all.
+        heads: of attention.
+        position: ``"relative"`` or ``"none"``.
+    """
+    if not (_evaluates(parts) and _serves(x)) or _records(module, x):
+        return None
+    config = _config(parts, heads, position)
+    packed, frames = _kept.get(module), x.shape[0] * x.shape[1]
+    if config is None:
+        return None
+    epsilon = _epsilon(parts.conv.depthwise_norm)
+    if packed is None or not packed.holds(config, epsilon, complete=frames >= weights.COMPLETE):
+        _kept.pop(module, None)
+        if not _readable(module, _READ | parts.layer_norms):
+            return None
+        packed = _kept[module] = _Packed(module, keys, config, epsilon)
+    with torch.no_grad():
+        return inference.run_layer(config, packed.layer, x, lengths)
+
+
+def _evaluates(parts: Parts) -> bool:
+    """Whether the layer drops nothing, takes no statistics, and is made of what the kernels have."""
+    conv, ffn1, ffn2 = parts.conv, parts.ffn1, parts.ffn2
+    drops = ffn1.inside or ffn1.on or ffn2.inside or ffn2.on or parts.attention_on or conv.on
+    batch = type(conv.depthwise_norm) is nn.BatchNorm1d and conv.depthwise_norm.training
+    silu = ffn1.activation == ffn2.activation == conv.activation == "silu"
+    return silu and not drops and not batch and not conv.causal
+
+
+def _serves(x: Tensor) -> bool:
+    """Whether the engine may run, and has kernels for ``x``."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed():
+        return False
+    if x.dtype != torch.float32 or type(x) is not Tensor or not x.numel() or torch.is_autocast_enabled(x.device.type):
+        return False
+    wanted = forced_backend() in ("auto", "cpu") and forced_engine() != "modules"
+    return wanted and not cpu_reasons(x.device, x.dtype)
+
+
+def _records(module: nn.Module, x: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters()))
+
+
+def _config(parts: Parts, heads: int, position: str) -> ConformerConfig | None:
+    """Return the settings of the layer; None if ours have none like it."""
+    ffn1, conv, ffn2 = parts.ffn1, parts.conv, parts.ffn2
+    norms: list[Any] = [ffn1.norm, parts.attention_norm, conv.norm, ffn2.norm, parts.norm]
+    depthwise_norm: Any = conv.depthwise_norm
+    matrices: list[Any] = [ffn1.up, ffn1.down, ffn2.up, ffn2.down]
+    up, depthwise = matrices[0], conv.depthwise
+    if any(type(m) is not nn.Linear or m.bias is None for m in matrices) or type(depthwise) is not nn.Conv1d:
+        return None
+    if any(type(norm) not in parts.layer_norms or norm.eps != norms[0].eps for norm in norms):
+        return None
+    # a BatchNorm is folded into the taps, whatever its epsilon
+    batch = type(depthwise_norm) is nn.BatchNorm1d
+    if type(depthwise_norm) not in NORMS or not (batch or _epsilon(depthwise_norm) in (0.0, norms[0].eps)):
+        return None
+    return ConformerConfig(
+        d_model=up.in_features,
+        num_heads=heads,
+        ffn_dim=up.out_features,
+        num_layers=1,
+        conv_kernel_size=depthwise.kernel_size[0],
+        position=position,
+        conv_norm=NORMS[type(depthwise_norm)],
+        conv_norm_groups=getattr(depthwise_norm, "num_groups", 1),
+        attention_bias=parts.attention_bias,
+        conv_bias=depthwise.bias is not None,
+        convolution_first=parts.convolution_first,
+        layer_norm_eps=norms[0].eps,
+        padding="masked" if conv.masked else "peer",
+    )
+
+
+def _epsilon(norm: nn.Module) -> float:
+    return getattr(norm, "eps", 0.0)  # an Identity has none
+
+
+def _leaves(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if m._parameters and not m._modules]
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _readable(module: nn.Module, known: frozenset[type[nn.Module]]) -> bool:
+    """Whether calling the layer's modules is computing with their tensors, and these can be packed."""
+    if any(altered(leaf, "", known) for leaf in _leaves(module)):
+        return False
+    tensors = _tensors(module)
+    return all(
+        t.device.type == "cpu" and weights.cacheable(t) and t.dtype in (torch.float32, torch.int64) for t in tensors
+    )
+
+
+class _Packed:
+    """The packed weights of one layer, and the state of its modules and tensors when they were packed."""
+
+    def __init__(self, module: nn.Module, keys: tuple[Key, ...], config: ConformerConfig, epsilon: float) -> None:
+        modules = list(module.modules())
+        self._owners: list[dict[str, Any]] = [d for m in modules for d in (m._parameters, m._buffers, m._modules)]
+        self._found = self._ids()
+        self._leaves = [(m, (type(m),)) for m in _leaves(module)]
+        self._tensors = _tensors(module)
+        self._state = self._now()
+        self._memory = [StorageWeakRef(t.untyped_storage()) for t in self._tensors]  # addresses are not used again
+        self._values = weights.Fingerprint(self._tensors)
+        self._config, self._epsilon = config, epsilon
+        with torch.device("meta"):
+            layer = ConformerLayer(config)
+        layer.conv.depthwise_norm.eps = epsilon  # type: ignore[assignment]
+        layer.load_state_dict(from_peer(keys, module.state_dict()), assign=True)
+        self.layer = weights.pack(layer, {})
+
+    def _ids(self) -> list[int]:
+        return list(map(id, chain.from_iterable(map(dict.values, self._owners))))
+
+    def _now(self) -> tuple[list[int], list[int]]:
+        return list(map(Tensor.data_ptr, self._tensors)), list(map(_version, self._tensors))
+
+    def holds(self, config: ConformerConfig, epsilon: float, *, complete: bool) -> bool:
+        """Return whether modules and tensors are as they were; values by all of them if ``complete``, else by samples."""
+        settings = (config, epsilon) == (self._config, self._epsilon)
+        same = settings and self._ids() == self._found and self._now() == self._state
+        return same and not any(altered(m, "", cls) for m, cls in self._leaves) and self._values.holds(complete)
+
+
+_kept: weakref.WeakKeyDictionary[nn.Module, _Packed] = weakref.WeakKeyDictionary()

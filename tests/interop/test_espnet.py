@@ -1,0 +1,128 @@
+"""`accelerate` on ESPnet's Conformer encoder, against the package."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lcconformer import accelerate, restore
+from lcconformer.interop import engine, layer
+
+
+@pytest.fixture
+def encoder():
+    module = pytest.importorskip(
+        "espnet2.asr.encoder.conformer_encoder", reason="pip install --no-deps espnet typeguard"
+    )
+
+    def make(**changes) -> nn.Module:
+        settings = {
+            "output_size": 16, "attention_heads": 2, "linear_units": 24, "num_blocks": 2, "dropout_rate": 0.0,
+            "positional_dropout_rate": 0.0, "input_layer": "linear", "macaron_style": True, "rel_pos_type": "latest",
+            "cnn_module_kernel": 7,
+        }  # fmt: skip
+        made = module.ConformerEncoder(10, **settings | changes)
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+            for name, buffer in made.named_buffers():
+                if name.endswith("running_var"):
+                    buffer.uniform_(0.5, 2.0)
+        return made.eval()
+
+    return make
+
+
+@pytest.mark.parametrize("activation", ["swish", "relu"])
+def test_encoder(encoder, monkeypatch, activation):
+    """Odd sizes, whole and padded: outputs, gradients, statistics; padding included, which ESPnet's convolution sees."""
+    served = []
+    for where, name in ((engine.inference, "run_layer"), (layer, "run")):
+        own = getattr(where, name)
+        monkeypatch.setattr(where, name, lambda *a, own=own, name=name: (served.append(name), own(*a))[1])
+    peer = encoder(activation_type=activation)
+    model = copy.deepcopy(peer)
+    assert accelerate(model, strict=True).accelerated == ("encoders.0", "encoders.1")
+    for frames in (1, 2, 13, 40):
+        for lengths in (torch.tensor([frames, frames]), torch.tensor([frames, max(1, frames // 2)])):
+            real = torch.arange(frames) < lengths[:, None]
+            x, weight = torch.randn(2, frames, 10), torch.randn(2, frames, 1) * real[..., None]
+            del served[:]
+            for training in (False, True):
+                found = []
+                for m in (peer.train(training), model.train(training)):
+                    m.zero_grad()
+                    leaf = x.clone().requires_grad_()
+                    y, out_lengths, _ = m(leaf, lengths)
+                    (y * weight).sum().backward()
+                    found.append((y, leaf.grad, [p.grad for p in m.parameters()]))
+                    assert torch.equal(out_lengths, lengths)
+                (want, want_x, want_p), (got, got_x, got_p) = found
+                torch.testing.assert_close(got[real], want[real], rtol=0, atol=1e-5)
+                scale = max(float(p.abs().max()) for p in want_p)
+                torch.testing.assert_close(got_x, want_x, rtol=0, atol=2e-5 * float(want_x.abs().max()))
+                for a, b in zip(got_p, want_p, strict=True):
+                    torch.testing.assert_close(a, b, rtol=0, atol=2e-5 * scale)
+            assert served == ["run"] * 4
+            model.eval(), peer.eval()
+            with torch.no_grad():
+                torch.testing.assert_close(model(x, lengths)[0][real], peer(x, lengths)[0][real], rtol=0, atol=1e-5)
+            assert served[4:] == ["run_layer" if activation == "swish" else "run"] * 2
+    for name, value in peer.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, msg=lambda m, name=name: f"{name}: {m}")
+    assert restore(model) == ("encoders.0", "encoders.1")
+
+
+@pytest.mark.parametrize("place", ["dropout", "feed_forward.dropout", "feed_forward_macaron.dropout"])
+def test_dropout_is_in_the_same_place(encoder, place):
+    peer = encoder().train()
+    model = copy.deepcopy(peer)
+    accelerate(model, strict=True)
+    for m in (model, peer):
+        for one in m.encoders:
+            one.get_submodule(place).p = 1.0
+    x, lengths = torch.randn(2, 13, 10), torch.tensor([13, 6])
+    torch.testing.assert_close(model(x, lengths)[0], peer(x, lengths)[0], rtol=0, atol=1e-5)
+
+
+def test_hidden_states_and_stochastic_depth(encoder):
+    peer = encoder(stochastic_depth_rate=0.5)
+    model = copy.deepcopy(peer)
+    accelerate(model, strict=True)
+    x, lengths = torch.randn(2, 13, 10), torch.tensor([13, 13])
+
+    def states(m: nn.Module) -> list[Tensor]:
+        torch.manual_seed(1)
+        (_, hidden), _, _ = m(x, lengths, return_all_hs=True)
+        return hidden
+
+    for training in (False, True):  # in training the peer draws, and computes
+        for a, b in zip(states(model.train(training)), states(peer.train(training)), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"rel_pos_type": "legacy"},
+            "legacy relative positions (rel_pos_type='legacy') depend on the length of the batch",
+        ),
+        ({"macaron_style": False}, "not macaron style, or no convolution"),
+        ({"normalize_before": False}, "normalize_before=False or concat_after=True"),
+        ({"zero_triu": True}, "zero_triu=True"),
+        ({"activation_type": "tanh"}, "activation Tanh"),
+        (
+            {"pos_enc_layer_type": "abs_pos", "selfattention_layer_type": "selfattn"},
+            "self_attn is a MultiHeadedAttention; ours has relative positions ('rel_selfattn')",
+        ),
+    ],
+)
+def test_left_alone(encoder, changes, reason):
+    report = accelerate(encoder(**changes))
+    assert report.accelerated == ()
+    assert {name for name, _ in report.kept} == {"encoders.0", "encoders.1"}
+    assert all(said.startswith(reason) for _, said in report.kept), str(report)
