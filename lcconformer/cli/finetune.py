@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
 import shlex
 import sys
@@ -28,15 +29,25 @@ from ..ssl.finetuning import (
     finetune,
     read_corpus,
 )
-from ..ssl.finetuning.settings import FREE_SETTINGS, PRECISIONS
+from ..ssl.finetuning.settings import PRECISIONS
 from ..ssl.model import FeatureSettings, load_model
 from ..ssl.pretraining import load_speech
-from .options import names
+from ..ssl.pretraining.settings import FREE_SETTINGS
+from .options import (
+    EXIT,
+    add_depth_options,
+    add_encoder_options,
+    add_feature_options,
+    add_optimizer_options,
+    add_option,
+    add_run_options,
+    contradictions,
+    names,
+    split_subsampling,
+)
 
 __all__ = ["add_arguments", "format_rows", "run", "settings_from"]
 
-DEPTHS = ("uniform", "fixed", "curriculum", "log_normal", "sandwich")
-_EXIT = {"SIGINT": 130, "SIGTERM": 143}
 _ENCODER = ConformerConfig(input_dim=80, subsampling="stack", subsampling_factor=4)
 # option -> (what it is a setting of, name of the field)
 _FIELDS = {
@@ -76,16 +87,10 @@ def options_of(settings: FinetuneSettings) -> dict[str, Any]:
     return told | {name: getattr(settings, name) for name in _OWN}
 
 
-_DEFAULTS = options_of(FinetuneSettings(_ENCODER))
+_DEFAULTS = options_of(FinetuneSettings(_ENCODER)) | {"ffn_dim": None}  # follows from the width
 
 
-def _option(group: argparse._ArgumentGroup, name: str, text: str, **more: Any) -> None:
-    """Add an option that is absent from the parsed arguments unless given; its help ends with its default, if any."""
-    default = _DEFAULTS.get(name[2:].replace("-", "_"))
-    if default not in (None, ()) and default is not False:
-        text = f"{text} (default: {default})"
-        more.setdefault("type", type(default))
-    group.add_argument(name, default=argparse.SUPPRESS, help=text, **more)
+_option = functools.partial(add_option, _DEFAULTS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,15 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "train the heads alone, on the encoder as it is"
     _option(group, "--freeze-encoder", text, action="store_true")
     _option(group, "--freeze-front-end", "first steps in which the front end keeps its weights", metavar="STEPS")
-    _option(group, "--steps", "optimizer steps; the learning rate falls to zero at the last")
-    text = "end after this time, the learning rate following the clock (default: no limit)"
-    _option(group, "--max-minutes", text, type=float)
-    _option(group, "--device", "cpu, cuda or cuda:N (default: cuda if there is one)")
-    _option(group, "--precision", "precision of matrix products", choices=PRECISIONS)
-    _option(group, "--seed", "seed of everything random")
-    _option(group, "--validate-every", "steps between validations; one more at the end")
-    _option(group, "--checkpoint-every", "steps between checkpoints; one more at the end")
-    _option(group, "--keep", "number of newest checkpoints to keep")
+    add_run_options(_option, group, PRECISIONS)
 
     group = parser.add_argument_group("predictions", "weights in the loss; 0: not predicted")
     _option(group, "--frames", "cross-entropy on the aligned phone of each 10 ms frame", metavar="WEIGHT")
@@ -139,41 +136,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _option(group, "--ctc-outputs", "CTC outputs per encoder output", metavar="NUMBER")
 
     group = parser.add_argument_group("depth")
-    _option(group, "--layers", "N, loops of a full run")
-    text = (
-        "loops of a training step: uniform over MIN ... N; fixed N; curriculum, MIN ... a growing maximum; log_normal, around "
-        "the middle; sandwich, N, MIN and a random one together"
-    )
-    _option(group, "--depth", text, choices=DEPTHS)
-    _option(group, "--min-depth", "fewest loops of a step", metavar="MIN")
-    text = "which depths share weights: all, none, sequence:M, cycle:M, middle_cycle:M or prelude_core_coda:P,M,C"
-    _option(group, "--sharing", text)
-    text = "what tells shared depths apart: layer_norm, step, film, lora (default: nothing)"
-    _option(group, "--conditioning", text, **several)
+    add_depth_options(_option, group)
 
     group = parser.add_argument_group("encoder and features", "with --checkpoint, those of the checkpoint")
-    _option(group, "--d-model", "width")
-    _option(group, "--heads", "attention heads")
-    _option(group, "--ffn-dim", "width inside the feed-forward modules")
-    _option(group, "--kernel", "width of the depthwise convolution in frames, odd")
-    _option(group, "--dropout", "dropout rate of every branch")
-    _option(group, "--position", "positions in the attention: relative, rotary or none")
-    _option(group, "--conv-norm", "norm in the convolution module: layer, batch, group or none")
-    text = "frames merged into one: none, stack:FACTOR, conv:2 or conv:4"
-    _option(group, "--subsampling", text, metavar="KIND[:FACTOR]")
-    _option(group, "--mel-bins", "log-mel filters")
-    _option(group, "--low-freq", "lower edge in Hz")
-    _option(group, "--high-freq", "upper edge in Hz, inside the band of all the speech")
+    add_encoder_options(_option, group)
+    add_feature_options(_option, group)
 
     group = parser.add_argument_group("SpecAugment and optimizer")
     _option(group, "--frequency-masks", "bands of mel bins hidden in each utterance")
     _option(group, "--frequency-width", "largest number of mel bins of a band")
     _option(group, "--time-masks", "spans of frames hidden in each utterance")
     _option(group, "--time-width", "largest number of 10 ms frames of a span")
-    _option(group, "--learning-rate", "peak learning rate")
-    _option(group, "--warmup", "part of the run in which the learning rate rises")
-    _option(group, "--weight-decay", "weight decay of matrices")
-    _option(group, "--clip", "largest norm of the gradient")
+    add_optimizer_options(_option, group)
 
 
 def settings_from(given: Mapping[str, Any], start: tuple[ConformerConfig, FeatureSettings] | None) -> FinetuneSettings:
@@ -195,11 +169,9 @@ def settings_from(given: Mapping[str, Any], start: tuple[ConformerConfig, Featur
         config, features = start
     else:
         if "subsampling" in given:
-            kind, colon, factor = given["subsampling"].partition(":")
-            if colon and not factor.isdecimal():
-                text = given["subsampling"]
-                raise ValueError(f"--subsampling is {text!r}; expected none, stack:FACTOR, conv:2 or conv:4")
-            parts["config"] |= {"subsampling": kind, "subsampling_factor": int(factor or 1)}
+            parts["config"] |= dict(zip(("subsampling", "subsampling_factor"), split_subsampling(given["subsampling"])))
+        if "d_model" in given:
+            parts["config"].setdefault("ffn_dim", 4 * given["d_model"])
         features = FeatureSettings(**parts["features"])
         config = _ENCODER.replace(input_dim=features.num_bins, **parts["config"])
     return FinetuneSettings(
@@ -227,28 +199,13 @@ def resumed(given: Mapping[str, Any], path: Path) -> tuple[FinetuneSettings, dic
     if speech["data"] is None and "data" not in given:
         raise ValueError(f"{path} does not say which speech it was trained on: give the --data of the first command")
     was = {**options_of(settings), **{name: speech[name] for name in _SPEECH if name != "data"}}
-    changed = [
-        f"--{name.replace('_', '-')} is {_shown(given[name])} but was {_shown(value)}"
-        for name, value in was.items()
-        if name in given and name not in FREE_SETTINGS and _listed(given[name]) != _listed(value)
-    ]
+    changed = contradictions(given, was, FREE_SETTINGS)
     if given.get("checkpoint") is not None:
         changed.append("--checkpoint is given, but the weights are those of the run")
     if changed:
         raise ValueError(f"cannot resume {path} with other options: {'; '.join(changed)}: leave them out")
     settings = dataclasses.replace(settings, **{name: given[name] for name in FREE_SETTINGS if name in given})
     return settings, {**speech, **({"data": given["data"]} if "data" in given else {})}
-
-
-def _listed(value: Any) -> Any:
-    """Value for a comparison: JSON turns tuples into lists, and the order of names does not matter."""
-    return sorted(value) if isinstance(value, (list, tuple)) else value
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ",".join(map(str, value)) or "empty"
-    return "not set" if value is None else str(value)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -285,10 +242,10 @@ def run(args: argparse.Namespace) -> int:
         settings, train, validation, out=folder, start=start, resume=args.resume is not None, speech=speech
     )
     print(f"checkpoint: {result.checkpoint}", file=sys.stderr)
-    if result.stopped in _EXIT:
+    if result.stopped in EXIT:
         again = shlex.join(["lcconformer", "finetune", "--resume", str(folder)])
         print(f"stopped by {result.stopped}; to continue: {again}", file=sys.stderr)
-        return _EXIT[result.stopped]
+        return EXIT[result.stopped]
     if validation is None and not tests:
         print("no speaker was held out: no error rates", file=sys.stderr)
         return 0

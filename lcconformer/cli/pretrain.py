@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
 import shlex
 import sys
@@ -21,12 +22,20 @@ from ..ssl.objectives import OBJECTIVES, ObjectiveSettings
 from ..ssl.pretraining import PretrainSettings, load_speech, pretrain
 from ..ssl.pretraining.distributed import join_ranks
 from ..ssl.pretraining.settings import FREE_SETTINGS, PRECISIONS
-from .options import names
+from .options import (
+    EXIT,
+    add_depth_options,
+    add_encoder_options,
+    add_feature_options,
+    add_optimizer_options,
+    add_option,
+    add_run_options,
+    contradictions,
+    names,
+    split_subsampling,
+)
 
 __all__ = ["add_arguments", "run", "settings_from"]
-
-DEPTHS = ("uniform", "fixed", "curriculum", "log_normal", "sandwich")
-_EXIT = {"SIGINT": 130, "SIGTERM": 143}
 
 
 def options_of(settings: PretrainSettings) -> dict[str, Any]:
@@ -66,13 +75,7 @@ _DEFAULTS: dict[str, Any] = {
 _SPEECH: dict[str, Any] = {"data": None, "splits": (), "exclude_speakers": (), "validation_speakers": None}
 
 
-def _option(group: argparse._ArgumentGroup, name: str, text: str, **more: Any) -> None:
-    """Add an option that is absent from the parsed arguments unless given; its help ends with its default, if any."""
-    default = _DEFAULTS.get(name[2:].replace("-", "_"))
-    if default not in (None, ()):
-        text = f"{text} (default: {default})"
-        more.setdefault("type", type(default))
-    group.add_argument(name, default=argparse.SUPPRESS, help=text, **more)
+_option = functools.partial(add_option, _DEFAULTS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,46 +105,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="continue from the newest checkpoint in DIR, by default that of --out. The checkpoint holds all other options: "
         "only --device, --workers, --validate-every, --checkpoint-every, --keep and the place of --data may change",
     )
-    _option(group, "--steps", "optimizer steps; the learning rate falls to zero at the last")
-    text = "end after this time, the learning rate following the clock (default: no limit)"
-    _option(group, "--max-minutes", text, type=float)
-    _option(group, "--device", "cpu, cuda or cuda:N (default: cuda if there is one)")
-    _option(group, "--precision", "precision of matrix products", choices=PRECISIONS)
-    _option(group, "--seed", "seed of everything random")
-    _option(group, "--validate-every", "steps between validations; one more at the end")
-    _option(group, "--checkpoint-every", "steps between checkpoints; one more at the end")
-    _option(group, "--keep", "number of newest checkpoints to keep")
+    add_run_options(_option, group, PRECISIONS)
 
     group = parser.add_argument_group("depth")
-    _option(group, "--layers", "N, loops of a full run")
-    text = (
-        "loops of a training step: uniform over MIN ... N; fixed N; curriculum, MIN ... a growing maximum; log_normal, around "
-        "the middle; sandwich, N, MIN and a random one together"
-    )
-    _option(group, "--depth", text, choices=DEPTHS)
-    _option(group, "--min-depth", "fewest loops of a step", metavar="MIN")
+    add_depth_options(_option, group)
     text = "with --depth sandwich: weight of the distance of shallow states from the deepest"
     _option(group, "--distill", text, metavar="WEIGHT")
-    text = "which depths share weights: all, none, sequence:M, cycle:M, middle_cycle:M or prelude_core_coda:P,M,C"
-    _option(group, "--sharing", text)
-    text = "what tells shared depths apart: layer_norm, step, film, lora (default: nothing)"
-    _option(group, "--conditioning", text, **several)
 
     group = parser.add_argument_group("encoder")
-    _option(group, "--d-model", "width")
-    _option(group, "--heads", "attention heads")
-    _option(group, "--ffn-dim", "width inside the feed-forward modules (default: 4 x width)", type=int)
-    _option(group, "--kernel", "width of the depthwise convolution in frames, odd")
-    _option(group, "--dropout", "dropout rate of every branch")
-    _option(group, "--position", "positions in the attention: relative, rotary or none")
-    _option(group, "--conv-norm", "norm in the convolution module: layer, batch, group or none")
-    text = "frames merged into one: none, stack:FACTOR, conv:2 or conv:4"
-    _option(group, "--subsampling", text, metavar="KIND[:FACTOR]")
+    add_encoder_options(_option, group)
 
     group = parser.add_argument_group("features")
-    _option(group, "--mel-bins", "log-mel filters")
-    _option(group, "--low-freq", "lower edge in Hz")
-    _option(group, "--high-freq", "upper edge in Hz, inside the band of all the speech")
+    add_feature_options(_option, group)
 
     group = parser.add_argument_group("objective and optimizer")
     text = "reconstruction: L1 on masked frames; best_rq: cross-entropy on random-projection labels"
@@ -149,10 +124,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _option(group, "--mask-fraction", "masked part of the frames (default: 0.15, best_rq 0.4)", type=float)
     _option(group, "--mask-span", "frames of a masked span (default: 7, best_rq 40)", type=int)
     _option(group, "--codebook-size", "number of labels of best_rq")
-    _option(group, "--learning-rate", "peak learning rate")
-    _option(group, "--warmup", "part of the run in which the learning rate rises")
-    _option(group, "--weight-decay", "weight decay of matrices")
-    _option(group, "--clip", "largest norm of the gradient")
+    add_optimizer_options(_option, group)
     _option(group, "--accumulate", "batches of a step")
 
 
@@ -163,7 +135,7 @@ def settings_from(args: argparse.Namespace) -> PretrainSettings:
         ValueError: a value out of range.
     """
     told = argparse.Namespace(**{**_DEFAULTS, **vars(args)})
-    kind, factor = _subsampling(told.subsampling)
+    kind, factor = split_subsampling(told.subsampling)
     config = ConformerConfig(
         d_model=told.d_model,
         num_heads=told.heads,
@@ -188,22 +160,13 @@ def settings_from(args: argparse.Namespace) -> PretrainSettings:
     )
 
 
-def _subsampling(text: str) -> tuple[str, int]:
-    kind, colon, factor = text.partition(":")
-    if colon and not factor.isdecimal():
-        raise ValueError(f"--subsampling is {text!r}; expected none, stack:FACTOR, conv:2 or conv:4")
-    return kind, int(factor or 1)
-
-
 def resumed(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[PretrainSettings, dict[str, Any]]:
     """Settings and speech of the run that wrote ``checkpoint``, updated by the given options that may change.
 
     Raises:
         ValueError: given options contradict the checkpoint, or it does not say where its speech is.
     """
-    given = dict(vars(args))
-    if "subsampling" in given:
-        given["subsampling"] = ":".join(map(str, _subsampling(given["subsampling"])))
+    given = vars(args)
     settings = PretrainSettings.from_checkpoint(checkpoint.meta)
     check_model(checkpoint)
     stored = checkpoint.meta.get("speech")
@@ -214,11 +177,7 @@ def resumed(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[PretrainS
         )
     speech = {**_SPEECH, **(stored or {})}
     was = {**options_of(settings), **({name: speech[name] for name in _SPEECH if name != "data"} if stored else {})}
-    changed = [
-        f"--{name.replace('_', '-')} is {_shown(given[name])} but was {_shown(value)}"
-        for name, value in was.items()
-        if name in given and name not in FREE_SETTINGS and _listed(given[name]) != _listed(value)
-    ]
+    changed = contradictions(given, was, FREE_SETTINGS)
     if changed:
         raise ValueError(
             f"cannot resume {checkpoint.path} with other options: {'; '.join(changed)}: leave them out, or choose another "
@@ -226,17 +185,6 @@ def resumed(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[PretrainS
         )
     settings = dataclasses.replace(settings, **{name: given[name] for name in FREE_SETTINGS if name in given})
     return settings, {**speech, **{name: given[name] for name in _SPEECH if name in given}}
-
-
-def _listed(value: Any) -> Any:
-    """Value for a comparison: JSON turns tuples into lists, and the order of names does not matter."""
-    return sorted(value) if isinstance(value, (list, tuple)) else value
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ",".join(map(str, value)) or "empty"
-    return "not set" if value is None else str(value)
 
 
 def run_folder(args: argparse.Namespace) -> Path:
@@ -301,7 +249,7 @@ def run(args: argparse.Namespace) -> int:
     result = pretrain(settings, train, validation, out=folder, resume=bool(args.resume), speech=speech)
     if ranks.first:
         print(f"checkpoint: {result.checkpoint}")
-        if result.stopped in _EXIT:
+        if result.stopped in EXIT:
             again = shlex.join([*_launcher(), "lcconformer", "pretrain", "--resume", str(folder)])
             print(f"stopped by {result.stopped}; to continue: {again}", file=sys.stderr)
-    return _EXIT.get(result.stopped, 0)
+    return EXIT.get(result.stopped, 0)

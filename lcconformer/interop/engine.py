@@ -67,7 +67,7 @@ def run(
 def _evaluates(parts: Parts) -> bool:
     """Whether the layer drops nothing, takes no statistics, and is made of what the kernels have."""
     conv, ffn1, ffn2 = parts.conv, parts.ffn1, parts.ffn2
-    drops = ffn1.inside or ffn1.on or ffn2.inside or ffn2.on or parts.attention_on or conv.on
+    drops = any((ffn1.inside, ffn1.on, ffn2.inside, ffn2.on, parts.attention_inside, parts.attention_on, conv.on))
     batch = type(conv.depthwise_norm) is nn.BatchNorm1d and conv.depthwise_norm.training
     silu = ffn1.activation == ffn2.activation == conv.activation == "silu"
     return silu and not drops and not batch and not conv.causal

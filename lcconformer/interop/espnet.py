@@ -127,6 +127,7 @@ class ESPnetLayer(AcceleratedLayer):
             ffn1=ffn1,
             attention_norm=layer.norm_mha,
             attend=functools.partial(self._attend, positions),
+            attention_inside=probability(layer.self_attn.dropout),
             attention_on=on,
             attention_bias=True,
             conv=Convolution(

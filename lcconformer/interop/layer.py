@@ -60,6 +60,7 @@ class Parts(NamedTuple):
 
     Attributes:
         attend: attention of normalised input with the lengths, ``[B, T, D] -> [B, T, D]``.
+        attention_inside: dropout of its weights.
         attention_on: dropout on its output.
         attention_bias: whether its projections have biases.
         layer_norms: classes that compute what ``nn.LayerNorm`` does.
@@ -68,6 +69,7 @@ class Parts(NamedTuple):
     ffn1: FeedForward
     attention_norm: nn.Module
     attend: Callable[[Tensor, Tensor | None], Tensor]
+    attention_inside: float
     attention_on: float
     attention_bias: bool
     conv: Convolution

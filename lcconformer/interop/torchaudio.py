@@ -88,6 +88,7 @@ class TorchaudioLayer(AcceleratedLayer):
             ffn1=ffn1,
             attention_norm=layer.self_attn_layer_norm,
             attend=self._attend,
+            attention_inside=self._dropped(),
             attention_on=probability(layer.self_attn_dropout),
             attention_bias=layer.self_attn.in_proj_bias is not None,
             conv=Convolution(
@@ -102,8 +103,12 @@ class TorchaudioLayer(AcceleratedLayer):
         attention: Any = self.self_attn
         qkv = F.linear(h, attention.in_proj_weight, attention.in_proj_bias)
         q, k, v = (x.unflatten(-1, (attention.num_heads, -1)) for x in qkv.chunk(3, -1))  # [B, T, H, D]
-        dropout_p = attention.dropout if attention.training else 0.0
-        return attention.out_proj(ops.relpos_attention(q, k, v, lengths=lengths, dropout_p=dropout_p).flatten(-2))
+        o = ops.relpos_attention(q, k, v, lengths=lengths, dropout_p=self._dropped())
+        return attention.out_proj(o.flatten(-2))
+
+    def _dropped(self) -> float:
+        attention: Any = self.self_attn
+        return attention.dropout if attention.training else 0.0
 
     def forward(self, input: Tensor, key_padding_mask: Tensor | None) -> Tensor:
         try:

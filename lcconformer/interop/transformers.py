@@ -162,6 +162,7 @@ class _Wav2Vec2Layer(AcceleratedLayer):
             ffn1=ffn1,
             attention_norm=layer.self_attn_layer_norm,
             attend=functools.partial(self._attend, positions),
+            attention_inside=probability(layer.self_attn.dropout),
             attention_on=probability(dropout),
             attention_bias=True,
             conv=Convolution(
@@ -353,6 +354,7 @@ class ParakeetLayer(AcceleratedLayer):
             ffn1=ffn1,
             attention_norm=layer.norm_self_att,
             attend=functools.partial(self._attend, positions),
+            attention_inside=self._dropped(),
             attention_on=0.0,
             attention_bias=layer.self_attn.config.attention_bias,
             conv=Convolution(

@@ -397,6 +397,35 @@ def test_parakeet_drops_positions_of_each_utterance(parakeet_model, served):
     assert served == ["ops"] * 2
 
 
+@pytest.mark.parametrize("kind", ["seamless_m4t", "torchaudio"])
+def test_dropout_of_attention_weights_alone_is_not_the_engines(encoder, torchaudio_model, served, kind):
+    """A layer in training with a frozen BatchNorm and no other dropout."""
+    model = torchaudio_model() if kind == "torchaudio" else encoder("seamless_m4t", "relative")
+    accelerate(model, strict=True)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.eval()
+    x = torch.randn(2, 13, 16 if kind == "torchaudio" else 24)
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            if kind == "torchaudio":
+                return model["encoder"](x, torch.tensor([13, 6]))[0]
+            return output_of(model, x.clone(), None)
+
+    assert torch.equal(call(), call())
+    assert set(served) == {"engine"}
+    served.clear()
+    for one in accelerated_layers(model):
+        if kind == "torchaudio":
+            one.self_attn.dropout = 0.25
+        else:
+            one.self_attn.dropout.p = 0.25
+    assert not torch.equal(call(), call())
+    assert set(served) == {"ops"}
+
+
 @pytest.mark.parametrize("momentum", [0.3, None])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_batch_norm_keeps_its_mode_and_momentum(torchaudio_model, frozen, momentum):

@@ -92,7 +92,7 @@ def depthwise_formula(x: Tensor, lengths: Tensor, weight: Tensor, bias: Tensor, 
     x = torch.where(real[..., None], x, 0.0).mT
     y = F.conv1d(x, weight, bias, padding=weight.shape[2] // 2, groups=len(weight))
     if len(norms) == 4:
-        y = F.batch_norm(y, norms[2], norms[3], norms[0], norms[1], eps=EPS)
+        y = F.batch_norm(y, norms[2].detach(), norms[3].detach(), norms[0], norms[1], eps=EPS)
     y = y.mT
     return F.silu(F.layer_norm(y, y.shape[2:], *norms, EPS) if len(norms) == 2 else y)
 

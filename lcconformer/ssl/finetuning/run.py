@@ -22,7 +22,7 @@ from ..checkpoint import checkpoint_path, find_checkpoints, load_checkpoint
 from ..model import PretrainingModel
 from ..pretraining import StepRecord
 from ..pretraining.checkpoints import RunCheckpoints
-from ..pretraining.counters import Counters
+from ..pretraining.counters import MOST_SKIPPED, Counters, diverged
 from ..pretraining.distributed import join_ranks
 from ..pretraining.lock import lock_folder
 from ..pretraining.logs import Reports
@@ -32,8 +32,6 @@ from .learner import Learner
 from .settings import FinetuneResult, FinetuneSettings
 
 __all__ = ["finetune"]
-
-_MOST_SKIPPED = 20  # skipped steps in a row
 
 
 def finetune(
@@ -123,22 +121,18 @@ class _Run:
         validated: list[tuple[int, tuple[float, ...]]] = []
         in_a_row, stopped = 0, "steps" if counters.step >= settings.steps else ""
         self.began = time.perf_counter() - counters.elapsed_s
-        reports.start(self._progress())
+        reports.start(self.counters.progress(self.settings))
         with contextlib.closing(self._batches()) as batches:
             while not stopped:
                 record = self._step(batches)
                 in_a_row = 0 if math.isfinite(record.grad_norm) else in_a_row + 1
                 if in_a_row:
-                    reports.skipped(record, in_a_row, _MOST_SKIPPED)
+                    reports.skipped(record, in_a_row, MOST_SKIPPED)
                 history.append(record)
-                reports.step(record, self._progress())
-                if in_a_row >= _MOST_SKIPPED:
-                    raise ValueError(
-                        f"the gradient was not finite in {in_a_row} steps in a row, up to step {record.step}: lower "
-                        f"learning_rate ({settings.learning_rate:g}) or raise warmup ({settings.warmup:g}); the last good "
-                        f"checkpoint is {self.checkpoints.newest}"
-                    )
-                stopped = stop.received or self._over()
+                reports.step(record, self.counters.progress(self.settings))
+                if in_a_row >= MOST_SKIPPED:
+                    raise diverged(record.step, in_a_row, settings, self.checkpoints.newest)
+                stopped = stop.received or counters.limit(settings)
                 due = stopped in ("steps", "minutes") or counters.step % settings.validate_every == 0
                 if due and self.validation is not None:
                     validated.append((counters.step, self.learner.validate(self.validation.epoch(0))))
@@ -164,7 +158,7 @@ class _Run:
         batch = next(batches)
         epoch, started = counters.epoch, time.perf_counter()
         depths = self.sampler.depths(counters.step)
-        rate = settings.learning_rate * learning_rate_scale(self._progress(), settings.warmup)
+        rate = settings.learning_rate * learning_rate_scale(self.counters.progress(self.settings), settings.warmup)
         loss, norm = self.learner.step(counters.step, batch, depths, rate)
         now = time.perf_counter()
         counters.step += 1
@@ -184,17 +178,3 @@ class _Run:
             elapsed_s=counters.elapsed_s,
             skipped=counters.skipped,
         )
-
-    def _progress(self) -> float:
-        """Part of the run (0 to 1) that is over in the middle of the coming step."""
-        done = (self.counters.step + 0.5) / self.settings.steps
-        if self.settings.max_minutes is not None:
-            done = max(done, self.counters.elapsed_s / (60.0 * self.settings.max_minutes))
-        return min(done, 1.0)
-
-    def _over(self) -> str:
-        """Reason to end the run by its own limits; empty if it continues."""
-        if self.counters.step >= self.settings.steps:
-            return "steps"
-        limit = self.settings.max_minutes
-        return "minutes" if limit is not None and self.counters.elapsed_s >= 60.0 * limit else ""

@@ -9,23 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from ...config import ConformerConfig
-from ...depth import DepthSampler
-from ...validation import need_integer, need_number
+from ...validation import need_integer
 from ..model import FeatureSettings
 from ..pretraining import StepRecord
+from ..pretraining.settings import FREE_SETTINGS, TrainingSettings
 from .augment import AugmentSettings
 from .model import Recogniser, TaskSettings
 
-__all__ = ["FREE_SETTINGS", "PRECISIONS", "FinetuneResult", "FinetuneSettings"]
+__all__ = ["PRECISIONS", "FinetuneResult", "FinetuneSettings"]
 
-FREE_SETTINGS = ("device", "workers", "checkpoint_every", "keep", "validate_every")
-"""Settings that may differ between the parts of a resumed run: none of them changes what a step computes."""
 PRECISIONS = ("float32", "bfloat16")
 _NESTED = ("config", "features", "tasks", "augment")
 
 
 @dataclass(frozen=True)
-class FinetuneSettings:
+class FinetuneSettings(TrainingSettings):
     """Settings of a fine-tuning run.
 
     Attributes:
@@ -81,31 +79,10 @@ class FinetuneSettings:
     keep: int = 3
 
     def __post_init__(self) -> None:
-        owner = "FinetuneSettings"
-        for name in ("steps", "validate_every", "checkpoint_every", "keep"):
-            need_integer(owner, name, getattr(self, name), 1, 1 << 40)
-        need_integer(owner, "freeze_front_end", self.freeze_front_end, 0, 1 << 40)
-        need_integer(owner, "seed", self.seed, 0, (1 << 63) - 1)
-        need_integer(owner, "workers", self.workers, 0, 1 << 10)
-        for name in ("learning_rate", "clip", "batch_seconds"):
-            need_number(owner, name, getattr(self, name), 0, open=True)
-        need_number(owner, "weight_decay", self.weight_decay, 0)
-        need_number(owner, "warmup", self.warmup, 0, below=1)
-        if self.max_minutes is not None:
-            need_number(owner, "max_minutes", self.max_minutes, 0, open=True)
+        need_integer("FinetuneSettings", "freeze_front_end", self.freeze_front_end, 0, 1 << 40)
         if not isinstance(self.freeze_encoder, bool):
-            raise ValueError(f"{owner}: freeze_encoder is {self.freeze_encoder!r}; expected True or False")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"{owner}: precision is {self.precision!r}; expected one of {', '.join(PRECISIONS)}")
-        if not (self.device is None or isinstance(self.device, str)):
-            raise ValueError(f"{owner}: device is {self.device!r}; expected None or the name of a device")
-        self.sampler()  # checks depth and min_depth
-
-    def sampler(self) -> DepthSampler:
-        """The sampler of the depth of each step."""
-        return DepthSampler(
-            self.depth, self.config.num_layers, self.min_depth, self.seed, steps=max(1, self.steps // 2)
-        )
+            raise ValueError(f"freeze_encoder is {self.freeze_encoder!r}; expected True or False")
+        self.check_training(PRECISIONS)
 
     def build_model(self, alphabet: str) -> Recogniser:
         """Build a model, its weights drawn from torch's generator."""
@@ -116,10 +93,6 @@ class FinetuneSettings:
         values = dataclasses.asdict(self)
         model = [name for name in _NESTED if name != "augment"]
         return {key: values[key] for key in values if key not in (*FREE_SETTINGS, *model)}
-
-    def describe_free(self) -> dict[str, Any]:
-        """The settings that a resumed run may change, ready for JSON."""
-        return {name: getattr(self, name) for name in FREE_SETTINGS}
 
     @classmethod
     def from_checkpoint(cls, meta: Mapping[str, Any]) -> FinetuneSettings:

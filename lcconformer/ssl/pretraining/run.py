@@ -20,7 +20,7 @@ from ...data import Batch, Corpus
 from ...data.features import SAMPLE_RATE
 from ..checkpoint import Checkpoint, checkpoint_path, find_checkpoints, load_checkpoint
 from .checkpoints import RunCheckpoints
-from .counters import Counters
+from .counters import MOST_SKIPPED, Counters, diverged
 from .distributed import Ranks, join_ranks
 from .draws import batch_masks
 from .feed import StepFeed, validation_loader
@@ -33,8 +33,6 @@ from .signals import STOP_SIGNALS, StopSignals
 from .validation import validation_losses
 
 __all__ = ["pretrain"]
-
-_MOST_SKIPPED = 20  # skipped steps in a row; float16 loss scaling skips a handful to find its scale
 
 
 def pretrain(
@@ -123,7 +121,7 @@ class _Run:
         self.began = time.perf_counter() - counters.elapsed_s
         in_a_row, stopped = 0, "steps" if counters.step >= settings.steps else ""
         if self.reports is not None:
-            self.reports.start(self._progress())
+            self.reports.start(self.counters.progress(self.settings))
         with contextlib.closing(self.feed.steps(counters)) as steps:
             while not stopped:
                 skipped_before = counters.skipped
@@ -151,7 +149,7 @@ class _Run:
         masks = [batch_masks(model, batch, settings.seed, counters.step) for batch in batches]
         started = time.perf_counter()
         depths = self.sampler.depths(counters.step)
-        rate = settings.learning_rate * learning_rate_scale(self._progress(), settings.warmup)
+        rate = settings.learning_rate * learning_rate_scale(self.counters.progress(self.settings), settings.warmup)
         update = self.learner.step(counters.step, batches, masks, depths, rate)
         now = time.perf_counter()
         # all ranks use the clock of the first one
@@ -174,13 +172,6 @@ class _Run:
             skipped=counters.skipped,
         )
 
-    def _progress(self) -> float:
-        """Part of the run (0 to 1) that is over in the middle of the coming step."""
-        done = (self.counters.step + 0.5) / self.settings.steps
-        if self.settings.max_minutes is not None:
-            done = max(done, self.counters.elapsed_s / (60.0 * self.settings.max_minutes))
-        return min(done, 1.0)
-
     def _report(self, record: StepRecord, in_a_row: int) -> None:
         """Report a step on the first rank.
 
@@ -189,24 +180,17 @@ class _Run:
         """
         if self.reports is not None:
             if in_a_row:
-                self.reports.skipped(record, in_a_row, _MOST_SKIPPED)
-            self.reports.step(record, self._progress())
-        if in_a_row >= _MOST_SKIPPED:
-            raise ValueError(
-                f"the gradient was not finite in {in_a_row} steps in a row, up to step {record.step}: lower learning_rate "
-                f"({self.settings.learning_rate:g}) or raise warmup ({self.settings.warmup:g}); the last good checkpoint is "
-                f"{self.checkpoints.newest}"
-            )
+                self.reports.skipped(record, in_a_row, MOST_SKIPPED)
+            self.reports.step(record, self.counters.progress(self.settings))
+        if in_a_row >= MOST_SKIPPED:
+            raise diverged(record.step, in_a_row, self.settings, self.checkpoints.newest)
 
     def _reason_to_stop(self, stop: StopSignals) -> str:
         """Reason to end the run after this step, the same on all ranks; empty if it continues."""
         received = self.ranks.total([stop.received == name for name in STOP_SIGNALS])
         if any(received):
             return STOP_SIGNALS[received.index(max(received))]
-        if self.counters.step >= self.settings.steps:
-            return "steps"
-        limit = self.settings.max_minutes
-        return "minutes" if limit is not None and self.counters.elapsed_s >= 60.0 * limit else ""
+        return self.counters.limit(self.settings)
 
     def _validate(self) -> tuple[float, ...]:
         """Loss at each depth, on the first rank only; the others wait for it in the next step."""

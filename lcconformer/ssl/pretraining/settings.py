@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,70 @@ from ...validation import need_integer, need_number
 from ..model import FeatureSettings, PretrainingModel
 from ..objectives import ObjectiveSettings
 
-__all__ = ["PretrainResult", "PretrainSettings", "StepRecord"]
+__all__ = ["PretrainResult", "PretrainSettings", "StepRecord", "TrainingSettings"]
 
 FREE_SETTINGS = ("device", "workers", "checkpoint_every", "keep", "validate_every")
 """Settings that may differ between the parts of a resumed run: none of them changes what a step computes."""
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
+class TrainingSettings:
+    """What the settings of every training have in common; its dataclasses have these fields, and more."""
+
+    config: ConformerConfig
+    depth: str
+    min_depth: int
+    steps: int
+    max_minutes: float | None
+    learning_rate: float
+    warmup: float
+    weight_decay: float
+    clip: float
+    batch_seconds: float
+    precision: str
+    seed: int
+    device: str | None
+    workers: int
+    validate_every: int
+    checkpoint_every: int
+    keep: int
+
+    def check_training(self, precisions: Sequence[str]) -> None:
+        """Check the common settings.
+
+        Raises:
+            ValueError: a value out of range.
+        """
+        owner = type(self).__name__
+        for name in ("steps", "validate_every", "checkpoint_every", "keep"):
+            need_integer(owner, name, getattr(self, name), 1, 1 << 40)
+        need_integer(owner, "seed", self.seed, 0, (1 << 63) - 1)
+        need_integer(owner, "workers", self.workers, 0, 1 << 10)
+        for name in ("learning_rate", "clip", "batch_seconds"):
+            need_number(owner, name, getattr(self, name), 0, open=True)
+        need_number(owner, "weight_decay", self.weight_decay, 0)
+        need_number(owner, "warmup", self.warmup, 0, below=1)
+        if self.max_minutes is not None:
+            need_number(owner, "max_minutes", self.max_minutes, 0, open=True)
+        if self.precision not in precisions:
+            raise ValueError(f"precision is {self.precision!r}; expected one of {', '.join(precisions)}")
+        if not (self.device is None or isinstance(self.device, str)):
+            raise ValueError(f"device is {self.device!r}; expected None or the name of a device")
+        self.sampler()  # checks depth and min_depth
+
+    def sampler(self) -> DepthSampler:
+        """The sampler of the depth of each step."""
+        return DepthSampler(
+            self.depth, self.config.num_layers, self.min_depth, self.seed, steps=max(1, self.steps // 2)
+        )
+
+    def describe_free(self) -> dict[str, Any]:
+        """The settings that a resumed run may change, ready for JSON."""
+        return {name: getattr(self, name) for name in FREE_SETTINGS}
+
+
 @dataclass(frozen=True)
-class PretrainSettings:
+class PretrainSettings(TrainingSettings):
     """Settings of a pretraining run.
 
     Attributes:
@@ -79,34 +134,15 @@ class PretrainSettings:
 
     def __post_init__(self) -> None:
         owner = "PretrainSettings"
-        for name in ("steps", "accumulate", "validate_every", "checkpoint_every", "keep"):
-            need_integer(owner, name, getattr(self, name), 1, 1 << 40)
-        need_integer(owner, "seed", self.seed, 0, (1 << 63) - 1)
-        need_integer(owner, "workers", self.workers, 0, 1 << 10)
-        for name in ("learning_rate", "clip", "batch_seconds"):
-            need_number(owner, name, getattr(self, name), 0, open=True)
-        for name in ("distill", "weight_decay"):
-            need_number(owner, name, getattr(self, name), 0)
-        need_number(owner, "warmup", self.warmup, 0, below=1)
+        need_integer(owner, "accumulate", self.accumulate, 1, 1 << 40)
+        need_number(owner, "distill", self.distill, 0)
         if self.crop_seconds is not None:
             need_number(owner, "crop_seconds", self.crop_seconds, 0.1)
-        if self.max_minutes is not None:
-            need_number(owner, "max_minutes", self.max_minutes, 0, open=True)
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision is {self.precision!r}; expected one of {', '.join(PRECISIONS)}")
-        if not (self.device is None or isinstance(self.device, str)):
-            raise ValueError(f"device is {self.device!r}; expected None or the name of a device")
+        self.check_training(PRECISIONS)
         if self.distill and self.depth != "sandwich":
             raise ValueError(
                 f"distill is {self.distill} with depth={self.depth!r}: only depth='sandwich' trains several depths in a step"
             )
-        self.sampler()  # checks depth and min_depth
-
-    def sampler(self) -> DepthSampler:
-        """The sampler of the depth of each step."""
-        return DepthSampler(
-            self.depth, self.config.num_layers, self.min_depth, self.seed, steps=max(1, self.steps // 2)
-        )
 
     def build_model(self) -> PretrainingModel:
         """Build a model, its weights drawn from torch's generator."""
@@ -116,10 +152,6 @@ class PretrainSettings:
         """Everything besides the model that decides what a step computes, ready for JSON; a resumed run must agree in it."""
         values = dataclasses.asdict(self)
         return {key: values[key] for key in values if key not in (*FREE_SETTINGS, "config", "features", "objective")}
-
-    def describe_free(self) -> dict[str, Any]:
-        """The settings that a resumed run may change, ready for JSON."""
-        return {name: getattr(self, name) for name in FREE_SETTINGS}
 
     @classmethod
     def from_checkpoint(cls, meta: Mapping[str, Any]) -> PretrainSettings:
