@@ -65,7 +65,7 @@ def default_plan(steps: int) -> DemoPlan:
     )
     # a machine with time for fewer steps probes fewer frames; the probes still train for as many steps of their own
     frames = min(60_000, 100 * steps)
-    return DemoPlan(settings, ProbeSettings(max_frames=frames, hidden=128, epochs=round(240_000 / frames)))
+    return DemoPlan(settings, ProbeSettings(max_frames=frames, hidden=128, epochs=round(480_000 / frames)))
 
 
 def fitting_steps(step_seconds: float, minutes: float, mean_share: float) -> int:

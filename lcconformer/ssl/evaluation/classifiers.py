@@ -2,11 +2,12 @@
 
 The two probes are those of the phone tasks of S3PRL and CPC: a linear layer, and one hidden layer with ReLU.  Both see a
 window of neighbouring vectors (S3PRL's ``phone_linear_concat``), and an encoder that merges M frames of 10 ms gets M
-classifiers, one for each frame under its output, so that its frame rate sets no limit to the accuracy.  Channels are
-standardised, not whitened: whitening costs log-mel features four points and gained hidden states nothing
-(bench/results/paper/README.md).  The probes of all depths start from the same weights and see the same vectors in the same
-order, and nothing couples them (AdamW is elementwise, gradients are not clipped).  So training them together gives the same
-result as training each of them alone.
+classifiers, one for each frame under its output, so that its frame rate sets no limit to the accuracy.  The strongly
+correlated channels of hidden states are whitened with the statistics of the training speech: a linear probe stays linear
+that way, but needs a few hundred steps where raw channels need hundreds of thousands.  Those of log-mel features in a window
+are only standardised, which serves them better (bench/results/paper/README.md has both for both).  The probes of all depths
+start from the same weights and see the same vectors in the same order, and nothing couples them (AdamW is elementwise,
+gradients are not clipped).  So training them together gives the same result as training each of them alone.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ __all__ = ["PROBES", "Probes", "train_probes"]
 PROBES = ("linear", "hidden")
 _STATISTICS = 32_768  # number of vectors for mean and variance
 _SCORED = 4096  # vectors that are classified at a time
+_NOISE = 1e-2  # part of a channel's variance: weaker directions are not blown up to full size
 
 
 class Probes:
     """A linear and a one-hidden-layer classifier for each of G sets of features.
 
     Args:
-        mean, scale: ``[G, 1, D]``, so that ``(x - mean) * scale`` has zero mean and unit variance.
+        mean, whitener: ``[G, 1, D]`` and ``[G, D, D]``; the classifiers see ``(x - mean) @ whitener``.
         labels: number of labels M of a vector.
         classes: number of classes C.
         hidden: width of the hidden layer.
@@ -40,7 +42,7 @@ class Probes:
     """
 
     def __init__(
-        self, mean: Tensor, scale: Tensor, *, labels: int, classes: int, hidden: int, context: int, seed: int
+        self, mean: Tensor, whitener: Tensor, *, labels: int, classes: int, hidden: int, context: int, seed: int
     ) -> None:
         groups, _, width = mean.shape
         generator = torch.Generator().manual_seed(seed)
@@ -50,7 +52,7 @@ class Probes:
             weight = torch.empty(fan_in, fan_out).uniform_(-bound, bound, generator=generator).to(mean.device)
             return weight.repeat(groups, 1, 1).requires_grad_()
 
-        self.mean, self.scale, self.classes, self.context = mean, scale, classes, context
+        self.mean, self.whitener, self.classes, self.context = mean, whitener, classes, context
         seen, out = (2 * context + 1) * width, labels * classes
         self.weights = [matrix(seen, out), matrix(seen, hidden), matrix(hidden, out)]
         self.biases = [mean.new_zeros(groups, 1, n, requires_grad=True) for n in (out, hidden, out)]
@@ -66,7 +68,8 @@ class Probes:
         rows = torch.arange(x.shape[1], device=x.device) if rows is None else rows
         near = rows[:, None] + torch.arange(-self.context, self.context + 1, device=x.device)
         near = near.clamp(spans[rows, :1], spans[rows, 1:])  # [R, W]
-        seen = ((x[:, near.flatten()].float() - self.mean) * self.scale).reshape(len(x), len(rows), -1)  # [G, R, W D]
+        seen = (x[:, near.flatten()].float() - self.mean) @ self.whitener  # [G, R W, D]
+        seen = seen.view(len(x), len(rows), -1)  # [G, R, W D]
         linear, first, second = (lambda y, w=w, b=b: torch.baddbmm(b, y, w) for w, b in zip(self.weights, self.biases))
         shape = (len(x), len(rows), -1, self.classes)
         return linear(seen).view(shape), second(F.relu(first(seen))).view(shape)
@@ -91,6 +94,7 @@ def train_probes(
     *,
     classes: int,
     context: int,
+    whiten: bool,
     hidden: int = 256,
     epochs: int = 10,
     batch: int = 512,
@@ -108,9 +112,10 @@ def train_probes(
         spans: ``[U, 2]`` int64, first and last vector of the sequence of each vector.
         classes: number of classes C.
         context: number of neighbours on each side whose features a classifier sees too.
+        whiten: decorrelate the channels; False: bring each to unit variance.
         hidden: width of the hidden layer.
         epochs: passes over the vectors.
-        batch: number of vectors per step.
+        batch: number of labels per step, of ``batch // M`` vectors.
         learning_rate: learning rate of the first step.
         seed: seed of the initial weights and of the order of the vectors.
         progress: called after every epoch.
@@ -128,15 +133,16 @@ def train_probes(
     if not len(known) or int(known.min()) < 0 or int(known.max()) >= classes:
         found = f"labels {int(known.min())} ... {int(known.max())}" if len(known) else "no known label"
         raise ValueError(f"train_probes: {found}; expected 0 ... {classes - 1}, or {IGNORE} where unknown")
-    mean, scale = _standardisation(features)
-    probes = Probes(mean, scale, labels=labels.shape[1], classes=classes, hidden=hidden, context=context, seed=seed)
+    mean, whitener = _whitener(features, whiten)
+    probes = Probes(mean, whitener, labels=labels.shape[1], classes=classes, hidden=hidden, context=context, seed=seed)
     optimizer = torch.optim.AdamW([*probes.weights, *probes.biases], lr=learning_rate, weight_decay=0.01, fused=True)
     generator = torch.Generator().manual_seed(seed)
     usable = (labels != IGNORE).any(1).nonzero()[:, 0]
-    steps = epochs * math.ceil(len(usable) / batch)
+    vectors = max(1, batch // labels.shape[1])
+    steps = epochs * math.ceil(len(usable) / vectors)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / steps)
     for _ in range(epochs):
-        for order in torch.randperm(len(usable), generator=generator).to(labels.device).split(batch):
+        for order in torch.randperm(len(usable), generator=generator).to(labels.device).split(vectors):
             rows = usable[order]
             target = labels[rows].expand(len(features), -1, -1).flatten()
             linear, deep = (
@@ -154,14 +160,23 @@ def train_probes(
     return probes
 
 
-def _standardisation(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and inverse standard deviation of each channel, ``[G, 1, D]`` float32; 0 for a channel that does not vary."""
-    means, scales = [], []
+def _whitener(features: Tensor, whiten: bool) -> tuple[Tensor, Tensor]:
+    """Mean ``[G, 1, D]`` and matrix ``[G, D, D]``, float32, that bring channels to unit variance and may decorrelate them.
+
+    Whitening is by the symmetric root (ZCA) of the correlations.  A channel that does not vary becomes 0.
+    """
+    means, matrices = [], []
     for one in features:  # one at a time, because float64 copies are large
         sample = one[:: max(1, len(one) // _STATISTICS)].double()
         if not bool(sample.isfinite().all()):
             raise ValueError("train_probes: features hold NaN or infinity")
-        variance, mean = torch.var_mean(sample, 0, correction=0, keepdim=True)
-        means.append(mean.float())
-        scales.append(torch.where(variance > 1e-10, variance.rsqrt(), 0.0).float())
-    return torch.stack(means), torch.stack(scales)
+        variance, mean = torch.var_mean(sample, 0, correction=0)
+        scale = torch.where(variance > 1e-10, variance.rsqrt(), 0.0)
+        matrix = scale.diag()
+        if whiten:
+            sample = (sample - mean) * scale
+            values, vectors = torch.linalg.eigh(sample.T @ sample / len(sample))
+            matrix = scale[:, None] * ((vectors * (values.clamp(min=0) + _NOISE).rsqrt()) @ vectors.T)
+        means.append(mean[None].float())
+        matrices.append(matrix.float())
+    return torch.stack(means), torch.stack(matrices)

@@ -112,10 +112,11 @@ def probe_model(
         speech.labels,
         speech.spans,
         context=settings.context,
+        whiten=True,
         progress=lambda: report(0.2 + 0.7 * next(epochs) / settings.epochs),
         **options,
     )
-    floor = train_probes(*_by_frame(speech), context=_LOG_MEL_CONTEXT, **options) if log_mel else None
+    floor = train_probes(*_by_frame(speech), context=_LOG_MEL_CONTEXT, whiten=False, **options) if log_mel else None
     del speech
     accuracy, frames = [], 0
     for corpus, utterances in scored:

@@ -20,7 +20,9 @@ def one_sequence(count):
 
 def train(features, labels, **options):
     """Probes of single vectors with one label each."""
-    return train_probes(features, labels[:, None], one_sequence(len(labels)), **{"context": 0, **options})
+    return train_probes(
+        features, labels[:, None], one_sequence(len(labels)), **{"context": 0, "whiten": True, **options}
+    )
 
 
 def logits(probes, x):
@@ -58,7 +60,7 @@ def test_context_shows_the_neighbours_in_the_same_sequence_and_no_others():
     spans = torch.tensor([[8 * (i // 8), 8 * (i // 8) + 7] for i in range(4000)])  # 500 sequences of 8
     before = (torch.arange(4000) - 1).maximum(spans[:, 0])
     labels = (x[before, 0] > 0).long()[:, None]  # the vector before, the first one its own
-    options = {"classes": 2, "hidden": 16, "epochs": 20, "batch": 64, "learning_rate": 1e-2}
+    options = {"classes": 2, "whiten": True, "hidden": 16, "epochs": 20, "batch": 64, "learning_rate": 1e-2}
     seeing, blind = (train_probes(x[None], labels, spans, context=c, **options) for c in (1, 0))
     inner = (torch.arange(4000) > spans[:, 0]).nonzero()[:, 0]
     for probes, least, most in ((seeing, 0.95, 1.0), (blind, 0.0, 0.6)):
@@ -79,7 +81,7 @@ def test_each_label_of_a_vector_has_its_own_classifier_and_unknown_ones_do_not_c
     labels[::6] = IGNORE
     spans = one_sequence(len(x))
     probes = train_probes(
-        x[None], labels, spans, classes=4, context=0, hidden=16, epochs=20, batch=32, learning_rate=1e-2
+        x[None], labels, spans, classes=4, context=0, whiten=False, hidden=16, epochs=20, batch=32, learning_rate=1e-2
     )
     for y in probes.logits(x[None], spans):
         right = y[0].argmax(-1) == torch.stack([first, second], 1)
@@ -121,11 +123,48 @@ def test_unit_and_offset_of_a_channel_do_not_matter():
         torch.testing.assert_close(plain, other, rtol=1e-2, atol=1e-2)
 
 
+def test_whitening_decorrelates_channels_and_standardising_does_not():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 2, generator=generator) @ torch.tensor([[3.0, 2.0], [0.0, 1.0]])
+    labels = torch.randint(2, (2000,), generator=generator)
+    standard = (x - x.mean(0)) / x.std(0, correction=0)
+    correlations = standard.T @ standard / len(x)
+    white = correlations @ torch.linalg.inv(correlations + 0.01 * torch.eye(2))
+    for whiten, expected in ((True, white), (False, correlations)):
+        probes = train(x[None], labels, classes=2, hidden=4, epochs=1, whiten=whiten)
+        seen = ((x[None] - probes.mean) @ probes.whitener)[0]
+        torch.testing.assert_close(seen.T @ seen / len(x), expected, rtol=1e-4, atol=1e-4)
+    assert abs(white[0, 1]) < 0.1 < abs(correlations[0, 1])
+
+
+def test_correlated_channels_are_learned_in_few_steps():
+    """The class is in a direction with a hundredth of the variance of the rest, as in hidden states of a deep loop."""
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(4000, 1, generator=generator)
+    labels = torch.randint(2, (4000,), generator=generator)
+    sign = torch.tensor([1.0, -1.0, 1.0, -1.0]) * (2.0 * labels[:, None] - 1.0)
+    x = common + 0.1 * sign + 0.05 * torch.randn(4000, 4, generator=generator)
+    probes = train(x[None], labels, classes=2, hidden=8, epochs=2, batch=128, learning_rate=1e-2)
+    assert (accuracy(probes, x[None], labels) > 0.95).all()
+
+
+def test_a_step_has_as_many_labels_whatever_the_number_per_vector(monkeypatch):
+    x, labels = clusters(frames=400)
+    sizes, own = [], torch.nn.functional.cross_entropy
+    monkeypatch.setattr(
+        torch.nn.functional, "cross_entropy", lambda y, t, **k: (sizes.append(len(t)), own(y, t, **k))[1]
+    )
+    options = {"classes": 4, "context": 0, "whiten": True, "epochs": 1, "batch": 100}
+    for each in (1, 4):
+        train_probes(x[None], labels[:, None].expand(-1, each), one_sequence(len(x)), **options)
+    assert set(sizes) == {100}
+
+
 def test_a_channel_that_does_not_vary_is_ignored():
     x, labels = clusters()
     x[:, 0] = 7.0
     probes = train(x[None], labels, classes=4, hidden=8, epochs=5, batch=128)
-    assert (probes.scale[0, 0, 0] == 0).all()
+    assert (probes.whitener[0, 0] == 0).all()
     moved = x.clone()
     moved[:, 0] = 1e4
     torch.testing.assert_close(logits(probes, moved[None])[1], logits(probes, x[None])[1])
@@ -153,4 +192,4 @@ def test_progress_is_told_every_epoch():
 )
 def test_bad_input_is_refused(features, labels, match):
     with pytest.raises(ValueError, match=match):
-        train_probes(features, labels, one_sequence(features.shape[-2]), classes=4, context=0)
+        train_probes(features, labels, one_sequence(features.shape[-2]), classes=4, context=0, whiten=True)

@@ -37,7 +37,7 @@ def parts(path):
 def test_rows_cover_every_depth_and_probe_over_all_labelled_test_frames(tiny_model, speech):
     train, validation, test = parts(speech)
     progress = []
-    settings = ProbeSettings(max_frames=2000, hidden=32, epochs=80)
+    settings = ProbeSettings(max_frames=2000, hidden=32, epochs=150)
     options = {"settings": settings, "name": "m", "log_mel": True, "progress": progress.append}
     rows = probe_model(tiny_model, train, validation, test, [0, 1, 3], **options)
     keys = [(r["features"], r["depth"], r["probe"]) for r in rows]
@@ -61,13 +61,13 @@ def test_an_accuracy_is_what_counting_by_hand_gives(tiny_model, speech):
     rows = probe_model(tiny_model, train, validation, test, [2], settings=settings, name="m", log_mel=True)
     chosen = collect_sequences(tiny_model, train, choose_utterances(train, max_frames=300, seed=4), [2])
     options = {"classes": 40, "hidden": 8, "epochs": 2, "seed": 4}
-    probes = train_probes(chosen.hidden, chosen.labels, chosen.spans, context=1, **options)
+    probes = train_probes(chosen.hidden, chosen.labels, chosen.spans, context=1, whiten=True, **options)
 
     def frames(x):  # two frames of 10 ms under each output
         spans = (x.spans * 2 + torch.tensor([0, 1])).repeat_interleave(2, 0)
         return x.mel.flatten(0, 1)[None], x.labels.reshape(-1, 1), spans
 
-    floor = train_probes(*frames(chosen), context=5, **options)
+    floor = train_probes(*frames(chosen), context=5, whiten=False, **options)
     for corpus, key in ((validation, "validation"), (test, "accuracy")):
         held = collect_sequences(tiny_model, corpus, choose_utterances(corpus), [2])
         known = held.labels != IGNORE
