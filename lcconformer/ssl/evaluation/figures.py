@@ -182,7 +182,7 @@ def accuracy_figure(
         name, first = next(iter(models.items()))
         at, label = chosen[probe], f"{name}: smallest within 1% of best"
         ax.plot(at, 100 * first[at], "o", markersize=15, fillstyle="none", color="black", label=label)
-        ax.axhline(100 * floor[probe], color="black", linewidth=1, linestyle=(0, (6, 3)), label="log-mel, one frame")
+        ax.axhline(100 * floor[probe], color="black", linewidth=1, linestyle=(0, (6, 3)), label="log-mel, 11 frames")
         ax.set_xlabel("depth (0: front end)")
         ax.set_title({"linear": "Linear probe", "hidden": "One hidden layer"}[probe])
     axes[0, 0].set_ylabel("phone frame accuracy (%)")

@@ -77,7 +77,7 @@ def test_accuracies_are_percent_and_the_chosen_depth_is_marked():
     assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
     (legend,) = figure.legends
     labels = [text.get_text() for text in legend.get_texts()]
-    assert labels == ["m", "m: smallest within 1% of best", "log-mel, one frame"]
+    assert labels == ["m", "m: smallest within 1% of best", "log-mel, 11 frames"]
 
 
 def test_the_thick_line_is_the_mean_of_the_last_steps():

@@ -359,3 +359,16 @@ def test_transcribe_refuses_audio(trained, tmp_path: Path, capsys) -> None:
     soundfile.write(tmp_path / "fast.wav", np.random.default_rng(0).normal(0, 0.1, 4000), 8000)
     assert main(["transcribe", run, str(tmp_path / "fast.wav")]) == 2
     assert "is sampled at 8000 Hz" in capsys.readouterr().err
+
+
+def test_options_follow_the_width_and_compare_by_meaning() -> None:
+    from lcconformer.cli.finetune import options_of, settings_from
+    from lcconformer.cli.options import contradictions
+
+    assert settings_from({}, None).config.ffn_dim == 1024
+    assert settings_from({"d_model": 144}, None).config.ffn_dim == 576
+    settings = settings_from({"d_model": 144, "ffn_dim": 100, "subsampling": "none"}, None)
+    assert (settings.config.ffn_dim, settings.config.subsampling_factor) == (100, 1)
+    was = options_of(settings)
+    assert contradictions({"subsampling": "none", "d_model": 144, "workers": 7}, was, ("workers",)) == []
+    assert contradictions({"subsampling": "stack:2"}, was, ()) == ["--subsampling is stack:2 but was none:1"]
