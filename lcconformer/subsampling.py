@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -62,7 +63,18 @@ class FrontEnd(nn.Module):
         keep = frame_mask(lengths, x.shape[-2])  # [B, T]
         return x.masked_fill(~(keep[:, None, :, None] if x.dim() == 4 else keep[..., None]), 0.0)
 
+    def _check_dtype(self, x: Tensor) -> None:
+        weight = getattr(self.convs[0] if self.convs else self.project, "weight", None)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or torch.is_autocast_enabled(x.device.type):
+            return
+        if x.dtype != weight.dtype:
+            raise ValueError(
+                f"FrontEnd: features have dtype {x.dtype}, the weights {weight.dtype}; cast one to the other's, or use "
+                "torch.autocast"
+            )
+
     def forward(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        self._check_dtype(x)
         x = self._mask(x, lengths)
         if self.kind == "conv" and x.shape[1] == 0:
             # a convolution refuses to see no frame

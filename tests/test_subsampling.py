@@ -81,3 +81,14 @@ def test_in_the_encoder(kind, factor):
 def test_needs_input_dim():
     with pytest.raises(ValueError, match=r"FrontEnd: config\.input_dim is None; give the width"):
         FrontEnd(ConformerConfig())
+
+
+@pytest.mark.parametrize(("kind", "factor"), FORMS)
+@pytest.mark.parametrize("frames", [0, 9])
+def test_dtype_other_than_the_weights(kind, factor, frames):
+    front = front_end(kind, factor).float()
+    x = torch.zeros(2, frames, 10, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"features have dtype torch\.bfloat16, the weights torch\.float32"):
+        front(x, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert front(x, None)[0].shape == (2, -(-frames // factor), 8)

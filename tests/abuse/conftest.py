@@ -2,7 +2,7 @@
 
 The quick round has few tries a category. A long one, and the table that is committed:
 
-    LCCONFORMER_ABUSE_TRIES=1200 LCCONFORMER_ABUSE_TABLE=bench/results/abuse.json pytest tests/abuse
+    LCCONFORMER_ABUSE_TRIES=700 LCCONFORMER_ABUSE_TABLE=bench/results/abuse.json pytest tests/abuse
 """
 
 from __future__ import annotations
