@@ -101,7 +101,7 @@ class StreamingEncoder(nn.Module):
                 f"streaming: subsampling={config.subsampling!r} with padding='peer' sees padding, which a stream has none of; "
                 "use padding='masked'"
             )
-        self.encoder = encoder
+        self.encoder, self.training = encoder, encoder.training
         self.chunking = Chunking(chunk, left, right, config.conv_kernel_size // 2)
         self.depth = encoder._check_depth(depth)
 
