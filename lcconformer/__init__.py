@@ -8,6 +8,7 @@ from .interop.accelerate import AccelerationReport, accelerate, restore
 from .layer import ConformerLayer
 from .loop import captured_training, engine
 from .ops.registry import backend
+from .packing import pack, unpack
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,5 +23,7 @@ __all__ = [
     "backend",
     "captured_training",
     "engine",
+    "pack",
     "restore",
+    "unpack",
 ]

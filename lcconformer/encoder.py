@@ -13,7 +13,9 @@ from .depth import ExitRule
 from .layer import Positions
 from .loop import weights
 from .ops.checks import check_lengths, check_tensor, frame_mask
+from .packing import Packing, check_packed, longest_utterance, pack, unpack
 from .stack import LayerStack
+from .streaming import StreamingEncoder
 from .subsampling import FrontEnd
 
 __all__ = ["ConformerEncoder", "Summary"]
@@ -104,17 +106,78 @@ class ConformerEncoder(LayerStack):
             ValueError: shapes, lengths, depth or backprop_depth out of range.
         """
         x, lengths = self._enter(x, lengths)
-        depth = self._check_depth(depth)
-        through = depth if backprop_depth is None else backprop_depth
-        if not isinstance(through, int) or isinstance(through, bool) or not 1 <= through <= depth:
-            raise ValueError(
-                f"ConformerEncoder: backprop_depth is {backprop_depth!r}; expected an integer from 1 to depth = {depth}"
-            )
-        run = loop.choose(self, x, through)
-        outputs = run(self, x, lengths, depth, return_hidden_states)
+        outputs = self._loops(x, lengths, depth, return_hidden_states, backprop_depth)
         if return_hidden_states:
             return outputs[-1], lengths, [x, *outputs]
         return outputs[-1], lengths
+
+    def packed(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        *,
+        longest: int | None = None,
+        depth: int | None = None,
+        return_hidden_states: bool = False,
+        backprop_depth: int | None = None,
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, list[Tensor]]:
+        """Run ``depth`` loops over a packed batch, whose utterances stand behind one another without padding.
+
+        Each utterance gets what it gets in a padded batch under ``padding="masked"``, statistics of a BatchNorm included.
+
+        Args:
+            x: ``[total, input_dim]``, or ``[total, d_model]`` without ``input_dim``; :func:`~lcconformer.pack` makes it.
+            cu_seqlens: ``[B+1]`` int32 or int64; utterance b is the frames ``cu_seqlens[b] ... cu_seqlens[b+1]-1``.
+            longest: frames of the longest utterance, or more; None: read from ``cu_seqlens``, for which a GPU is waited for.
+                So it is where a front end merges frames, whatever ``longest`` is.
+            depth, return_hidden_states, backprop_depth: as for :meth:`forward`.
+
+        Returns:
+            ``(output [total', d_model], cu_seqlens [B+1][, hidden_states])``, frames merged by the front end counted once.
+
+        Raises:
+            ValueError: shapes, values, depth or backprop_depth out of range.
+            NotImplementedError: a front end merges frames with ``padding="peer"``, which lets it see padding.
+        """
+        x, packing = self._enter_packed(x, cu_seqlens, longest)
+        outputs = self._loops(x, packing, depth, return_hidden_states, backprop_depth)
+        if return_hidden_states:
+            return outputs[-1][0], packing.cu_seqlens, [x[0], *(y[0] for y in outputs)]
+        return outputs[-1][0], packing.cu_seqlens
+
+    def _loops(
+        self,
+        x: Tensor,
+        lengths: Tensor | Packing | None,
+        depth: int | None,
+        return_hidden_states: bool,
+        backprop_depth: int | None,
+    ) -> list[Tensor]:
+        """Run the loops of ``x [B, T, d_model]``, or of a packed ``[1, total, d_model]``; return the output of each if
+        ``return_hidden_states``, else of the last.
+        """
+        depth = self._check_depth(depth)
+        through = self._check_backprop_depth(backprop_depth, depth)
+        run = loop.choose(self, x, through, packed=isinstance(lengths, Packing))
+        return run(self, x, lengths, depth, return_hidden_states)
+
+    def streaming(
+        self, *, chunk: int = 16, left: int = 64, right: int = 4, depth: int | None = None
+    ) -> StreamingEncoder:
+        """Return this encoder as one that runs chunk by chunk; the parameters are shared.
+
+        Args:
+            chunk: frames at the layers that a call outputs.
+            left: frames before a chunk that attention sees.
+            right: frames after a chunk that it sees, which the output waits for, whatever the depth.
+            depth: number of loops, 1 ... ``num_layers``; None: all.
+
+        Raises:
+            ValueError: an argument is out of range.
+            NotImplementedError: a module sees the whole utterance: a GroupNorm, rotary positions of hidden states, a front end
+                that sees padding.
+        """
+        return StreamingEncoder(self, chunk, left, right, depth)
 
     @torch.no_grad()
     def adaptive(self, x: Tensor, lengths: Tensor | None, rule: ExitRule) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -173,13 +236,21 @@ class ConformerEncoder(LayerStack):
         loops, layers = self.config.num_layers, len(self.layers)
         return f"{loops} loop{'s' * (loops > 1)} of {layers} layer{'s' * (layers > 1)}, sharing={self.config.sharing!r}"
 
-    def explain(self, x: Tensor, lengths: Tensor | None = None, *, depth: int | None = None) -> loop.Explanation:
+    def explain(
+        self,
+        x: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        depth: int | None = None,
+    ) -> loop.Explanation:
         """Say which engine and which backend of each op would serve a call, and why nothing faster would.
 
         It holds for the present grad mode, training modes, ``with engine(...)`` and ``with backend(...)`` blocks.
 
         Args:
             x, lengths, depth: as for :meth:`forward`; the front end runs, the loops do not.
+            cu_seqlens: explain a call of :meth:`packed`, with its ``x``.
 
         Returns:
             An object with fields, which prints as a few lines to read.
@@ -188,8 +259,13 @@ class ConformerEncoder(LayerStack):
             >>> print(encoder.eval().explain(torch.randn(1, 100, 80)))
         """
         self._check_depth(depth)
-        x, _ = self._enter(x, lengths)
-        return loop.explain(self, x)
+        if cu_seqlens is None:
+            return loop.explain(self, self._enter(x, lengths)[0])
+        if lengths is not None:
+            raise ValueError(
+                "ConformerEncoder: explain got lengths and cu_seqlens; a packed batch has cu_seqlens alone"
+            )
+        return loop.explain(self, self._enter_packed(x, cu_seqlens, None)[0], packed=True)
 
     def forget_packed_weights(self) -> None:
         """Drop the packed copies of the weights that inference keeps; the next call packs them anew.
@@ -207,6 +283,14 @@ class ConformerEncoder(LayerStack):
             raise ValueError(f"ConformerEncoder: depth is {depth!r}; expected an integer from 1 to num_layers = {n}")
         return depth
 
+    def _check_backprop_depth(self, backprop_depth: int | None, depth: int) -> int:
+        through = depth if backprop_depth is None else backprop_depth
+        if not isinstance(through, int) or isinstance(through, bool) or not 1 <= through <= depth:
+            raise ValueError(
+                f"ConformerEncoder: backprop_depth is {backprop_depth!r}; expected an integer from 1 to depth = {depth}"
+            )
+        return through
+
     def _enter(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
         width = self.config.input_dim or self.config.d_model
         check_tensor("ConformerEncoder", "input", x)
@@ -221,3 +305,22 @@ class ConformerEncoder(LayerStack):
             # whatever the padding holds, NaN included, ends here
             x = x.masked_fill(~frame_mask(lengths, x.shape[1])[..., None], 0.0)
         return x, lengths
+
+    def _enter_packed(self, x: Tensor, cu_seqlens: Tensor, longest: int | None) -> tuple[Tensor, Packing]:
+        """Check a packed batch and run the front end: ``[total, input_dim] -> [1, total', d_model]``."""
+        config = self.config
+        check_packed("ConformerEncoder", x, config.input_dim or config.d_model, cu_seqlens)
+        longest = longest_utterance("ConformerEncoder", cu_seqlens, longest)
+        if self.front_end is not None and config.subsampling == "none":
+            x, _ = self.front_end(x[None], None)
+            x = x[0]
+        elif self.front_end is not None:
+            if config.padding == "peer":
+                raise NotImplementedError(
+                    f"ConformerEncoder: subsampling={config.subsampling!r} with padding='peer' sees padding, and a packed "
+                    "batch has none; use padding='masked', or a padded batch"
+                )
+            y, lengths = self.front_end(unpack(x, cu_seqlens, longest), cu_seqlens.diff())
+            x, cu_seqlens = pack(y, lengths)
+            longest = y.shape[1]
+        return x[None], Packing.of(cu_seqlens, x.shape[0], longest)

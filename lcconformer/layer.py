@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import ops
+from .blocks import Blocks, Lengths, position_frames
 from .config import ConformerConfig
 from .ops.activations import ACTIVATIONS
 from .ops.checks import frame_mask
 from .ops.glu_depthwise_conv import depthwise_conv1d, normalise
+from .packing import Packing
 from .plain import LAYER_NORM, LINEAR, NORMS, obstacle, readable
 from .positions import apply_rotary, relative_sinusoids, rotary_tables
 
@@ -102,12 +104,14 @@ class RelativeAttention(nn.Module):
             return rotary_tables(frames, d // self.heads, device=x.device, dtype=_dtype_of(self.qkv, x))
         return None
 
-    def forward(self, h: Tensor, lengths: Tensor | None, positions: Positions = None) -> Tensor:
+    def forward(self, h: Tensor, lengths: Lengths, positions: Positions = None) -> Tensor:
         if positions is None:
-            positions = self.positions(h)
+            positions = self.positions(position_frames(h, lengths))
         d = h.shape[-1]
         split = (self.heads, d // self.heads)
         rotary = positions if isinstance(positions, tuple) else None
+        if rotary is not None and isinstance(lengths, Packing):
+            rotary = rotary[0][lengths.frame], rotary[1][lengths.frame]  # [total, D]
         if rotary is not None and self.rotary_input == "hidden":
             # queries and keys see rotated hidden states, values plain ones
             rotated = apply_rotary(h.unflatten(-1, split), *rotary).flatten(-2)
@@ -123,16 +127,34 @@ class RelativeAttention(nn.Module):
         else:
             q, k, v = self.qkv(h).chunk(3, -1)  # each [B, T, d_model]
         q, k, v = (t.unflatten(-1, split) for t in (q, k, v))  # [B, T, H, D]
-        if rotary is not None and self.rotary_input == "query_key":
+        if rotary is not None and self.rotary_input == "query_key" and not isinstance(lengths, Blocks):
             cos, sin = (t.to(q.dtype) for t in rotary)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        dropout_p = self.dropout if self.training else 0.0
-        if isinstance(positions, Tensor):
-            u, v_bias = self.u.to(q.dtype), self.v_bias.to(q.dtype)
-            o = ops.relpos_attention(q, k, v, positions.to(q.dtype), u, v_bias, lengths=lengths, dropout_p=dropout_p)
-        else:
-            o = ops.relpos_attention(q, k, v, lengths=lengths, dropout_p=dropout_p)
+        o = self._attend(q, k, v, lengths, positions, self.dropout if self.training else 0.0)
         return self.out(o.flatten(-2))
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, positions: Positions, dropout_p: float
+    ) -> Tensor:
+        """``[B, T, H, D] -> [B, T, H, D]``; of a packed batch ``[1, total, H, D]``."""
+        relative = None
+        if isinstance(positions, Tensor):
+            relative = (positions.to(q.dtype), self.u.to(q.dtype), self.v_bias.to(q.dtype))
+        if isinstance(lengths, Blocks):
+            rotary = positions if isinstance(positions, tuple) else None
+            return lengths.attend(q, k, v, relative=relative, rotary=rotary, dropout_p=dropout_p)
+        if relative is not None:
+            if isinstance(lengths, Packing):
+                ends = lengths.cu_seqlens
+                return ops.relpos_attention(q[0], k[0], v[0], *relative, cu_seqlens=ends, dropout_p=dropout_p)[None]
+            return ops.relpos_attention(q, k, v, *relative, lengths=lengths, dropout_p=dropout_p)
+        if isinstance(lengths, Packing):
+            # PyTorch's attention takes padded batches
+            layout = lengths.padded()
+            q, k, v = (layout.spread(x[0]) for x in (q, k, v))
+            o = ops.relpos_attention(q, k, v, lengths=layout.lengths, dropout_p=dropout_p)
+            return layout.collect(o)[None]
+        return ops.relpos_attention(q, k, v, lengths=lengths, dropout_p=dropout_p)
 
 
 class ConvModule(nn.Module):
@@ -157,23 +179,41 @@ class ConvModule(nn.Module):
         self.pointwise2 = nn.Linear(d, d, bias=config.conv_bias)
         self.config = config
 
-    def forward(self, h: Tensor, lengths: Tensor | None) -> Tensor:
-        config, depthwise, norm = self.config, self.depthwise, self.depthwise_norm
-        lengths = lengths if config.padding == "masked" else None
+    def forward(self, h: Tensor, lengths: Lengths) -> Tensor:
         y = self.pointwise1(h)  # [B, T, 2 d_model]
-        if not readable(_CONVOLUTION, depthwise, norm):
-            return self.pointwise2(self._called(y, lengths))
+        if isinstance(lengths, Packing):
+            layout = lengths.apart(self.config.conv_kernel_size // 2) if self._is_framewise() else lengths.padded()
+            y = layout.collect(self.middle(layout.spread(y[0]), layout.lengths))[None]
+        elif isinstance(lengths, Blocks):
+            y = self.middle(*lengths.extend(y))[:, lengths.chunking.reach :]
+        else:
+            y = self.middle(y, lengths if self.config.padding == "masked" else None)
+        return self.pointwise2(y)
+
+    def middle(self, y: Tensor, lengths: Tensor | None) -> Tensor:
+        """Compute what is between the pointwise maps, ``[B, T, 2 d_model] -> [B, T, d_model]``; frames beyond the lengths
+        count as zeros.
+        """
+        depthwise = self.depthwise
+        if not readable(_CONVOLUTION, depthwise, self.depthwise_norm):
+            return self._called(y, lengths)
         self._count_batch()
         bias = depthwise.bias
-        y = ops.glu_depthwise_conv(
+        return ops.glu_depthwise_conv(
             y,
             depthwise.weight[:, 0].to(y.dtype),
             None if bias is None else bias.to(y.dtype),
             lengths=lengths,
-            activation=config.activation,
+            activation=self.config.activation,
             **self._norm_options(),
         )
-        return self.pointwise2(y)
+
+    def _is_framewise(self) -> bool:
+        """Whether the norm is known to look at one frame at a time."""
+        norm = self.depthwise_norm
+        if not readable(_CONV_NORM, norm):
+            return False
+        return isinstance(norm, (nn.LayerNorm, nn.Identity)) or (isinstance(norm, nn.BatchNorm1d) and not norm.training)
 
     def _norm_options(self) -> dict[str, Any]:
         """Return the norm's arguments for the op, in its present state."""
@@ -250,7 +290,9 @@ class ConformerLayer(nn.Module):
     """One Conformer layer.
 
     ``forward(x [B, T, d_model], lengths [B] or None, positions=None) -> [B, T, d_model]``.  ``positions`` are those of
-    :meth:`positions`; a loop computes them once, and a single call may leave them out.
+    :meth:`positions`; a loop computes them once, and a single call may leave them out.  A packed batch is
+    ``x [1, total, d_model]`` with a :class:`~lcconformer.packing.Packing` in the place of the lengths, blocks of an utterance
+    are ``x [B, Q, d_model]`` with :class:`~lcconformer.blocks.Blocks`.
 
     Args:
         config: supplies width, heads, kernel, norms, positions, dropout and padding.
@@ -270,7 +312,7 @@ class ConformerLayer(nn.Module):
         """Return the positions for inputs like ``x [B, T, d_model]``, to be passed to every call of :meth:`forward`."""
         return self.attention.positions(x)
 
-    def forward(self, x: Tensor, lengths: Tensor | None = None, positions: Positions = None) -> Tensor:
+    def forward(self, x: Tensor, lengths: Lengths = None, positions: Positions = None) -> Tensor:
         x = self.ffn1(x)
         first, second = self.attention, self.conv
         h = first.norm(x) if not self.convolution_first else second.norm(x)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .blocks import Lengths, position_frames
 from .conditioning import DepthConditioning
 from .config import ConformerConfig
 from .layer import ConformerLayer, Positions, RelativeAttention
@@ -51,7 +52,7 @@ class LayerStack(nn.Module):
         """Return the layer of loop ``k`` (from 0)."""
         return cast(ConformerLayer, self.layers[self.layer_map[k]])
 
-    def project_positions(self, k: int, x: Tensor, positions: dict[int, Positions]) -> None:
+    def project_positions(self, k: int, x: Tensor, lengths: Lengths, positions: dict[int, Positions]) -> None:
         """Fill in what the layer of loop ``k`` needs of positions for ``x [B, T, d_model]``, once for all its loops.
 
         A hooked or wrapped layer gets None and computes them in every loop: its parameters may be ready only inside its
@@ -61,15 +62,17 @@ class LayerStack(nn.Module):
         if index not in positions:
             layer = self.layer_of(k)
             inside = altered(layer, "", (ConformerLayer,)) or altered(layer.attention, "", (RelativeAttention,))
-            positions[index] = None if inside else layer.positions(x)
+            positions[index] = None if inside else layer.positions(position_frames(x, lengths))
 
-    def step(self, k: int, x: Tensor, lengths: Tensor | None, positions: dict[int, Positions]) -> Tensor:
+    def step(self, k: int, x: Tensor, lengths: Lengths, positions: dict[int, Positions]) -> Tensor:
         """Run loop ``k``: ``[B, T, d_model] -> [B, T, d_model]``.
 
         Args:
+            lengths: ``[B]`` real frames, or None; or what is known of a packed batch ``x [1, total, d_model]`` or
+                of blocks.
             positions: what :meth:`project_positions` found, by unique layer; filled in as needed.
         """
-        self.project_positions(k, x, positions)
+        self.project_positions(k, x, lengths, positions)
         layer, own = self.layer_of(k), positions[self.layer_map[k]]
         if self.conditioning is not None:
             x = self.conditioning.enter(x, k)

@@ -57,6 +57,44 @@ class FrontEnd(nn.Module):
             total += 2 * time * width * cast(nn.Conv2d, conv).weight.numel()
         return total
 
+    def start(self, batch: int) -> tuple[Tensor, ...]:
+        """Return what :meth:`step` remembers of ``batch`` streams at their start: the last frame of each convolution's input,
+        ``[B, channels, 1, width]``.
+        """
+        past, width = [], self.input_dim
+        for conv in self.convs:
+            channels = cast(nn.Conv2d, conv).in_channels
+            past.append(self.project.weight.new_zeros(batch, channels, 1, width))
+            width = (width + 1) // 2
+        return tuple(past)
+
+    def step(
+        self, x: Tensor, lengths: Tensor, keep: int, past: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Compute :meth:`forward` for the next frames of streams, whole multiples of the factor.
+
+        Args:
+            x: ``[B, T, input_dim]``.
+            lengths: ``[B]`` real frames.
+            keep: output frames after which the next call continues.
+            past: as :meth:`start` or the last call returned it.
+
+        Returns:
+            ``(output [B, T', d_model], lengths [B], past)``.
+        """
+        if self.kind != "conv":
+            x, new_lengths = self.forward(x, lengths)
+            return x, lengths if new_lengths is None else new_lengths, past
+        x = self._mask(x, lengths)[:, None]  # [B, 1, T, input_dim]
+        last, left = keep * self.factor, []
+        for conv, before in zip(self.convs, past):
+            left.append(x[:, :, last - 1 : last])
+            # a frame at an even place sees the one before it: of the two ahead, the first makes up a frame that is dropped
+            x = F.relu(conv(F.pad(torch.cat((before, x), 2), (0, 0, 1, 0))))[:, :, 1:]
+            lengths, last = (lengths + 1) // 2, last // 2
+            x = self._mask(x, lengths)  # [B, d_model, T', F']
+        return self.project(x.transpose(1, 2).flatten(2)), lengths, tuple(left)
+
     def _mask(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         if lengths is None or not self.masked:
             return x

@@ -75,3 +75,29 @@ def test_onnx_runtime_agrees_at_every_shape(name):
             real = torch.arange(want.shape[1]) < lengths[:, None]
         assert got[0].shape == want.shape
         torch.testing.assert_close(got[0][real], want[real], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [BASE, SUBSAMPLED], ids=["no front end", "subsampling"])
+def test_a_stream_runs_in_onnx_runtime(config):
+    """Its state goes out and in again, for two streams of which one ends first."""
+    encoder = ConformerEncoder(config).eval()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    stream = encoder.streaming(chunk=4, left=6, right=2)
+    factor = config.subsampling_factor
+    x, lengths = torch.randn(2, 15 * factor, config.input_dim or 16), torch.tensor([15 * factor, 7 * factor - 1])
+    blocks = list(stream.blocks(x, lengths))
+    runtime = session(torch.onnx.export(stream, (*blocks[0], stream.start(2)), dynamo=True, verbose=False))
+    state = stream.start(2)
+    tensors = [t.numpy() for t in (*state[:4], *state.front_end)]
+    with torch.no_grad():
+        for block, count in blocks:
+            want, lengths, state = stream(block, count, state)
+            feed = {
+                i.name: v for i, v in zip(runtime.get_inputs(), (block.numpy(), count.numpy(), *tensors), strict=True)
+            }
+            got, got_lengths, *tensors = runtime.run(None, feed)
+            assert torch.equal(torch.from_numpy(got_lengths), lengths)
+            for row, n in enumerate(lengths.tolist()):
+                torch.testing.assert_close(torch.from_numpy(got[row, :n]), want[row, :n], rtol=1e-4, atol=1e-5)

@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 
 from lcconformer.ops.derivatives import transformed
 from lcconformer.ops.registry import Choice, forced_backend, strict
+from lcconformer.packing import Packing
 from lcconformer.stack import LayerStack
 
 from . import captured, inference, modules, training
@@ -45,7 +46,7 @@ _said: set[str] = set()
 _forced: ContextVar[str] = ContextVar("lcconformer.engine", default="")
 
 # (stack, x [B, T, d_model], lengths, depth, return_hidden_states) -> output of each loop if they are wanted, else of the last
-Run = Callable[[LayerStack, Tensor, Tensor | None, int, bool], list[Tensor]]
+Run = Callable[[LayerStack, Tensor, Tensor | Packing | None, int, bool], list[Tensor]]
 
 
 def _valid(name: str, where: str) -> str:
@@ -91,18 +92,19 @@ class Decision:
     lost: bool = False
 
 
-def choose(stack: LayerStack, x: Tensor, backprop_depth: int) -> Run:
+def choose(stack: LayerStack, x: Tensor, backprop_depth: int, *, packed: bool = False) -> Run:
     """Return what will run the loops of ``x [B, T, d_model]``.
 
     Args:
         backprop_depth: loops, the last ones, that gradients flow through.
+        packed: x is a packed batch, ``[1, total, d_model]``.
 
     Raises:
         NotImplementedError: ``loop`` was forced and cannot serve, or ``LCCONFORMER_STRICT=1`` and an engine is lost.
     """
     if torch.compiler.is_compiling():
         return functools.partial(modules.run, backprop_depth=backprop_depth)
-    decision = decide(stack, x, backprop_depth)
+    decision = decide(stack, x, backprop_depth, packed=packed)
     if decision.run is None:
         raise NotImplementedError(
             f"ConformerEncoder: engine 'loop' was forced but cannot serve these inputs: {'; '.join(decision.against)}. "
@@ -113,11 +115,14 @@ def choose(stack: LayerStack, x: Tensor, backprop_depth: int) -> Run:
     return decision.run
 
 
-def decide(stack: LayerStack, x: Tensor, backprop_depth: int, *, explaining: bool = False) -> Decision:
+def decide(
+    stack: LayerStack, x: Tensor, backprop_depth: int, *, packed: bool = False, explaining: bool = False
+) -> Decision:
     """Decide what runs the loops of ``x [B, T, d_model]`` in the present grad mode.
 
     Args:
         backprop_depth: loops, the last ones, that gradients flow through.
+        packed: x is a packed batch, ``[1, total, d_model]``.
         explaining: leave no trace: ops neither log nor record what they would choose.
     """
     by_modules = functools.partial(modules.run, backprop_depth=backprop_depth)
@@ -130,7 +135,7 @@ def decide(stack: LayerStack, x: Tensor, backprop_depth: int, *, explaining: boo
         kernels, changeable = training.kernels_or_reasons(stack, x, explaining)
         slower = training.slower(x, kernels)
     else:
-        chosen += inference.chosen(stack, x)
+        chosen += inference.chosen(stack, x, packed)
         changeable = inference.reasons(stack, x)
         slower = inference.slower(x)
     against = (*chosen, *changeable, *(slower if want == "auto" else ()))
@@ -140,7 +145,8 @@ def decide(stack: LayerStack, x: Tensor, backprop_depth: int, *, explaining: boo
         lost = bool(changeable) and not chosen and not slower and forced_backend() == "auto"
         return Decision("modules", by_modules, against, lost)
     if kernels is not None:
-        train = captured.run if captured.wanted(x) else training.run
+        # a graph has one shape, a packed batch any number of frames
+        train = captured.run if captured.wanted(x) and not packed else training.run
         return Decision("training", functools.partial(train, backprop_depth=backprop_depth, kernels=kernels))
     return Decision("inference", inference.run)
 
@@ -205,8 +211,12 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(stack: LayerStack, x: Tensor) -> Explanation:
-    """Work out what would run the loops of ``x [B, T, d_model]`` in the present grad mode, without running or logging."""
-    decision = decide(stack, x, len(stack.layer_map), explaining=True)
+def explain(stack: LayerStack, x: Tensor, *, packed: bool = False) -> Explanation:
+    """Work out what would run the loops of ``x [B, T, d_model]`` in the present grad mode, without running or logging.
+
+    Args:
+        packed: x is a packed batch, ``[1, total, d_model]``.
+    """
+    decision = decide(stack, x, len(stack.layer_map), packed=packed, explaining=True)
     ops = inference.explain(stack, x) if decision.engine == "inference" else explain_ops(stack, x)
     return Explanation(decision.engine, decision.against, ops)

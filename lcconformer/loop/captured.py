@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from lcconformer.ops.derivatives import differentiable_once
 from lcconformer.ops.registry import forced_backend
+from lcconformer.packing import Packing, padded
 from lcconformer.stack import LayerStack
 
 from . import training
@@ -165,7 +166,7 @@ _kept: weakref.WeakKeyDictionary[nn.Module, _Steps] = weakref.WeakKeyDictionary(
 def run(
     stack: LayerStack,
     x: Tensor,
-    lengths: Tensor | None,
+    lengths: Tensor | Packing | None,
     depth: int,
     return_hidden_states: bool,
     *,
@@ -173,6 +174,7 @@ def run(
     kernels: Kernels,
 ) -> list[Tensor]:
     """Return the outputs ``[B, T, d_model]`` of each loop if ``return_hidden_states``, else of the last alone."""
+    lengths = padded(lengths)
     steps = _kept.setdefault(stack, _Steps())
     frames = x.shape[1]
     seeds = training.draw_seeds(stack, x, depth)

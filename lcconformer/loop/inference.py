@@ -9,6 +9,7 @@ any batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from lcconformer.config import ConformerConfig
 from lcconformer.ops.availability import cpu_reasons
 from lcconformer.ops.native import common, cpu_kernels, i64, pointer
 from lcconformer.ops.registry import Choice, forced_backend, note
+from lcconformer.packing import Packing, padded
 from lcconformer.stack import LayerStack
 
 from . import chain, graphs, weights
@@ -32,7 +34,7 @@ OP = "shared_loop"
 Launch = Callable[[Any], None]  # a kernel of csrc/cpu
 
 
-def chosen(stack: LayerStack, x: Tensor) -> list[str]:
+def chosen(stack: LayerStack, x: Tensor, packed: bool) -> list[str]:
     """Return what rules this engine out and was chosen for its own sake: modes of the call, and the encoder's config."""
     found = []
     if watch(stack).trains():
@@ -42,6 +44,8 @@ def chosen(stack: LayerStack, x: Tensor) -> list[str]:
     if x.device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             found.append("a CUDA graph is being captured, which the modules become part of")
+        if packed:
+            found.append("a graph has one shape, and packed batches have any number of frames")
         return found
     if forced_backend() not in ("auto", "cpu"):
         found.append(f"backend {forced_backend()!r} is forced, and the engine is made of CPU kernels")
@@ -85,12 +89,14 @@ def explain(stack: LayerStack, x: Tensor) -> dict[str, Choice]:
 
 
 @torch.no_grad()
-def run(stack: LayerStack, x: Tensor, lengths: Tensor | None, depth: int, return_hidden_states: bool) -> list[Tensor]:
+def run(
+    stack: LayerStack, x: Tensor, lengths: Tensor | Packing | None, depth: int, return_hidden_states: bool
+) -> list[Tensor]:
     """Return the outputs ``[B, T, d_model]`` of each loop if ``return_hidden_states``, else of the last alone."""
     if not x.numel():
         return [x.clone() for _ in range(depth if return_hidden_states else 1)]
     if x.device.type == "cuda":
-        return graphs.run(stack, x, lengths, depth, return_hidden_states)
+        return graphs.run(stack, x, padded(lengths), depth, return_hidden_states)
     note(Choice(OP, "cpu"))
     layers = weights.packed(stack, depth, x.shape[0] * x.shape[1])
     loop = _Loop(stack.config, x, lengths)
@@ -115,7 +121,7 @@ def run_layer(config: ConformerConfig, layer: PackedLayer, x: Tensor, lengths: T
 class _Loop:
     """The residual stream of one call, its buffers, and the kernels of each layer with their arguments."""
 
-    def __init__(self, config: ConformerConfig, x: Tensor, lengths: Tensor | None) -> None:
+    def __init__(self, config: ConformerConfig, x: Tensor, lengths: Tensor | Packing | None) -> None:
         self.config = config
         cpu = self.cpu = cpu_kernels()
         b, t, d = x.shape
@@ -124,7 +130,12 @@ class _Loop:
             return torch.empty(shape, dtype=torch.float32, device="cpu")
 
         self.x = empty(b, t, d).copy_(x)
-        self.lengths = i64(lengths)
+        self.lengths, self.ends, self.sizes = None, None, {"batch": b, "frames": t}
+        if isinstance(lengths, Packing):
+            self.ends = i64(lengths.cu_seqlens)
+            self.sizes = {"batch": len(lengths.cu_seqlens) - 1, "frames": lengths.longest}
+        else:
+            self.lengths = i64(lengths)
         # the last tile of rows may reach beyond the last frame
         rows = b * t + cpu.TILE_ROWS
         self.wide = empty(rows, padded_columns(3 * d))  # queries, keys, values; or values and gates
@@ -132,7 +143,6 @@ class _Loop:
         if config.conv_norm == "group":
             self.before_norm = empty(b, t, d)
             self.mean, self.var = empty(2, b, config.conv_norm_groups)
-        self.sizes = {"batch": b, "frames": t}
         self.common = common(self.x)
         self.launches: dict[int, list[tuple[Launch, Any]]] = {}  # of each layer, by its id
         self.panels: list[Tensor | None] = []  # positions that launches hold the address of
@@ -150,15 +160,15 @@ class _Loop:
         attention, conv, ffn1, ffn2 = layer.attention, layer.conv, layer.ffn1, layer.ffn2
         middle = [
             (attention.norm, attention.qkv, self._attention, attention.out),
-            (conv.norm, conv.pointwise1, self._convolution, conv.pointwise2),
+            (conv.norm, conv.pointwise1, self._convolutions, conv.pointwise2),
         ]
         (norm, project, first, merge), (next_norm, next_project, second, next_merge) = (
             reversed(middle) if self.config.convolution_first else middle
         )
         yield self._rows(ffn1, norm=norm.args, next=project.args)
-        yield first(layer)
+        yield from first(layer)
         yield self._rows(merge=merge.args, norm=next_norm.args, next=next_project.args)
-        yield second(layer)
+        yield from second(layer)
         yield self._rows(ffn2, merge=next_merge.args, norm=layer.norm.args)
 
     def _rows(self, ffn: FeedForward | None = None, **parts: Any) -> tuple[Launch, Any]:
@@ -166,7 +176,7 @@ class _Loop:
         if ffn is not None:
             parts |= {"hidden_norm": ffn.norm.args, "up": ffn.up.args, "down": ffn.down.args}
         args = self.cpu.RowsForward(
-            rows=self.sizes["batch"] * self.sizes["frames"],
+            rows=self.x.shape[0] * self.x.shape[1],
             columns=d,
             threads=self.common["threads"],
             x=pointer(self.x),
@@ -178,10 +188,10 @@ class _Loop:
         )
         return self.cpu.rows_forward, args
 
-    def _attention(self, layer: PackedLayer) -> tuple[Launch, Any]:
+    def _attention(self, layer: PackedLayer) -> Iterator[tuple[Launch, Any]]:
         b, t, d = self.x.shape
         h, pitch, attention = self.config.num_heads, self.wide.stride(0), layer.attention
-        panels = layer.position_panels(t)
+        panels = layer.position_panels(self.sizes["frames"])
         self.panels.append(panels)
         strides = {"batch_stride": t * pitch, "frame_stride": pitch, "head_stride": d // h}
         q, k, v = (self.cpu.Heads(data=pointer(self.wide, i * d), **strides) for i in range(3))
@@ -197,25 +207,36 @@ class _Loop:
             u=pointer(attention.u),
             v_bias=pointer(attention.v_bias),
             lengths=pointer(self.lengths),
+            cu_seqlens=pointer(self.ends),
             out=pointer(self.branch),
             pos_panels=pointer(panels),
         )
-        return self.cpu.relpos_attention_forward, args
+        yield self.cpu.relpos_attention_forward, args
 
-    def _convolution(self, layer: PackedLayer) -> tuple[Launch, Any]:
-        config, conv = self.config, layer.conv
-        _, t, d = self.x.shape
+    def _convolutions(self, layer: PackedLayer) -> Iterator[tuple[Launch, Any]]:
+        if self.ends is None:
+            yield self._convolution(layer, 0, **self.sizes)
+            return
+        # utterance by utterance
+        for first, end in pairwise(self.ends.tolist()):
+            if first < end:
+                yield self._convolution(layer, first, batch=1, frames=end - first)
+
+    def _convolution(self, layer: PackedLayer, first: int, batch: int, frames: int) -> tuple[Launch, Any]:
+        """Return the kernel for ``batch * frames`` rows from row ``first`` on."""
+        config, conv, d = self.config, layer.conv, self.x.shape[2]
         norm, pitch = conv.depthwise_norm, self.wide.stride(0)
         statistics = {}
         if config.conv_norm == "group":
             statistics = {"y": pointer(self.before_norm), "mean": pointer(self.mean), "var": pointer(self.var)}
         args = self.cpu.GluDepthwiseConvForward(
             **self.common,
-            **self.sizes,
+            batch=batch,
+            frames=frames,
             channels=d,
             width=config.conv_kernel_size,
-            x=pointer(self.wide),
-            x_batch_stride=t * pitch,
+            x=pointer(self.wide, first * pitch),
+            x_batch_stride=frames * pitch,
             x_frame_stride=pitch,
             taps=pointer(conv.taps),
             bias=pointer(conv.bias),
@@ -226,7 +247,7 @@ class _Loop:
             norm_weight=pointer(norm.weight) if norm else 0,
             norm_bias=pointer(norm.bias) if norm else 0,
             eps=config.layer_norm_eps,
-            out=pointer(self.branch),
+            out=pointer(self.branch, first * d),
             **statistics,
         )
         return self.cpu.glu_depthwise_conv_forward, args

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lcconformer.blocks import Lengths
 from lcconformer.layer import Positions
 from lcconformer.ops.registry import backend, forced_backend
 from lcconformer.stack import LayerStack
@@ -20,7 +21,7 @@ __all__ = ["run"]
 def run(
     stack: LayerStack,
     x: Tensor,
-    lengths: Tensor | None,
+    lengths: Lengths,
     depth: int,
     return_hidden_states: bool,
     *,
@@ -34,7 +35,7 @@ def run(
             with torch.no_grad():
                 x = stack.step(k, x, lengths, {})
         elif stack.gradient_checkpointing and torch.is_grad_enabled():
-            stack.project_positions(k, x, positions)  # outside of the recomputation
+            stack.project_positions(k, x, lengths, positions)  # outside of the recomputation
             options: dict[str, Any] = {}
             if not torch.compiler.is_compiling() or next(stack.buffers(), None) is not None:
                 options["context_fn"] = partial(_contexts, stack)

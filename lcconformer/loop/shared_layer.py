@@ -19,6 +19,7 @@ from lcconformer.ops.glu_depthwise_conv import GluDepthwiseConv, update_running
 from lcconformer.ops.native import rows_of
 from lcconformer.ops.relpos_attention import RelposAttention
 from lcconformer.ops.residual_layer_norm import ResidualLayerNorm
+from lcconformer.packing import Layout, Packing, padded
 
 from .kernels import Kernels
 
@@ -55,6 +56,8 @@ class Plan:
         inside, on: dropout probability inside of and on each branch.
         norm, groups, conv_training, conv_eps, momentum: of the convolution.
         masked: whether the convolution gets the lengths.
+        framewise: whether its norm looks at one frame at a time.
+        reach: frames that the convolution sees on either side.
         statistics: running mean, running variance and counter of a BatchNorm in training, which are updated.
     """
 
@@ -70,6 +73,8 @@ class Plan:
     conv_eps: float
     momentum: float
     masked: bool
+    framewise: bool
+    reach: int
     statistics: tuple[Tensor | None, ...]
 
     def dtypes(self, products: torch.dtype) -> list[torch.dtype]:
@@ -109,6 +114,8 @@ def plan_of(layer: ConformerLayer) -> Plan:
         conv_eps=getattr(norm, "eps", 0.0),
         momentum=norm.momentum if trained else 0.0,
         masked=conv.config.padding == "masked",
+        framewise=conv.config.conv_norm != "group" and not trained,
+        reach=conv.config.conv_kernel_size // 2,
         statistics=statistics,
     )
 
@@ -126,15 +133,21 @@ class SharedLayer:
 
     Args:
         plan, kernels: what to do and by which kernels.
-        lengths: ``[B]`` or None.
+        lengths: ``[B]`` or None; or what is known of a packed batch, whose inputs are ``[1, total, D]``.
         pos: projected positions ``[2T-1, H, D]`` in C.
         parameters: of ``plan.names``, in the dtypes that :meth:`Plan.dtypes` gives.
     """
 
     def __init__(
-        self, plan: Plan, kernels: Kernels, lengths: Tensor | None, pos: Tensor, parameters: list[Tensor]
+        self, plan: Plan, kernels: Kernels, lengths: Tensor | Packing | None, pos: Tensor, parameters: list[Tensor]
     ) -> None:
         self.plan, self.kernels, self.lengths = plan, kernels, lengths
+        # how the convolution takes a packed batch
+        self._layout: Layout | None = None
+        of_conv = lengths if plan.masked else None
+        if isinstance(lengths, Packing):
+            self._layout = lengths.apart(plan.reach) if plan.framewise else lengths.padded()
+            of_conv = self._layout.lengths
         self._dtype = kernels.dtype
         self._weights = dict(zip(plan.names, parameters))
         names = [*(f"{b}.norm" for b in plan.branches), "norm"]
@@ -151,7 +164,7 @@ class SharedLayer:
             x=pos,
             weight=self._weights["conv.depthwise.weight"][:, 0],
             bias=self._weights.get("conv.depthwise.bias"),
-            lengths=lengths if plan.masked else None,
+            lengths=padded(of_conv),
             norm_weight=self._weights.get(f"{of_norm}weight"),
             norm_bias=self._weights.get(f"{of_norm}bias"),
             running_mean=self._weights.get(f"{of_norm}running_mean", mean),
@@ -314,6 +327,9 @@ class SharedLayer:
         return self._linear_backward(f"{name}.up", du), du
 
     def _heads(self, qkv: Tensor, shape: tuple[int, int], seed: Tensor | None, p: float) -> RelposAttention:
+        if isinstance(self.lengths, Packing):
+            q, k, v = qkv.view(len(qkv), 3, self.plan.heads, -1).unbind(1)  # each [total, H, D]
+            return RelposAttention(q, k, v, *self._positions, None, self.lengths.cu_seqlens, seed, p)
         q, k, v = qkv.view(*shape, 3, self.plan.heads, -1).unbind(2)  # each [B, T, H, D]
         return RelposAttention(q, k, v, *self._positions, self.lengths, None, seed, p)
 
@@ -343,28 +359,41 @@ class SharedLayer:
         p = self._linear("conv.pointwise1", h)
         if update and self._batches is not None:
             self._batches.add_(1)
-        c, batch = self.kernels.glu_depthwise_conv.forward(replace(self._conv, x=p.view(*shape, -1)), False)
+        c, batch = self.kernels.glu_depthwise_conv.forward(replace(self._conv, x=self._spread(p, shape)), False)
         mean, var = self._running
         if update and mean is not None and var is not None:
             update_running(mean, var, batch.mean, batch.var, batch.frames, self.plan.momentum)
-        return self._linear("conv.pointwise2", c.reshape(h.shape)), [p]
+        return self._linear("conv.pointwise2", self._collect(c)), [p]
 
     def _convolution_backward(self, dy, inner, shape, gradients) -> tuple[Tensor, Tensor]:
         p = inner.pop()
-        args = replace(self._conv, x=p.view(*shape, -1))
+        args = replace(self._conv, x=self._spread(p, shape))
         rows = gradients.rows("conv.pointwise2", "h", dy, dy.shape[1], dy.dtype)
-        c, saved = self.kernels.glu_depthwise_conv.forward(
-            args, True, out=None if rows is None else rows.view(*shape, -1)
-        )
-        gradients.product("conv.pointwise2", dy, c.reshape(dy.shape))
+        c, saved = self.kernels.glu_depthwise_conv.forward(args, True, out=self._in_place(rows, shape))
+        gradients.product("conv.pointwise2", dy, self._collect(c, rows))
         del c
-        dc = self._linear_backward("conv.pointwise2", dy).view(*shape, -1)
+        dc = self._spread(self._linear_backward("conv.pointwise2", dy), shape)
         rows = gradients.rows("conv.pointwise1", "dy", dy, p.shape[1], dy.dtype)
         dp, dweight, dbias, dnorm = self.kernels.glu_depthwise_conv.backward(
-            dc, args, saved, dx=None if rows is None else rows.view(args.x.shape), partial=True
+            dc, args, saved, dx=self._in_place(rows, shape), partial=True
         )
         gradients.add(dweight, "conv.depthwise.weight")
         gradients.add(dbias, "conv.depthwise.bias")
         gradients.add(dnorm, "conv.depthwise_norm.bias", "conv.depthwise_norm.weight")
-        dp = dp.reshape(p.shape)
+        dp = self._collect(dp, rows)
         return self._linear_backward("conv.pointwise1", dp), dp
+
+    def _spread(self, rows: Tensor, shape: tuple[int, int]) -> Tensor:
+        """``[M, C]`` to what the convolution takes: ``[B, T, C]``, or a packed batch as it is laid out."""
+        return rows.view(*shape, -1) if self._layout is None else self._layout.spread(rows)
+
+    def _collect(self, y: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Undo :meth:`_spread`; ``rows`` is where the result belongs, if anywhere."""
+        if self._layout is None:
+            return y.reshape(-1, y.shape[-1])
+        found = self._layout.collect(y)
+        return found if rows is None else rows.copy_(found)
+
+    def _in_place(self, rows: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+        """Return ``rows [M, C]`` as the convolution writes it, if it writes just that."""
+        return None if rows is None or self._layout is not None else rows.view(*shape, -1)

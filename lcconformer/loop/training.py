@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lcconformer.blocks import position_frames
 from lcconformer.ops.derivatives import differentiable_once
 from lcconformer.ops.dropout import dropout_seed
 from lcconformer.ops.native import rows_of
+from lcconformer.packing import Packing
 from lcconformer.stack import LayerStack
 
 from .gradients import Gradients
@@ -84,7 +86,7 @@ def slower(x: Tensor, kernels: Kernels | None) -> list[str]:
 def run(
     stack: LayerStack,
     x: Tensor,
-    lengths: Tensor | None,
+    lengths: Tensor | Packing | None,
     depth: int,
     return_hidden_states: bool,
     *,
@@ -106,7 +108,7 @@ def run(
     tensors: list[Tensor] = []
     for layer, plan in zip(layers, plans):
         own = dict(layer.named_parameters(remove_duplicate=False)) | dict(layer.named_buffers())
-        tensors += [layer.positions(x).to(kernels.dtype), *(own[name] for name in plan.names)]
+        tensors += [layer.positions(position_frames(x, lengths)).to(kernels.dtype), *(own[name] for name in plan.names)]
     call = _Call(
         kernels=kernels,
         plans=plans,
@@ -206,7 +208,7 @@ class _Call:
                 found[k] = _Place((i, group), slot, min(self.group, len(loops) - group * self.group))
         return found
 
-    def bind(self, lengths: Tensor | None, tensors: Sequence[Tensor]) -> list[SharedLayer]:
+    def bind(self, lengths: Tensor | Packing | None, tensors: Sequence[Tensor]) -> list[SharedLayer]:
         """Return the layers of the call, with their tensors."""
         layers, rest = [], list(tensors)
         for plan in self.plans:
@@ -261,7 +263,16 @@ class LoopFn(torch.autograd.Function):
                     outputs.append(x)
         cast = [u for u, t in zip(used, tensors) if u is not t]
         ctx.call, ctx.counts = call, (len(inputs), len(tensors), len(cast), len(attended))
-        ctx.save_for_backward(lengths, seeds, *inputs, *tensors, *cast, *attended.values(), *kept)
+        ctx.packing = lengths if isinstance(lengths, Packing) else None
+        ctx.save_for_backward(
+            None if isinstance(lengths, Packing) else lengths,
+            seeds,
+            *inputs,
+            *tensors,
+            *cast,
+            *attended.values(),
+            *kept,
+        )
         if call.every:
             ctx.mark_non_differentiable(*outputs[: call.first])
         return tuple(outputs)
@@ -290,7 +301,7 @@ class LoopFn(torch.autograd.Function):
         zeros = inputs[0].new_zeros(1, d).expand(b * t, d)
         dx: Tensor | None = None
         with torch.autocast(zeros.device.type, enabled=False):
-            layers = call.bind(lengths, used)
+            layers = call.bind(lengths if ctx.packing is None else ctx.packing, used)
             gradients = _gradients(call, ctx.needs_input_grad[4:], tensors, zeros)
             for k in reversed(range(call.first, len(call.layer_map))):
                 layer, own, place = layers[call.layer_map[k]], gradients[call.layer_map[k]], places[k]

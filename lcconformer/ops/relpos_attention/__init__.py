@@ -97,7 +97,7 @@ def relpos_attention(
 def _check_packed(q: Tensor, pos: Tensor | None, lengths: Tensor | None, cu_seqlens: Tensor) -> None:
     if pos is None or lengths is not None:
         raise ValueError(f"{OP.name}: cu_seqlens goes with pos and without lengths, which it implies")
-    if pos.shape[0] % 2 == 0:
+    if pos.shape[0] % 2 == 0 and q.shape[0]:
         raise ValueError(f"{OP.name}: pos has {pos.shape[0]} rows; expected an odd number, 2T-1")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{OP.name}: cu_seqlens has dtype {cu_seqlens.dtype}; expected int64 or int32")
