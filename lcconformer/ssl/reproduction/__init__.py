@@ -1,8 +1,10 @@
-"""The paper's comparison: models with and without sharing and random depth, trained and measured by one plan."""
+"""The paper's comparison: models with and without sharing and random depth, trained, measured and reported by one call."""
 
-from .execution import Stopped, execute, is_complete
+from .execution import Stopped
 from .models import MODELS, Model
 from .plan import PARTS, PRESETS, Preset, Run, plan_runs
+from .report import write_report
+from .run import reproduce
 from .speech import ReproductionSpeech, load_reproduction_speech
 
 __all__ = [
@@ -14,8 +16,8 @@ __all__ = [
     "ReproductionSpeech",
     "Run",
     "Stopped",
-    "execute",
-    "is_complete",
     "load_reproduction_speech",
     "plan_runs",
+    "reproduce",
+    "write_report",
 ]

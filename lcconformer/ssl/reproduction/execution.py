@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from ..evaluation.depth_timing import median_seconds, time_depths, time_front
 from ..evaluation.output import describe_machine, write_json
 from ..evaluation.probes import LOG_MEL, probe_model
 from ..finetuning import (
+    FinetuneResult,
     Recogniser,
     best_depth,
     calibrate_exit,
@@ -39,7 +39,8 @@ from ..finetuning.evaluation import Reading
 from ..finetuning.learner import Learner
 from ..model import PretrainingModel, load_model
 from ..objectives import ObjectiveSettings
-from ..pretraining import StepRecord, pretrain
+from ..pretraining import PretrainResult, StepRecord, pretrain
+from ..pretraining.distributed import Ranks
 from .plan import Run
 from .speech import NoisyCorpus, ReproductionSpeech
 
@@ -62,7 +63,7 @@ def execute(
     run: Run,
     speech: ReproductionSpeech,
     out: Path,
-    device: torch.device,
+    ranks: Ranks,
     report: Callable[..., None],
 ) -> None:
     """Do a run, or the rest of it, in its folder under ``out``.
@@ -70,7 +71,7 @@ def execute(
     Args:
         run: its models come from the complete runs of ``run.after``.
         speech: the speech that the plan was made for.
-        device: where to train and measure.
+        ranks: the processes, all of which train; the first one measures and writes, on its device.
         report: called with the part that is done and a few words.
 
     Raises:
@@ -79,30 +80,46 @@ def execute(
     folder = out / "runs" / run.folder
     folder.mkdir(parents=True, exist_ok=True)
     earlier = [out / "runs" / other.folder for other in run.after]
-    result, times = _KINDS[run.kind](run, speech, folder, earlier, device, report)
+    if not ranks.first:
+        _fit(run, folder, speech, report, None)
+        return
+    result, times = _KINDS[run.kind](run, speech, folder, earlier, ranks.device, report)
     write_json(folder / "result.json", {"description": run.description, **result})
-    where = {"machine": describe_machine(device), "commit": commit()}
+    where = {"machine": describe_machine(ranks.device), "processes": ranks.world_size, "commit": commit()}
     write_json(folder / "times.json", times | where)
 
 
-def _train(
+def _fit(
     run: Run, folder: Path, speech: ReproductionSpeech, report: Callable[..., None], start: PretrainingModel | None
-) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """Train or go on; returns the model, and the result and the times of the training."""
+) -> PretrainResult | FinetuneResult:
+    """Train or go on, to the last step.
+
+    Raises:
+        Stopped: a signal came.
+    """
     settings = dict(run.settings)["training"]
 
     def on_step(record: StepRecord) -> None:
         note = f"step {record.step}/{settings.steps}  loss {record.loss:.3f}  loops {record.depths[0]}"
         report(0.9 * record.step / settings.steps, note)
 
-    place = folder / "training"
-    options: dict[str, Any] = {"resume": True, "on_step": on_step, "progress": False}
+    options: dict[str, Any] = {"out": folder / "training", "resume": True, "on_step": on_step, "progress": False}
+    done: PretrainResult | FinetuneResult
     if run.kind == "pretrain":
-        done: Any = pretrain(settings, speech.pretraining, speech.validation, out=place, **options)
+        done = pretrain(settings, speech.pretraining, speech.validation, **options)
     else:
-        done = finetune(settings, speech.train, speech.validation, out=place, start=start, **options)
+        done = finetune(settings, speech.train, speech.validation, start=start, **options)
     if done.stopped != "steps":
         raise Stopped(done.stopped)
+    return done
+
+
+def _train(
+    run: Run, folder: Path, speech: ReproductionSpeech, report: Callable[..., None], start: PretrainingModel | None
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Train or go on; returns the model, and the result and the times of the training."""
+    settings, place = dict(run.settings)["training"], folder / "training"
+    done = _fit(run, folder, speech, report, start)
     with open(place / "steps.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     compute = [float(row["compute_s"]) for row in rows]
@@ -320,10 +337,3 @@ _KINDS: dict[str, Callable[..., Done]] = {
     "random": _probe,
     "timing": _timing,
 }
-
-
-def read_run(out: Path, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The result and the times of a complete run."""
-    place = out / "runs" / folder
-    result, times = (json.loads((place / f"{name}.json").read_text()) for name in ("result", "times"))
-    return result, times

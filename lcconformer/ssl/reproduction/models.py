@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,6 +70,7 @@ MODELS: dict[str, Model] = {
 }
 
 
+@functools.cache
 def count_parameters(config: ConformerConfig) -> int:
     """Number of stored parameters of an encoder."""
     with torch.device("meta"):
@@ -76,7 +79,12 @@ def count_parameters(config: ConformerConfig) -> int:
 
 def _narrower(config: ConformerConfig, wanted: int) -> ConformerConfig:
     """The configuration, narrower in proportion, whose number of parameters is nearest to ``wanted``."""
-    ratio, grain = config.ffn_dim / config.d_model, 2 * config.num_heads
+    grain = 2 * config.num_heads
     widths = range(grain, config.d_model + 1, grain)
-    fits = [config.replace(d_model=width, ffn_dim=max(1, round(ratio * width))) for width in widths]
-    return min(fits or [config], key=lambda one: abs(count_parameters(one) - wanted))
+
+    def at(width: int) -> ConformerConfig:
+        return config.replace(d_model=width, ffn_dim=max(1, round(config.ffn_dim * width / config.d_model)))
+
+    place = bisect.bisect_left(widths, wanted, key=lambda width: count_parameters(at(width)))
+    near = [at(width) for width in widths[max(0, place - 1) : place + 1]]
+    return min(near, key=lambda one: abs(count_parameters(one) - wanted))

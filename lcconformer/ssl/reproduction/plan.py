@@ -56,9 +56,9 @@ def _preset(
     pretrain: dict[str, Any],
     **more: Any,
 ) -> Preset:
-    return Preset(
-        text, FinetuneSettings(config, features, **finetune), PretrainSettings(config, features, **pretrain), **more
-    )
+    often = {"checkpoint_every": 100}
+    tuned = FinetuneSettings(config, features, **often | finetune)
+    return Preset(text, tuned, PretrainSettings(config, features, **often | pretrain), **more)
 
 
 def _encoder(d_model: int, num_layers: int, kernel: int, dropout: float) -> ConformerConfig:
@@ -116,8 +116,15 @@ PRESETS: dict[str, Preset] = {
         "LibriSpeech 960 h and several GPUs: pretraining by torchrun, then the rest by one process",
         _encoder(256, 12, 31, 0.1),
         FeatureSettings(80, 20.0, 8000.0),
-        {"steps": 100_000, "batch_seconds": 320.0, "precision": "bfloat16", "workers": 8, "learning_rate": 1e-3},
-        {"steps": 200_000, "batch_seconds": 480.0, "precision": "bfloat16", "workers": 8},
+        {
+            "steps": 100_000,
+            "checkpoint_every": 1000,
+            "batch_seconds": 320.0,
+            "precision": "bfloat16",
+            "workers": 8,
+            "learning_rate": 1e-3,
+        },
+        {"steps": 200_000, "checkpoint_every": 1000, "batch_seconds": 480.0, "precision": "bfloat16", "workers": 8},
         probe=ProbeSettings(),
         models=("A", "B", "C", "D"),
         seeds=1,
@@ -271,7 +278,7 @@ class _Maker:
             steps=steps,
             device=self.device,
             validate_every=steps,
-            checkpoint_every=min(steps, 100),
+            checkpoint_every=min(steps, base.checkpoint_every),
             keep=1,
             **more,
         )
