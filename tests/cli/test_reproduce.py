@@ -193,3 +193,74 @@ def test_command_says_what_is_wrong(spoken, tmp_path, capsys, more, message) -> 
     assert main(command(spoken, tmp_path / "out", *more)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def librispeech(folder: Path) -> Path:
+    """A tree of two subsets to train on, one to validate and two to test, two speakers each, made of noise."""
+    soundfile = pytest.importorskip("soundfile")
+    rng = np.random.default_rng(0)
+    subsets = ("train-clean-100", "train-other-500", "dev-clean", "test-clean", "test-other")
+    for place, subset in enumerate(subsets):
+        for speaker in (10 * place + 1, 10 * place + 2):
+            chapter = folder / subset / str(speaker) / "7"
+            chapter.mkdir(parents=True)
+            lines = []
+            for number in range(3):
+                name = f"{speaker}-7-{number:04}"
+                sound = 0.1 * rng.standard_normal(int(16_000 * rng.uniform(1.0, 1.5)))
+                soundfile.write(chapter / f"{name}.flac", sound.astype(np.float32), 16_000)
+                lines.append(f"{name} SOME WORDS\n")
+            (chapter / f"{speaker}-7.trans.txt").write_text("".join(lines))
+    return folder
+
+
+SEVERAL = """
+import os, sys
+sys.path[:0] = sys.argv.pop(1).split(os.pathsep)
+import test_reproduce
+import torch
+torch.set_num_threads(1)
+from lcconformer.__main__ import main
+from lcconformer.ssl.reproduction import PRESETS
+PRESETS["paper"] = test_reproduce.miniature(PRESETS["paper"])
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_pretrain_on_librispeech_and_one_does_the_rest(tmp_path) -> None:
+    tree, out, worker = librispeech(tmp_path / "LibriSpeech"), tmp_path / "out", tmp_path / "worker.py"
+    worker.write_text(SEVERAL)
+    arguments = [str(worker), str(Path(__file__).parent), "reproduce", "--preset", "paper", "--data", str(tree)]
+    arguments += ["--out", str(out), "--device", "cpu"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+    def call(*launcher: str) -> str:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*launcher, *arguments], capture_output=True, text=True, timeout=280, env=environment, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "the rest needs one process" in call(*torchrun)
+    assert [name.partition("-seed")[0] for name in sorted(results(out))] == ["pretrain-A", "pretrain-C"]
+    pretrained = results(out)
+    assert all(json.loads(path.read_text())["processes"] == 2 for path in out.glob("runs/*/times.json"))
+    assert "report:" in call(sys.executable)
+    rest = results(out)
+    assert pretrained.items() <= rest.items()
+    kinds = {name.partition("-seed")[0].partition("-A")[0] for name in rest}
+    assert "pretrained" in kinds
+    assert not {"probe", "random"} & {name.partition("-")[0] for name in rest}  # no alignments
+    speech = json.loads((out / "reproduction.json").read_text())["speech"]
+    assert {role: part["named"] for role, part in speech.items()} == {
+        "train": ["1", "11", "12", "2"],
+        "validation": ["21", "22"],
+        "test": ["31", "32"],  # of test-clean
+        "pretraining": ["1", "11", "12", "2"],
+    }
+    page = (out / "report.md").read_text()
+    assert "CER (%), depth" in page
+    assert "Gate" not in page  # of phones
