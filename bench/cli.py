@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from lcconformer.runtime import check_output
+from lcconformer.runtime import check_output, commit
 from lcconformer.validation import need_integer, need_number
 
 from .core.case import DTYPES, OPS, Case, parse_shapes
 from .core.interrupts import Interrupts
-from .core.rows import Results, Row, commit, device_name
+from .core.rows import Results, Row, device_name
 from .providers.registry import choose
 from .reports.table import case_tables, flops_rate, notes, number
 from .runs.suite import run_case

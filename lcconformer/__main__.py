@@ -24,6 +24,10 @@ COMMANDS = {
     ),
     "pretrain": ("lcconformer.cli.pretrain", "self-supervised pretraining on your speech"),
     "finetune": ("lcconformer.cli.finetune", "train an encoder to recognise speech, and measure it at every depth"),
+    "reproduce": (
+        "lcconformer.cli.reproduce",
+        "the paper's comparison: train, measure and report, with controls and seeds",
+    ),
     "transcribe": ("lcconformer.cli.transcribe", "print what is said in audio files"),
     "probe": ("lcconformer.cli.probe", "phone-classification probe at every depth of a checkpoint"),
     "consistency": ("lcconformer.cli.consistency", "how alike the hidden states of different depths are"),

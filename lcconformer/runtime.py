@@ -1,18 +1,20 @@
-"""What every command shares while it runs: atomic writes, and progress on the standard error."""
+"""What every command shares while it runs: atomic writes, progress on the standard error, the commit that runs."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import stat
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ProgressBar", "RunError", "check_output", "replacing", "write_atomically"]
+__all__ = ["ProgressBar", "RunError", "check_output", "commit", "replacing", "write_atomically"]
 
 _EVERY = 10.0  # seconds between two lines where the standard error is no terminal
 
@@ -89,6 +91,28 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     return Path(path)
+
+
+@functools.cache
+def commit() -> str:
+    """Short hash of the checkout that holds this file, with ``-dirty`` after it if the working tree has changes.
+
+    Outside of a checkout, where the history is missing: the environment variable ``LCCONFORMER_COMMIT``, or "unknown".
+    """
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here.parent), *arguments], capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+
+    try:
+        if git("ls-files", here.name):
+            changed = git("status", "--porcelain", "--untracked-files=no")
+            return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return os.environ.get("LCCONFORMER_COMMIT", "unknown")
 
 
 class ProgressBar:

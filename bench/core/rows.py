@@ -6,9 +6,7 @@ import datetime
 import functools
 import importlib.metadata
 import json
-import os
 import platform
-import subprocess
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import torch
 from lcconformer import __version__
 from lcconformer.runtime import write_atomically
 
-__all__ = ["Results", "Row", "commit", "device_name", "versions"]
+__all__ = ["Results", "Row", "device_name", "versions"]
 
 
 @dataclass(frozen=True)
@@ -163,25 +161,3 @@ def device_name(device: str) -> str:
         name = models[0] if models else name
     threads = torch.get_num_threads()
     return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-@functools.cache
-def commit() -> str:
-    """Short hash of the checkout that holds this file, with ``-dirty`` after it if the working tree has changes.
-
-    Outside of a checkout, where the history is missing: the environment variable ``LCCONFORMER_COMMIT``, or "unknown".
-    """
-    here = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True, timeout=20
-        ).stdout.strip()
-
-    try:
-        if git("ls-files", "rows.py"):
-            changed = git("status", "--porcelain", "--untracked-files=no")
-            return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
-    except (OSError, subprocess.SubprocessError):
-        pass
-    return os.environ.get("LCCONFORMER_COMMIT", "unknown")

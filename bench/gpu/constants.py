@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from lcconformer.runtime import write_atomically
+from lcconformer.runtime import commit, write_atomically
 
 from ..core.case import Case
-from ..core.rows import Results, commit, device_name, versions
+from ..core.rows import Results, device_name, versions
 from ..core.timing import Timing, time_once
 from ..runs.suite import ceilings_of
 

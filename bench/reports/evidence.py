@@ -20,10 +20,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lcconformer.runtime import write_atomically
+from lcconformer.runtime import commit, write_atomically
 
 from ..core.case import OPS
-from ..core.rows import Row, commit, device_name
+from ..core.rows import Row, device_name
 from . import RESULTS
 from .table import grid
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import lcconformer
 from lcconformer.ops.registry import BACKENDS
+from lcconformer.runtime import commit
 
 from ..core.case import Case
-from ..core.rows import commit, device_name
+from ..core.rows import device_name
 from ..core.timing import time_interleaved
 from ..providers.registry import Provider, eager, library
 from ..reports.table import grid, number

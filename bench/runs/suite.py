@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from lcconformer.ops.registry import record
+from lcconformer.runtime import commit
 
 from ..core.case import FRAME_SECONDS, Case
 from ..core.roofline import Ceilings, floor_ms, measure_ceilings, work
-from ..core.rows import Results, Row, commit, device_name, versions
+from ..core.rows import Results, Row, device_name, versions
 from ..core.timing import MIN_ROUNDS, Timing, peak_memory_mb, time_interleaved
 from ..providers.registry import Provider, build
 from .gate import Gate, GateError

@@ -6,18 +6,31 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ...config import ConformerConfig
 from ...data import BadAudioError, Corpus
 from ...data.features import SAMPLE_RATE
-from ..model import PretrainingModel
+from ...encoder import ConformerEncoder
 
-__all__ = ["DepthTimes", "time_depths"]
+__all__ = ["DepthTimes", "Timed", "median_seconds", "time_depths", "time_front"]
 
 _UTTERANCES, _CROP_SECONDS = 8, 15.0
+_Key = TypeVar("_Key")
+
+
+class Timed(Protocol):
+    """A model that can be timed: the one of pretraining, or one with other heads."""
+
+    features: Any
+    encoder: ConformerEncoder
+
+    @property
+    def config(self) -> ConformerConfig: ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +50,7 @@ class DepthTimes:
 
 @torch.no_grad()
 def time_depths(
-    models: Mapping[str, PretrainingModel], corpus: Corpus, depths: Sequence[int], *, rounds: int = 9
+    models: Mapping[str, Timed], corpus: Corpus, depths: Sequence[int], *, rounds: int = 9
 ) -> dict[str, DepthTimes]:
     """Time encoders, from log-mel features to hidden states, on one batch of utterances of median length.
 
@@ -46,11 +59,58 @@ def time_depths(
     Args:
         models: models by name, in evaluation mode; their devices are used.
         corpus: where the utterances come from: up to 8, cropped to 15 s.
-        depths: depths from 1 to N.
+        depths: depths from 1 on; those beyond a model's N are left out for it.
         rounds: measurements per depth.
 
     Raises:
         ValueError: none of those utterances is usable.
+    """
+    batch, lengths = _typical_batch(corpus)
+    runs = {
+        (name, depth): _run(model, batch, lengths, depth)
+        for name, model in models.items()
+        for depth in depths
+        if depth <= model.config.num_layers
+    }
+    medians = median_seconds(runs, rounds)
+    return {
+        name: DepthTimes(
+            {depth: seconds for (whose, depth), seconds in medians.items() if whose == name},
+            len(lengths),
+            float(lengths.sum()) / SAMPLE_RATE,
+            rounds,
+            torch.get_num_threads(),
+        )
+        for name in models
+    }
+
+
+@torch.no_grad()
+def time_front(models: Mapping[str, Timed], corpus: Corpus, *, rounds: int = 9) -> dict[str, dict[str, float]]:
+    """Time what comes ahead of the loops, on the batch of :func:`time_depths`: it is the same at every depth.
+
+    Returns:
+        For each model ``{"features_s", "front_end_s"}``, median seconds from audio to log-mel features, and from these to the
+        input of the first loop, which :func:`time_depths` counts too.
+
+    Raises:
+        ValueError: none of the utterances is usable.
+    """
+    batch, lengths = _typical_batch(corpus)
+    runs: dict[tuple[str, str], Callable[[], None]] = {}
+    for name, model in models.items():
+        runs[name, "features_s"], runs[name, "front_end_s"] = _front_runs(model, batch, lengths)
+    found: dict[str, dict[str, float]] = {name: {} for name in models}
+    for (name, part), seconds in median_seconds(runs, rounds).items():
+        found[name][part] = seconds
+    return found
+
+
+def _typical_batch(corpus: Corpus) -> tuple[Tensor, Tensor]:
+    """Audio ``[B, S]`` and samples ``[B]`` of utterances of median length.
+
+    Raises:
+        ValueError: none of them is usable.
     """
     by_length = sorted(corpus, key=lambda u: (u.num_samples, u.id))
     start = max(0, (len(by_length) - _UTTERANCES) // 2)
@@ -62,30 +122,46 @@ def time_depths(
             corpus.skipped.add(utterance.source, str(error))
     if not audio:
         raise ValueError(f"no audio to measure inference time on in {corpus.name}; Corpus.skipped says why")
-    lengths = torch.tensor([len(a) for a in audio])
-    batch = pad_sequence(audio, batch_first=True)
-    runs = {(name, depth): _run(model, batch, lengths, depth) for name, model in models.items() for depth in depths}
-    measured: dict[tuple[str, int], list[float]] = {key: [] for key in runs}
+    return pad_sequence(audio, batch_first=True), torch.tensor([len(a) for a in audio])
+
+
+def median_seconds(runs: Mapping[_Key, Callable[[], object]], rounds: int) -> dict[_Key, float]:
+    """Median seconds of each call; every round makes all calls, forwards and backwards in turn, the first is not counted."""
+    measured: dict[_Key, list[float]] = {key: [] for key in runs}
     for number in range(rounds + 1):
-        for key in runs if number % 2 else reversed(runs):
+        for key in runs if number % 2 else reversed(list(runs)):
             began = time.perf_counter()
             runs[key]()
             seconds = time.perf_counter() - began
             if number:
                 measured[key].append(seconds)
-    return {
-        name: DepthTimes(
-            {depth: statistics.median(measured[name, depth]) for depth in depths},
-            len(audio),
-            float(lengths.sum()) / SAMPLE_RATE,
-            rounds,
-            torch.get_num_threads(),
-        )
-        for name in models
-    }
+    return {key: statistics.median(seconds) for key, seconds in measured.items()}
 
 
-def _run(model: PretrainingModel, audio: Tensor, lengths: Tensor, depth: int) -> Callable[[], None]:
+def _front_runs(model: Timed, audio: Tensor, lengths: Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
+    device = model.features.window.device
+    audio, lengths = audio.to(device), lengths.to(device)
+    mel, frames = model.features(audio, lengths)
+    mel = mel.to(next(model.encoder.parameters()).dtype)
+
+    def features() -> None:
+        model.features(audio, lengths)
+        _wait(device)
+
+    def front_end() -> None:
+        if model.encoder.front_end is not None:
+            model.encoder.front_end(mel, frames)
+        _wait(device)
+
+    return features, front_end
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _run(model: Timed, audio: Tensor, lengths: Tensor, depth: int) -> Callable[[], None]:
     """Compute features; return a call that runs ``depth`` loops of the encoder on them and waits for the result."""
     device = model.features.window.device
     mel, frames = model.features(audio.to(device), lengths.to(device))
@@ -93,7 +169,6 @@ def _run(model: PretrainingModel, audio: Tensor, lengths: Tensor, depth: int) ->
 
     def run() -> None:
         model.encoder(mel, frames, depth=depth)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        _wait(device)
 
     return run

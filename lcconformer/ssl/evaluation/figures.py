@@ -16,15 +16,28 @@ if TYPE_CHECKING:
 __all__ = [
     "accuracy_figure",
     "consistency_figure",
+    "depth_figure",
     "depth_loss_figure",
     "loss_figure",
     "render",
     "require_matplotlib",
     "time_figure",
+    "trade_figure",
 ]
 
 # colour, marker and dash pattern of the first, second, ... series
-_STYLES = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#737373", "^", ":"), ("#009E73", "D", "-."))
+_STYLES = (
+    ("#0072B2", "o", "-"),
+    ("#D55E00", "s", "--"),
+    ("#737373", "^", ":"),
+    ("#009E73", "D", "-."),
+    ("#CC79A7", "v", "-"),
+    ("#E69F00", "P", "--"),
+    ("#56B4E9", "X", ":"),
+    ("#000000", "<", "-."),
+    ("#8C564B", ">", "-"),
+    ("#7F7F00", "h", "--"),
+)
 _MEASURES = {
     "cosine": "cosine similarity\n(1: same vectors)",
     "cka": "linear CKA\n(1: same up to rotation)",
@@ -201,6 +214,50 @@ def time_figure(milliseconds: Mapping[str, Mapping[int, float]]) -> Figure:
     ax.set_xlabel("depth (loops run)")
     ax.set_ylabel("ms per second of speech")
     ax.set_title("Inference time of the encoder")
+    ax.legend()
+    return figure
+
+
+def depth_figure(
+    panels: Mapping[str, Mapping[str, Mapping[int, tuple[float, float | None]]]],
+    levels: Mapping[str, Mapping[str, float]] | None = None,
+) -> Figure:
+    """Values by depth with error bars, a panel per quantity.
+
+    Args:
+        panels: by label of the vertical axis, series and depth: value and half the length of its bar (None: no bar).
+        levels: horizontal lines, by label of the vertical axis and of the line.
+    """
+    figure, axes = _figure(1, len(panels), 6.0 * len(panels) + (0.0 if len(panels) > 1 else 3.0), 4.8)
+    for ax, (label, series) in zip(axes[0], panels.items()):
+        most = max(len(series), 2)
+        for number, ((name, by_depth), (colour, marker, dash)) in enumerate(zip(series.items(), _STYLES)):
+            # side by side, so that bars at one depth do not cover each other
+            shift = 0.16 * (number / (most - 1) - 0.5)
+            x = [depth + shift for depth in by_depth]
+            y, bars = ([v[i] for v in by_depth.values()] for i in (0, 1))
+            style: Any = {"color": colour, "marker": marker, "linestyle": dash, "linewidth": 1.8, "label": name}
+            ax.errorbar(x, y, None if None in bars else bars, capsize=3, **style)
+        for number, (name, level) in enumerate((levels or {}).get(label, {}).items()):
+            dashes = ((0, (6, 3)), (0, (2, 2)))[number % 2]
+            ax.axhline(level, color="black", linewidth=1, linestyle=dashes, label=name)
+        ax.set_xticks(sorted({depth for by_depth in series.values() for depth in by_depth}))
+        ax.set_xlabel("depth (loops run)")
+        ax.set_ylabel(label)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure
+
+
+def trade_figure(curves: Mapping[str, Sequence[tuple[float, float]]], ylabel: str) -> Figure:
+    """Error against the mean depth of an exit rule; ``curves`` holds pairs (mean depth, error) by name."""
+    figure, axes = _figure(1, 1, 9.0, 4.8)
+    ax = axes[0, 0]
+    for (name, points), (colour, marker, dash) in zip(curves.items(), _STYLES):
+        x, y = np.array(points).T
+        ax.plot(x, y, color=colour, marker=marker, linestyle=dash, linewidth=1.8, markersize=5, label=name)
+    ax.set_xlabel("mean depth (loops run, over utterances)")
+    ax.set_ylabel(ylabel)
     ax.legend()
     return figure
 

@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-from lcconformer.bench.core.rows import Results, Row, commit
+from lcconformer.bench.core.rows import Results, Row
 from lcconformer.bench.reports import readme
 from lcconformer.bench.reports.filing import file_results, slug
+
+from lcconformer.runtime import commit
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -134,7 +136,7 @@ def test_the_readme_is_not_stale():
 
 
 def test_commit_of_a_copy_comes_from_the_variable(monkeypatch, tmp_path):
-    monkeypatch.setattr("lcconformer.bench.core.rows.__file__", str(tmp_path / "rows.py"))
+    monkeypatch.setattr("lcconformer.runtime.__file__", str(tmp_path / "runtime.py"))
     monkeypatch.setenv("LCCONFORMER_COMMIT", "fedcba")
     commit.cache_clear()
     try:

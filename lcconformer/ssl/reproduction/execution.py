@@ -1,0 +1,339 @@
+"""Runs one by one, each in a folder of its own: what is complete is not repeated, what was interrupted goes on.
+
+``result.json`` of a run holds what its settings, seeds and speech decide; ``times.json`` holds what the machine decides, and
+which machine and commit that was.  The latter is written last: with it, the run is complete.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...data import BatchLoader
+from ...depth import ExitRule
+from ...runtime import commit
+from ..checkpoint import find_checkpoints
+from ..evaluation.consistency import model_consistency
+from ..evaluation.depth_timing import median_seconds, time_depths, time_front
+from ..evaluation.output import describe_machine, write_json
+from ..evaluation.probes import LOG_MEL, probe_model
+from ..finetuning import (
+    FinetuneResult,
+    Recogniser,
+    best_depth,
+    calibrate_exit,
+    error_rates,
+    exit_depths,
+    finetune,
+    load_recogniser,
+    read_corpus,
+)
+from ..finetuning.evaluation import Reading
+from ..finetuning.learner import Learner
+from ..model import PretrainingModel, load_model
+from ..objectives import ObjectiveSettings
+from ..pretraining import PretrainResult, StepRecord, pretrain
+from ..pretraining.distributed import Ranks
+from .plan import Run
+from .speech import NoisyCorpus, ReproductionSpeech
+
+__all__ = ["Stopped", "execute", "is_complete"]
+
+_CURVE = 20  # points of a learning curve
+_THRESHOLDS = 16  # of the exit rule, on the curve of error against mean depth
+_RATE = 1e-6  # learning rate of steps that only their time matters of
+
+
+class Stopped(Exception):
+    """A signal ended a training, after a checkpoint; the argument is the signal's name."""
+
+
+def is_complete(out: Path, run: Run) -> bool:
+    return (out / "runs" / run.folder / "times.json").is_file()
+
+
+def execute(
+    run: Run,
+    speech: ReproductionSpeech,
+    out: Path,
+    ranks: Ranks,
+    report: Callable[..., None],
+) -> None:
+    """Do a run, or the rest of it, in its folder under ``out``.
+
+    Args:
+        run: its models come from the complete runs of ``run.after``.
+        speech: the speech that the plan was made for.
+        ranks: the processes, all of which train; the first one measures and writes, on its device.
+        report: called with the part that is done and a few words.
+
+    Raises:
+        Stopped: a signal came; what was trained is kept.
+    """
+    folder = out / "runs" / run.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    earlier = [out / "runs" / other.folder for other in run.after]
+    if not ranks.first:
+        _fit(run, folder, speech, report, None)
+        return
+    result, times = _KINDS[run.kind](run, speech, folder, earlier, ranks.device, report)
+    write_json(folder / "result.json", {"description": run.description, **result})
+    where = {"machine": describe_machine(ranks.device), "processes": ranks.world_size, "commit": commit()}
+    write_json(folder / "times.json", times | where)
+
+
+def _fit(
+    run: Run, folder: Path, speech: ReproductionSpeech, report: Callable[..., None], start: PretrainingModel | None
+) -> PretrainResult | FinetuneResult:
+    """Train or go on, to the last step.
+
+    Raises:
+        Stopped: a signal came.
+    """
+    settings = dict(run.settings)["training"]
+
+    def on_step(record: StepRecord) -> None:
+        note = f"step {record.step}/{settings.steps}  loss {record.loss:.3f}  loops {record.depths[0]}"
+        report(0.9 * record.step / settings.steps, note)
+
+    options: dict[str, Any] = {"out": folder / "training", "resume": True, "on_step": on_step, "progress": False}
+    done: PretrainResult | FinetuneResult
+    if run.kind == "pretrain":
+        done = pretrain(settings, speech.pretraining, speech.validation, **options)
+    else:
+        done = finetune(settings, speech.train, speech.validation, start=start, **options)
+    if done.stopped != "steps":
+        raise Stopped(done.stopped)
+    return done
+
+
+def _train(
+    run: Run, folder: Path, speech: ReproductionSpeech, report: Callable[..., None], start: PretrainingModel | None
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Train or go on; returns the model, and the result and the times of the training."""
+    settings, place = dict(run.settings)["training"], folder / "training"
+    done = _fit(run, folder, speech, report, start)
+    with open(place / "steps.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    compute = [float(row["compute_s"]) for row in rows]
+    depths = [int(row["depths"].partition("+")[0]) for row in rows]
+    ends = sorted({max(1, round(len(rows) * i / _CURVE)) for i in range(1, _CURVE + 1)})
+    starts = [0, *ends]
+    losses = [statistics.fmean(float(r["loss"]) for r in rows[a:b]) for a, b in zip(starts, ends)]
+    with open(place / "validation.csv", newline="") as file:
+        validation = [float(row["loss"]) for row in csv.DictReader(file) if int(row["step"]) == settings.steps]
+    summary = done.model.encoder.summary()
+    encoder = done.model.encoder.config
+    result = {
+        "training": {
+            "steps": len(rows),
+            "loops": sum(depths),
+            "loops_per_step": statistics.fmean(depths),
+            "speech_hours": sum(float(row["seconds"]) for row in rows) / 3600,
+            "curve": {"step": ends, "loss": losses},
+            "validation_loss": validation,
+        },
+        "encoder": {
+            "num_layers": encoder.num_layers,
+            "d_model": encoder.d_model,
+            "unique": summary.unique,
+            "effective": summary.effective,
+            "heads": sum(p.numel() for p in done.model.parameters()) - summary.unique,
+            "gflops": [f / 1e9 for f in summary.flops],
+        },
+    }
+    times = {
+        "training": {
+            "compute_s": sum(compute),
+            "step_s": statistics.median(compute),
+            "curve_s": [sum(compute[:end]) for end in ends],
+        }
+    }
+    return done.model.eval(), result, times
+
+
+Done = tuple[dict[str, Any], dict[str, Any]]
+
+
+def _pretrain(
+    run: Run,
+    speech: ReproductionSpeech,
+    folder: Path,
+    earlier: Sequence[Path],
+    device: torch.device,
+    report: Callable[..., None],
+) -> Done:
+    _, result, times = _train(run, folder, speech, report, None)
+    return result, times
+
+
+def _finetune(
+    run: Run,
+    speech: ReproductionSpeech,
+    folder: Path,
+    earlier: Sequence[Path],
+    device: torch.device,
+    report: Callable[..., None],
+) -> Done:
+    trained = bool(find_checkpoints(folder / "training"))
+    start = load_model(earlier[0] / "training") if earlier and not trained else None
+    model, result, times = _train(run, folder, speech, report, start)
+    report(0.9, "measuring")
+    readings = {
+        "validation": read_corpus(model, speech.validation),
+        "test": read_corpus(model, speech.test),
+        "noisy": read_corpus(model, NoisyCorpus(speech.test)),
+    }
+    depths = range(1, model.config.num_layers + 1)
+    rows = {name: [{"depth": k, **error_rates(read, k)} for k in depths] for name, read in readings.items()}
+    chosen = best_depth(rows["validation"])
+    rule = calibrate_exit(readings["validation"], chosen)
+    frames = dict(run.settings)["consistency_frames"]
+    matrices = model_consistency(model, speech.validation, max_frames=frames, seed=run.seed)
+    measured = {
+        "rows": rows,
+        "by_speaker": _by_speaker(readings["test"], speech.speakers),
+        "chosen_depth": chosen,
+        "exit": {
+            "rule": dataclasses.asdict(rule),
+            **{name: error_rates(readings[name], exit_depths(readings[name], rule)) for name in ("test", "noisy")},
+        },
+        "exit_curve": _exit_curve(readings, chosen),
+        "consistency": {name: matrix.tolist() for name, matrix in matrices.items()},
+    }
+    return result | measured, times
+
+
+def _by_speaker(readings: Sequence[Reading], speakers: dict[str, str]) -> dict[str, list[dict[str, list[int]]]]:
+    """For each speaker and depth, the numbers of errors and of what they are over: frames, phones, characters."""
+    parts: dict[str, list[Reading]] = {}
+    for reading in readings:
+        parts.setdefault(speakers[reading.id], []).append(reading)
+    depths = range(1, len(readings[0].changes) + 1)
+    return {who: [_counts(error_rates(part, k)) for k in depths] for who, part in sorted(parts.items())}
+
+
+def _counts(rates: dict[str, Any]) -> dict[str, list[int]]:
+    found = {}
+    for name, over in (("per", "phones"), ("cer", "characters"), ("wer", "words")):
+        if name in rates:
+            found[name] = [round(rates[name] * rates[over]), rates[over]]
+    if "frame_accuracy" in rates:
+        total = rates["frames"]
+        found["frame_error"] = [total - round(rates["frame_accuracy"] * total), total]
+    return found
+
+
+def _exit_curve(readings: dict[str, list[Reading]], depth: int) -> list[dict[str, Any]]:
+    """Error and mean depth for thresholds of the exit rule that the validation speech spreads."""
+    changes = torch.tensor([c for r in readings["validation"] for c in r.changes[: depth - 1] if c > 0])
+    if not len(changes):
+        return []
+    rows = []
+    for threshold in changes.quantile(torch.linspace(1.0, 0.0, _THRESHOLDS)).unique().flip(0).tolist():
+        rule = ExitRule("change", depth=depth, threshold=threshold)
+        at = {name: error_rates(readings[name], exit_depths(readings[name], rule)) for name in ("test", "noisy")}
+        rows.append({"threshold": threshold, **at})
+    return rows
+
+
+def _probe(
+    run: Run,
+    speech: ReproductionSpeech,
+    folder: Path,
+    earlier: Sequence[Path],
+    device: torch.device,
+    report: Callable[..., None],
+) -> Done:
+    own = dict(run.settings)
+    if earlier:
+        model = load_model(earlier[0] / "training", device)
+    else:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(run.seed)
+            model = PretrainingModel(own["encoder"], own["features"], ObjectiveSettings()).to(device).eval()
+    rows = probe_model(
+        model,
+        speech.train,
+        speech.validation,
+        speech.test,
+        range(1, model.config.num_layers + 1),
+        settings=own["probe"],
+        name=run.model,
+        log_mel=not earlier,
+        progress=report,
+    )
+    frames = min(8192, own["probe"].max_frames)
+    matrices = model_consistency(model, speech.validation, max_frames=frames, seed=run.seed)
+    return {
+        "rows": [row for row in rows if row["features"] != LOG_MEL],
+        "log_mel": [row for row in rows if row["features"] == LOG_MEL],
+        "consistency": {name: matrix.tolist() for name, matrix in matrices.items()},
+    }, {}
+
+
+def _timing(
+    run: Run,
+    speech: ReproductionSpeech,
+    folder: Path,
+    earlier: Sequence[Path],
+    device: torch.device,
+    report: Callable[..., None],
+) -> Done:
+    rounds = dict(run.settings)["rounds"]
+    models: dict[str, Recogniser] = {}
+    learners: dict[str, tuple[Any, Learner]] = {}
+    for other, place in zip(run.after, earlier):
+        models[other.model] = load_recogniser(place / "training", device)
+        settings = dict(other.settings)["training"]
+        learners[other.model] = settings, Learner(settings, speech.train, None, device, None)
+    front = time_front(models, speech.test, rounds=rounds)
+    report(0.1, "inference")
+    times = {}
+    depths = range(1, max(model.config.num_layers for model in models.values()) + 1)
+    measured = time_depths(models, speech.test, depths, rounds=rounds)
+    for name, value in measured.items():
+        times[name] = {"depth_s": {str(k): s for k, s in value.seconds.items()}, **front[name]}
+        facts = {k: v for k, v in dataclasses.asdict(value).items() if k != "seconds"}
+    report(0.4, "training steps")
+    steps = _time_steps(learners, speech, rounds)
+    return {"models": list(models)}, {"inference": times, "batch": facts, "step_s": steps}
+
+
+def _time_steps(
+    learners: dict[str, tuple[Any, Learner]],
+    speech: ReproductionSpeech,
+    rounds: int,
+) -> dict[str, dict[str, float]]:
+    """Median time of a training step of each model at each of its depths, all models and depths in turn in every round."""
+    first = next(iter(learners.values()))[0]
+    loader = BatchLoader(speech.train, seed=0, max_seconds=first.batch_seconds, labels=True, workers=0)
+    batch = next(iter(loader.epoch(0)))
+    calls: dict[tuple[str, tuple[int, ...]], Callable[[], object]] = {}
+    for name, (settings, learner) in learners.items():
+        sampler = settings.sampler()
+        kinds = {sampler.depths(step) for step in range(200)}
+        for depths in sorted(kinds):
+            calls[name, depths] = functools.partial(learner.step, 0, batch, depths, _RATE)
+    found: dict[str, dict[str, float]] = {}
+    # a step waits for the device: it returns the loss
+    for (name, depths), seconds in median_seconds(calls, rounds).items():
+        found.setdefault(name, {})["+".join(map(str, depths))] = seconds
+    return found
+
+
+_KINDS: dict[str, Callable[..., Done]] = {
+    "scratch": _finetune,
+    "pretrained": _finetune,
+    "pretrain": _pretrain,
+    "probe": _probe,
+    "random": _probe,
+    "timing": _timing,
+}
