@@ -131,7 +131,7 @@ def architectures(nvcc: Nvcc) -> list[str]:
         if match is None:
             raise ValueError(f"LCCONFORMER_CUDA_ARCHS: cannot read {item!r}; write it like 8.0;9.0+PTX")
         arch = "".join(match.groups()[:3])
-        if arch not in known or int(match[1]) < 8:
+        if not (arch in known or (match[3] and builds(nvcc, arch))) or int(match[1]) < 8:
             if not asked:
                 continue
             number = {k: int(re.sub(r"\D", "", k)) for k in known}
@@ -140,6 +140,12 @@ def architectures(nvcc: Nvcc) -> list[str]:
         if (arch + (match[4] or "")) not in archs:
             archs.append(arch + (match[4] or ""))
     return archs
+
+
+def builds(nvcc: Nvcc, arch: str) -> bool:
+    """Whether this nvcc takes ``arch``; its list leaves out the variants, like 90a and 100f."""
+    nothing = ["-c", "-x", "cu", os.devnull, "-o", os.devnull]
+    return run([nvcc.path, "--dryrun", *nothing, *gencode([arch])]).returncode == 0
 
 
 def gencode(archs: Sequence[str]) -> list[str]:

@@ -41,6 +41,8 @@ class Shared {
         *reinterpret_cast<V*>(at_ + i) = value;
     }
     __device__ Shared operator+(int floats) const { return Shared(at_ + floats); }
+    // as PTX has it
+    __device__ uint32_t address(int i) const { return static_cast<uint32_t>(__cvta_generic_to_shared(at_ + i)); }
 
    private:
     float* at_;

@@ -182,20 +182,23 @@ class Shared {
     Shared(float* piece, size_t offset, int at = 0) : piece_(piece), offset_(offset), at_(at) {}
     template <class V>
     V load(int i, EMULATION_HERE) const {
-        count<V>(i, {"load", file, line});
+        access<V>(i, {"load", file, line});
         return *reinterpret_cast<const V*>(piece_ + at_ + i);
     }
     template <class V>
     void store(int i, const V& value, EMULATION_HERE) const {
-        count<V>(i, {"store", file, line});
+        access<V>(i, {"store", file, line});
         *reinterpret_cast<V*>(piece_ + at_ + i) = value;
     }
     Shared operator+(int floats) const { return Shared(piece_, offset_, at_ + floats); }
+    // where the i-th float is, and in bytes from the start of dynamic shared memory
+    std::pair<void*, size_t> place(int i) const { return {piece_ + at_ + i, offset_ + (at_ + i) * sizeof(float)}; }
 
    private:
     template <class V>
-    void count(int i, emulation::Place place) const {
-        emulation::current()->shared_access(place, offset_ + (at_ + i) * sizeof(float), sizeof(V));
+    void access(int i, emulation::Place at) const {
+        const auto [address, offset] = place(i);
+        emulation::current()->shared_access(at, address, offset, sizeof(V));
     }
 
     float* piece_;

@@ -2,8 +2,9 @@
 //
 // A thread runs until it waits (barrier, warp operation, grid barrier) or reaches an atomic; then a seeded random
 // choice says who runs next. So what a kernel leaves to luck shows: a missing barrier reads poison or an old value, a
-// barrier that some thread never reaches leaves nobody to run and is reported by block, thread, file and line. Two
-// blocks are resident at a time, or all of them under a cooperative launch.
+// barrier that some thread never reaches leaves nobody to run and is reported by block, thread, file and line. A touch
+// of shared memory that an asynchronous copy is on its way to is reported, too, whatever the schedule. Two blocks are
+// resident at a time, or all of them under a cooperative launch.
 #pragma once
 
 #include <sys/mman.h>
@@ -71,6 +72,23 @@ struct Traffic {
 };
 
 struct Block;
+struct Fiber;
+
+constexpr size_t kCopy = 16;  // bytes of an asynchronous copy
+
+struct Copy {
+    void* to;
+    const void* from;  // null: zeros
+    uint64_t group;
+};
+
+// Sixteen bytes of shared memory that `owner` copies: nobody may touch them until it has waited, the others until the
+// barrier after that.
+struct Copied {
+    Place place;
+    const Fiber* owner;
+    bool landed;
+};
 
 struct Fiber {
     ucontext_t context;
@@ -78,9 +96,11 @@ struct Fiber {
     uint3 thread;
     int rank = 0;  // of the thread in its block
     bool done = false;
-    Place waits;     // empty: can run
-    Lanes lanes{};   // what each lane brought to the last warp operation
-    int pieces = 0;  // of dynamic shared memory taken so far
+    Place waits;               // empty: can run
+    Lanes lanes{};             // what each lane brought to the last warp operation
+    int pieces = 0;            // of dynamic shared memory taken so far
+    std::vector<Copy> copies;  // on their way
+    uint64_t copy_group = 0;   // of the copies to come
     std::vector<Access> accesses;
     void* stack = nullptr;
     void* fake_stack = nullptr;  // of AddressSanitizer
@@ -106,6 +126,7 @@ struct Block {
     std::vector<std::vector<WarpOperation>> warps;
     std::vector<std::pair<Place, SharedPiece>> arrays;  // static shared memory, by declaration
     std::vector<SharedPiece> pieces;                    // dynamic shared memory, in the order it is taken
+    std::map<void*, Copied> copied;
     size_t dynamic_bytes = 0;
     int at_barrier = 0, at_grid_barrier = 0, done = 0;
     Place barrier;
@@ -129,10 +150,15 @@ class Grid {
     void barrier(Place place);
     void grid_barrier(Place place);
     void yield();
-    const Lanes& exchange(Place place, uint32_t mask, uint64_t value);
+    // `all` is called by the last lane, with what every lane has brought, before any goes on
+    const Lanes& exchange(Place place, uint32_t mask, uint64_t value,
+                          const std::function<void(const Lanes&)>& all = nullptr);
     void* shared_array(Place place, size_t bytes);
     std::pair<void*, size_t> shared_piece(size_t bytes);
-    void shared_access(Place place, size_t offset, size_t bytes);
+    void shared_access(Place place, const void* address, size_t offset, size_t bytes);
+    void copy(Place place, void* to, size_t offset, const void* from);
+    void commit_copies() { ++running_->copy_group; }
+    void wait_for_copies(uint64_t pending);
 
     uint3 grid_dim() const { return grid_; }
     uint3 block_dim() const { return block_; }
@@ -305,6 +331,7 @@ inline void Grid::enter() {
 }
 
 inline void Grid::finish() {
+    if (!running_->copies.empty()) fail(name(*running_) + " returns before its copies have landed");
     running_->done = true;
     ++running_->block->done;
 }
@@ -335,6 +362,9 @@ inline void Grid::barrier(Place place) {
     }
     if (++block.at_barrier == static_cast<int>(block.fibers.size())) {
         block.at_barrier = 0;
+        for (auto i = block.copied.begin(); i != block.copied.end();) {
+            i = i->second.landed ? block.copied.erase(i) : std::next(i);
+        }
         for (Fiber& fiber : block.fibers) wake(fiber);
         return yield();  // the last to arrive need not be the first to go on
     }
@@ -356,7 +386,8 @@ inline void Grid::grid_barrier(Place place) {
     wait(place);
 }
 
-inline const Lanes& Grid::exchange(Place place, uint32_t mask, uint64_t value) {
+inline const Lanes& Grid::exchange(Place place, uint32_t mask, uint64_t value,
+                                   const std::function<void(const Lanes&)>& all) {
     Fiber& fiber = *running_;
     auto& pending = fiber.block->warps[fiber.rank / kWarpSize];
     const int lane = fiber.rank % kWarpSize;
@@ -375,6 +406,7 @@ inline const Lanes& Grid::exchange(Place place, uint32_t mask, uint64_t value) {
         wait(place);
         return fiber.lanes;
     }
+    if (all) all(operation->lanes);
     for (int i = 0; i < kWarpSize; ++i) {
         if ((mask >> i & 1) == 0) continue;
         Fiber& other = fiber.block->fibers[fiber.rank - lane + i];
@@ -420,8 +452,44 @@ inline std::pair<void*, size_t> Grid::shared_piece(size_t bytes) {
     return {block.pieces[number].memory.get(), block.pieces[number].offset};
 }
 
-inline void Grid::shared_access(Place place, size_t offset, size_t bytes) {
+inline void Grid::shared_access(Place place, const void* address, size_t offset, size_t bytes) {
     if (traffic().counted) running_->accesses.push_back({place, offset, bytes});
+    auto& copied = running_->block->copied;
+    if (copied.empty()) return;
+    // a copy begins at a multiple of kCopy, and no access is longer
+    void* first = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(address) / kCopy * kCopy);
+    const auto found = copied.find(first);
+    if (found == copied.end() || (found->second.landed && found->second.owner == running_)) return;
+    std::ostringstream why;
+    const Copied& copy = found->second;
+    why << name(*running_) << " is in " << place.what << " at " << place.file << ":" << place.line
+        << " where the copy at line " << copy.place.line << " of " << name(*copy.owner)
+        << (copy.landed ? " has landed, with no barrier since then" : " is on its way");
+    fail(why.str());
+}
+
+// Poison until it lands, which it does as late as can be: when its thread waits for it.
+inline void Grid::copy(Place place, void* to, size_t offset, const void* from) {
+    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % kCopy != 0) {
+        fail(name(*running_) + " copies from or to a misaligned address at line " + std::to_string(place.line));
+    }
+    shared_access(place, to, offset, kCopy);
+    std::memset(to, kPoison, kCopy);
+    running_->copies.push_back({to, from, running_->copy_group});
+    running_->block->copied[to] = {place, running_, false};
+    yield();
+}
+
+inline void Grid::wait_for_copies(uint64_t pending) {
+    auto& copies = running_->copies;
+    const auto landed = std::remove_if(copies.begin(), copies.end(), [&](const Copy& c) {
+        if (c.group + pending >= running_->copy_group) return false;
+        c.from == nullptr ? std::memset(c.to, 0, kCopy) : std::memcpy(c.to, c.from, kCopy);
+        running_->block->copied.at(c.to).landed = true;
+        return true;
+    });
+    copies.erase(landed, copies.end());
+    yield();
 }
 
 // The n-th access of each lane from one place in the source is one access of the warp.

@@ -8,12 +8,15 @@
 #include <vector>
 
 #include "cuda/common.cuh"
+#include "cuda/tensor_cores.cuh"
 
 namespace {
 
 constexpr int kThreads = 96, kBlocks = 3;
 
 using Kernel = void (*)(float*);
+
+int run(Kernel kernel, size_t shared, bool cooperative);
 
 template <bool kSecondBarrier>
 void rotate(float* out) {  // each thread reads what its neighbour wrote, twice
@@ -102,6 +105,92 @@ void warp_operations(float* out) {
                        before == (lane < 3 ? lane : lane - 3) && odd == 0xAAAAAAAAu &&
                        low == (lane < 8 ? (7 - lane) * 2 : -1) && all && any && !none;
     out[blockIdx.x * kThreads + i] = right ? rotated(i) : -1.0f;
+}
+
+// Sixteen bytes a thread, which its neighbour reads. What is missing is 'w'ait, 'b'arrier, 'c'ommit of the copy, the
+// 'r'ead's barrier before the next copy; or the copy is left on its way at the 'e'nd.
+template <char kMissing>
+void copies(float* out) {
+    alignas(16) static const float source[4 * kThreads] = {};
+    lcc::SharedMemory shared;
+    const lcc::Shared rows = shared.take(4 * kThreads);
+    const int i = threadIdx.x, next = (i + 1) % kThreads;
+    lcc::copy_async(rows, 4 * i, source + 4 * i, i % 2 == 0);
+    if (kMissing != 'c') lcc::commit_copies();
+    if (kMissing != 'w') lcc::wait_for_copies<0>();
+    if (kMissing != 'b') __syncthreads();
+    const float first = rows.load<float>(4 * next);
+    if (kMissing != 'r') __syncthreads();
+    lcc::copy_async(rows, 4 * i, source, true);
+    lcc::commit_copies();
+    if (kMissing != 'e') lcc::wait_for_copies<0>();
+    out[blockIdx.x * kThreads + i] = rotated(i) + first;
+}
+
+// two groups in flight: the older one has landed, the younger one not
+void copies_in_two_groups(float* out) {
+    alignas(16) static const float source[4] = {1.0f, 2.0f, 3.0f, 4.0f};
+    lcc::SharedMemory shared;
+    const lcc::Shared rows = shared.take(8 * kThreads);
+    const int i = threadIdx.x;
+    for (int n = 0; n < 2; ++n) {
+        lcc::copy_async(rows, 8 * i + 4 * n, source, true);
+        lcc::commit_copies();
+    }
+    lcc::wait_for_copies<1>();
+    const float third = rows.load<float>(8 * i + 2);
+    lcc::wait_for_copies<0>();
+    out[blockIdx.x * kThreads + i] = rotated(i) + third + rows.load<float>(8 * i + 7) - 7.0f;
+}
+
+// A [16, 32] B [32, 16] of small integers by each warp: A as the manual lays out fragments, B from rows of n or,
+// kTransposed, transposed, from rows of n
+template <class T, bool kTransposed>
+void products(float* out) {
+    const auto a_at = [](int m, int k) { return static_cast<float>((3 * m + 5 * k) % 11 - 5); };
+    const auto b_at = [](int k, int n) { return static_cast<float>((7 * k + 2 * n + k * n) % 13 - 6); };
+    constexpr int kRows = kTransposed ? 32 : 16, kPitch = (kTransposed ? 16 : 32) / 2 + 4;  // in pairs, as floats
+    lcc::SharedMemory shared;
+    const lcc::Shared b = shared.take(3 * kRows * kPitch) + static_cast<int>(threadIdx.x / 32) * kRows * kPitch;
+    const int lane = threadIdx.x % 32, r = lane / 4, q = lane % 4;
+    for (int pair = lane; pair < 256; pair += 32) {
+        const int row = pair / (256 / kRows), first = pair % (256 / kRows) * 2;
+        const float low = kTransposed ? b_at(row, first) : b_at(first, row);
+        const float high = kTransposed ? b_at(row, first + 1) : b_at(first + 1, row);
+        b.store(row * kPitch + first / 2, lcc::pack<T>(low, high));
+    }
+    __syncwarp();
+    float c[2][4] = {};  // columns 0 ... 7 and 8 ... 15
+    for (int k0 = 0; k0 < 32; k0 += 16) {
+        uint32_t a[4], m[4];
+        for (int i = 0; i < 4; ++i) {
+            const int row = r + i % 2 * 8, k = k0 + 2 * q + i / 2 * 8;
+            a[i] = lcc::pack<T>(a_at(row, k), a_at(row, k + 1));
+        }
+        // matrices: n 0 ... 7 with the lower half of k, with the upper half, then n 8 ... 15
+        const int part = lane / 8, n = part / 2 * 8, k = k0 + part % 2 * 8;
+        const int at = kTransposed ? (k + lane % 8) * kPitch + n / 2 : (n + lane % 8) * kPitch + k / 2;
+        lcc::load_matrices<kTransposed>(m, b, at);
+        lcc::multiply_add<T>(c[0], a, m[0], m[1]);
+        lcc::multiply_add<T>(c[1], a, m[2], m[3]);
+    }
+    bool right = true;
+    for (int i = 0; i < 8; ++i) {
+        const int row = r + i % 4 / 2 * 8, column = i / 4 * 8 + 2 * q + i % 2;
+        float expected = 0.0f;
+        for (int k = 0; k < 32; ++k) expected += a_at(row, k) * b_at(k, column);
+        right = right && c[i / 4][i % 4] == expected;
+    }
+    out[blockIdx.x * kThreads + threadIdx.x] = right ? rotated(threadIdx.x) : -1.0f;
+}
+
+template <class T, bool kTransposed>
+int run_products() {
+    return run(products<T, kTransposed>, 3 * 32 * 20 * sizeof(float), false);
+}
+template <char kMissing>
+int run_copies() {
+    return run(copies<kMissing>, 4 * kThreads * sizeof(float), false);
 }
 
 int arrivals, order_hash;
@@ -199,6 +288,17 @@ int main(int, char** argv) {
          [] { return run(atomics, 0, false) | (arrivals != kBlocks * kThreads) | (order_hash != arrivals - 1); }},
         {"grid_barrier", [] { return run(grid_barrier, 0, true); }},
         {"grid_barrier_without_cooperation", [] { return run(grid_barrier, 0, false); }},
+        {"copies", run_copies<' '>},
+        {"copies_in_two_groups", [] { return run(copies_in_two_groups, 8 * kThreads * sizeof(float), false); }},
+        {"copy_without_wait", run_copies<'w'>},
+        {"copy_without_commit", run_copies<'c'>},
+        {"copy_without_barrier", run_copies<'b'>},
+        {"copy_into_what_is_read", run_copies<'r'>},
+        {"copy_left_on_its_way", run_copies<'e'>},
+        {"products_of_float16", run_products<__half, false>},
+        {"products_of_bfloat16", run_products<__nv_bfloat16, false>},
+        {"transposed_products_of_float16", run_products<__half, true>},
+        {"transposed_products_of_bfloat16", run_products<__nv_bfloat16, true>},
         {"traffic_of_floats", traffic<float, 1>},
         {"traffic_of_floats_in_two_banks", traffic<float, 16>},
         {"traffic_of_pairs", traffic<float2, 2>},

@@ -22,7 +22,13 @@ def run_case(gxx):
     return run
 
 
-@pytest.mark.parametrize("case", ["barriers", "warp_operations", "atomics", "grid_barrier"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "barriers", "warp_operations", "atomics", "grid_barrier", "copies", "copies_in_two_groups",
+        "products_of_float16", "products_of_bfloat16", "transposed_products_of_float16", "transposed_products_of_bfloat16",
+    ],
+)  # fmt: skip
 def test_right_kernels_pass_in_every_schedule(run_case, case):
     for seed in SEEDS:
         result = run_case(case, seed)
@@ -93,6 +99,11 @@ def test_a_misaligned_load_is_caught(run_case):
         ),
         ("missing_lane", r"deadlock: .*__shfl_down_sync at .*cases.cpp:\d+; .*thread \(7, 0, 0\) has returned"),
         ("divergent_warp", r"divergent warp: block .* is in __shfl_\w+_sync at line \d+ while others"),
+        ("copy_without_wait", r"is in load at .*cases.cpp:\d+ where the copy at line \d+ of .* is on its way"),
+        ("copy_without_commit", r"is in load at .* is on its way"),
+        ("copy_without_barrier", r"is in load at .*(has landed, with no barrier since then|is on its way)"),
+        ("copy_into_what_is_read", r"is in load at .*(has landed, with no barrier since then|is on its way)"),
+        ("copy_left_on_its_way", r"returns before its copies have landed"),
         ("shared_too_small", r"takes 4194304 bytes of dynamic shared memory; the launch gave 1024"),
         ("shared_beyond_device", r"more than 99 KiB"),
         ("grid_barrier_without_cooperation", r"not cooperative"),

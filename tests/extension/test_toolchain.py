@@ -16,8 +16,8 @@ import toolchain
 FAKE_NVCC = """#!/bin/sh
 case "$1" in
   --version) echo "Cuda compilation tools, release {minor}, V{minor}.88" ;;
-  --list-gpu-code) printf 'sm_75\\nsm_80\\nsm_90\\nsm_90a\\nsm_100\\nsm_120\\n' ;;
-  --dryrun) echo '#$ _SPACE_=' >&2; echo '#$ TOP={root}' >&2 ;;
+  --list-gpu-code) printf 'sm_75\\nsm_80\\nsm_90\\nsm_100\\nsm_120\\n' ;;
+  --dryrun) case "$*" in *sm_80a*|*sm_90f*) exit 1 ;; esac; echo '#$ _SPACE_=' >&2; echo '#$ TOP={root}' >&2 ;;
 esac
 """
 
@@ -76,6 +76,7 @@ def test_an_nvcc_that_cannot_serve_is_explained(toolkit, monkeypatch, tmp_path):
         ("9.0", ["90"]),
         ("8.0;9.0+PTX", ["80", "90+PTX"]),
         ("80 90a,12.0", ["80", "90a", "120"]),
+        ("9.0a;10.0a 10.0f+PTX", ["90a", "100a", "100f+PTX"]),
         ("9.0 9.0", ["90"]),
         # by default what this nvcc cannot build is left out
         ("", ["80", "90+PTX", "100", "120"]),
@@ -91,7 +92,9 @@ def test_architectures(toolkit, monkeypatch, asked, archs):
     ("asked", "message"),
     [
         ("hopper", "cannot read 'hopper'; write it like"),
-        ("8.6", r"cannot build 8.6; it can build 80, 90, 90a, 100, 120"),
+        ("8.6", r"cannot build 8.6; it can build 80, 90, 100, 120"),
+        ("8.0a", "cannot build 8.0a"),
+        ("9.0f", "cannot build 9.0f"),
         ("7.5", "cannot build 7.5"),
     ],
 )

@@ -441,10 +441,19 @@ def access(m: Machine, i: Instruction) -> Step:
         place, writes = m.address(where, i.scope), [m.writer(p, kind, i.scope) for p in pieces]
 
         def load_param(lanes: Any) -> None:
-            start = int(place()[threads(m, lanes)[0]])
-            values = m.params[start : start + unit.itemsize * len(pieces)].view(unit)
-            for write, value in zip(writes, values):
-                write(value, lanes)
+            some = threads(m, lanes)
+            starts = place()[some].astype(np.int64)
+            if (starts == starts[0]).all():
+                values = m.params[starts[0] : starts[0] + unit.itemsize * len(pieces)].view(unit)
+                for write, value in zip(writes, values):
+                    write(value, lanes)
+                return
+            # a pointer chosen among parameters: the address differs from lane to lane
+            data = m.params[starts[:, None] + np.arange(unit.itemsize * len(pieces))].view(unit)
+            for k, write in enumerate(writes):
+                whole = np.zeros(m.n, unit)
+                whole[some] = data[:, k]
+                write(whole, lanes)
 
         return load_param
     address = m.address(where, i.scope)

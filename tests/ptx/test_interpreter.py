@@ -118,6 +118,15 @@ def test_floats(body, expected):
     np.testing.assert_array_equal(values(body, given).view(np.float32), expected(given))
 
 
+def test_lanes_read_different_parameters():
+    body = """
+        setp.lt.s32 %p1, %r4, 0; mov.u64 %rd5, p0; add.s64 %rd6, %rd5, 8; selp.b64 %rd5, %rd5, %rd6, %p1;
+        ld.param.u64 %rd7, [%rd5]; setp.eq.s64 %p1, %rd7, %rd0; selp.b32 %r5, 1, 2, %p1;
+    """
+    given = integers()
+    np.testing.assert_array_equal(values(body, given), np.where(given < 0, 1, 2))
+
+
 def test_bf16_rounds_to_the_even_neighbour():
     bits = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x7F7FFFFF, 0x7FC00001], np.uint32)
     assert to_bf16(bits.view(np.float32)).tolist() == [0x3F80, 0x3F82, 0x3F81, 0x7F80, 0x7FFF]

@@ -5,9 +5,9 @@
 #include <functional>
 #include <vector>
 
-#define launch run_emulated
+#define start run_emulated
 #include "../../../../csrc/emulation/cuda_host.h"
-#undef launch
+#undef start
 
 namespace recording {
 
@@ -32,8 +32,8 @@ std::vector<unsigned char> bytes(const T& value) {
 namespace lcc {
 
 template <class... Params>
-void launch(const char* /*name*/, int /*device*/, void (*kernel)(Params...), dim3 grid, dim3 /*block*/, size_t shared,
-            uintptr_t /*stream*/, Params... args) {
+void start(const char* /*name*/, void (*kernel)(Params...), dim3 grid, dim3 /*block*/, size_t shared,
+           uintptr_t /*stream*/, Params... args) {
     recording::listener()(
         {reinterpret_cast<const void*>(kernel), {grid.x, grid.y, grid.z}, shared, {recording::bytes(args)...}});
 }
