@@ -22,7 +22,7 @@ from .runs.suite import run_case
 
 __all__ = ["add_arguments", "run"]
 
-SHAPES = {"cpu": "1x100,1x400,8x400", "cuda": "1x100,1x400,8x400,32x400,32x1500"}
+SHAPES = {"cpu": "1x16,1x100,1x400,8x400", "cuda": "1x100,1x400,8x400,32x400,32x1500"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
