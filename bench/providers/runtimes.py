@@ -35,7 +35,8 @@ class _Exported(nn.Module):
         super().__init__()
         self.model = Conformer(case.d_model, case.num_heads, case.ffn_dim, case.layers, case.kernel, case.dropout)
         self.layers = self.model.layers
-        self._start, self._run = start, None
+        self._start = start
+        self._run: _Run | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         given = x.detach().float()
