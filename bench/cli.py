@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from lcconformer.runtime import check_output, commit
 from lcconformer.validation import need_integer, need_number
 
 from .core.case import DTYPES, OPS, Case, parse_shapes
+from .core.contention import neighbours, parse_contention
 from .core.interrupts import Interrupts
 from .core.rows import Results, Row, device_name
 from .providers.registry import choose
@@ -22,7 +24,7 @@ from .runs.suite import run_case
 
 __all__ = ["add_arguments", "run"]
 
-SHAPES = {"cpu": "1x100,1x400,8x400", "cuda": "1x100,1x400,8x400,32x400,32x1500"}
+SHAPES = {"cpu": "1x16,1x100,1x400,8x400", "cuda": "1x100,1x400,8x400,32x400,32x1500"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=["cpu", "cuda"], help="default cuda if torch can use a GPU")
     add("--threads", type=int, help="CPU threads; default OMP_NUM_THREADS, else one for each core that is there to use")
     add("--seconds", type=float, help="time budget of a case; default 3 on a GPU, 15 on a CPU, but at least 5 rounds")
+    add(
+        "--contention",
+        metavar="N|torch",
+        help="time beside other work on the cores: N busy threads, or a PyTorch job with as many threads as this one",
+    )
     add("--rounds", type=int, help="run exactly this many rounds, whatever the budget")
     add(
         "--json", type=Path, metavar="F", help="write rows to F as they finish, in place of older rows of the same case"
@@ -100,6 +107,19 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
+    beside: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if args.contention is not None:
+        if args.json is not None:
+            raise ValueError(
+                "bench: --contention with --json, whose rows would not say what ran beside them; leave one out"
+            )
+        beside = neighbours(parse_contention(args.contention), torch.get_num_threads())
+        print(f"beside {args.contention} (--contention)")
+    with beside:
+        return _timed(args, todo)
+
+
+def _timed(args: argparse.Namespace, todo: list[Case]) -> int:
     if args.compare:
         from .runs.compare import compare
 

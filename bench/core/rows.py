@@ -140,7 +140,7 @@ class Results:
 def versions() -> dict[str, str]:
     """Versions of everything that affects speed: package -> version."""
     found = {"python": platform.python_version(), "lcconformer": __version__, "torch": torch.__version__}
-    for name in ("triton", "torchaudio", "transformers"):
+    for name in ("triton", "torchaudio", "transformers", "onnxruntime", "openvino"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -15,6 +15,8 @@ import torch
 __all__ = ["Timing", "flush_l2", "peak_memory_mb", "quiet", "time_interleaved", "time_once"]
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
+# threads of OpenMP (libgomp) wait for work in 300,000 turns of a loop, some milliseconds, before they sleep
+SPIN_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ def time_interleaved(
     seconds: float,
     rounds: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    apart: bool = False,
 ) -> dict[str, Timing]:
     """Time all calls in turn; the caller has warmed them up.
 
@@ -76,6 +80,8 @@ def time_interleaved(
         seconds: budget for the rounds, of which there are at least 5 and at most 100.
         rounds: run exactly this many instead.
         progress: called after each round with the number done and the number expected.
+        apart: pause before each call until no thread of the last one spins any more, and call once untimed so that its own
+            threads are awake and its caches warm: for calls that bring threads of their own.
     """
     names = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -83,6 +89,9 @@ def time_interleaved(
     while names:
         turn = done % len(names)
         for name in names[turn:] + names[:turn]:
+            if apart:
+                time.sleep(SPIN_SECONDS)
+                calls[name]()
             samples[name].append(time_once(calls[name], device))
         done += 1
         spent = time.perf_counter() - begin

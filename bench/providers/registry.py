@@ -19,7 +19,7 @@ from lcconformer.interop.torchaudio import LAYER_KEYS as TORCHAUDIO_KEYS
 from lcconformer.ops.registry import BACKENDS
 
 from ..core.case import Case
-from . import baselines, peers
+from . import baselines, peers, runtimes
 from .op_modules import BASELINE_OPS, LIBRARY_OPS, SDPA_OPS
 from .weights import load_layers
 
@@ -43,6 +43,7 @@ class Provider:
         compile: arguments of ``torch.compile``; None if it is not compiled.
         graphs: whether the whole call, in training forward and backward, is captured in a CUDA graph and replayed.
         note: how its maths differs from the reference, for the table.
+        foreign: whether another runtime computes it, whose memory is not PyTorch's and whose threads are its own.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Provider:
     compile: dict | None = None
     graphs: bool = False
     note: str = ""
+    foreign: bool = False
 
     def __str__(self) -> str:
         return self.name if self.backend == "torch" and self.name == "eager" else f"{self.name}:{self.backend}"
@@ -221,6 +223,8 @@ PROVIDERS: tuple[Provider, ...] = (
         conv_norm="batch",
         note="BatchNorm, no dropout on residual branches",
     ),
+    Provider("onnxruntime", "cpu", runtimes.onnxruntime, runtimes.missing_onnxruntime, foreign=True),
+    Provider("openvino", "cpu", runtimes.openvino, runtimes.missing_openvino, foreign=True),
     *(_library(b) for b in reversed(BACKENDS)),
     *(_library(b, graphs=True) for b in ("triton", "cuda")),
     *(_library(b, engine="loop") for b in ("cpu", "triton")),

@@ -119,7 +119,8 @@ def run_case(
                 results.skip(str(provider), str(case), f"failed: {reason}")
                 say(f"FAILED   {provider} on {case}: {reason}")
     step(f"{case}: timing")
-    timings = time_interleaved(ready, case.device, seconds, rounds)
+    apart = any(runner.provider.foreign for runner in ready.values())
+    timings = time_interleaved(ready, case.device, seconds, rounds, apart=apart)
     eager = _eager(ready, timings)
     rows = [_row(runner, timings[label], memory[label], eager, ceilings) for label, runner in ready.items()]
     results.add(rows)
@@ -138,8 +139,10 @@ def _eager(ready: Mapping[str, Runner], timings: Mapping[str, Timing]) -> float 
 
 
 def _peak_memory(runner: Runner) -> float | None:
-    """Peak memory in MB; None for a captured graph, which keeps its memory and allocates nothing in a call."""
-    return None if runner.provider.graphs else peak_memory_mb(runner, runner.case.device)
+    """Peak memory in MB; None for a captured graph, which keeps its memory and allocates nothing in a call, and for a runtime
+    that allocates beside PyTorch."""
+    unknown = runner.provider.graphs or runner.provider.foreign
+    return None if unknown else peak_memory_mb(runner, runner.case.device)
 
 
 def _row(runner: Runner, timing: Timing, memory: float | None, eager: float | None, ceilings: Ceilings) -> Row:

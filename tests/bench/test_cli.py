@@ -88,6 +88,8 @@ def test_an_interruption_in_a_callback_is_not_lost(tmp_path, monkeypatch):
         (["--rounds", "0"], "--rounds is 0; expected an integer from 1"),
         (["--layers", "-1"], "--layers is -1; expected an integer from 1"),
         (["--json", "."], "--json is ., which is a folder"),
+        (["--contention", "many"], "--contention is 'many'; expected a number of busy threads, 1 to 1024, or torch"),
+        (["--contention", "1", "--json", "rows.json"], "rows would not say what ran beside them"),
         (["--plot", "/dev/null/x"], "is no folder that can be written to"),
     ],
 )

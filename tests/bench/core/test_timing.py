@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lcconformer.bench.core.timing import Timing, peak_memory_mb, time_interleaved
+from lcconformer.bench.core.timing import SPIN_SECONDS, Timing, peak_memory_mb, time_interleaved
 
 
 def test_interleaving_turns_the_order():
@@ -11,6 +11,16 @@ def test_interleaving_turns_the_order():
     found = time_interleaved(calls, "cpu", seconds=0.0, rounds=3)
     assert "".join(order) == "abcbcacab"
     assert set(found) == set("abc")
+
+
+def test_calls_apart_come_after_a_pause_and_an_untimed_call(monkeypatch):
+    done = []
+    monkeypatch.setattr("lcconformer.bench.core.timing.time.sleep", lambda seconds: done.append(seconds))
+    monkeypatch.setattr(
+        "lcconformer.bench.core.timing.time_once", lambda call, device: call() or done.append("timed") or 1.0
+    )
+    time_interleaved({"a": lambda: done.append("a")}, "cpu", seconds=0.0, rounds=2, apart=True)
+    assert done == [SPIN_SECONDS, "a", "a", "timed"] * 2
 
 
 def test_rounds_follow_the_budget(monkeypatch):

@@ -1,0 +1,112 @@
+"""Inference runtimes in wide use on CPUs: the plain Conformer exported to ONNX at the shape of the case, their best case.
+
+Of a runtime's threads none works or spins after its call: ONNX Runtime's spin within a call, as it is used, and are told to
+stop at its end; OpenVINO's sleep by themselves.  So they cannot disturb what is timed next, in the same process.  For the
+threads of OpenMP, which do spin after a call of PyTorch or of ours, see ``apart`` of
+:func:`~lcconformer.bench.core.timing.time_interleaved`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.case import Case
+from .baselines import Conformer
+
+__all__ = ["missing_onnxruntime", "missing_openvino", "onnxruntime", "openvino"]
+
+# numpy [B, T, d_model] -> numpy [B, T, d_model]
+_Run = Callable[[Any], Any]
+
+
+class _Exported(nn.Module):
+    """``[B, T, d_model] -> [B, T, d_model]`` by a runtime, which gets the model and its weights at the first call."""
+
+    def __init__(self, case: Case, start: Callable[[bytes], _Run]) -> None:
+        super().__init__()
+        self.model = Conformer(case.d_model, case.num_heads, case.ffn_dim, case.layers, case.kernel, case.dropout)
+        self.layers = self.model.layers
+        self._start = start
+        self._run: _Run | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = x.detach().float()
+        if self._run is None:
+            self._run = self._start(_onnx(self.model.float(), given))
+        return torch.from_numpy(self._run(given.numpy())).to(x.dtype)
+
+
+def _onnx(model: nn.Module, x: Tensor) -> bytes:
+    """The float32 model at the shape of ``x`` as ONNX: with fixed frames a runtime computes the positions beforehand."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(model, (x,), dynamo=True)
+    assert program is not None
+    return program.model_proto.SerializeToString()
+
+
+def onnxruntime(case: Case) -> nn.Module:
+    """Build a module that ONNX Runtime computes, in float32."""
+
+    def start(model: bytes) -> _Run:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        name = session.get_inputs()[0].name
+        return lambda x: session.run(None, {name: x})[0]
+
+    return _Exported(case, start)
+
+
+def openvino(case: Case) -> nn.Module:
+    """Build a module that OpenVINO computes, in the dtype of the case, float32 or bfloat16."""
+
+    def start(model: bytes) -> _Run:
+        import openvino
+
+        core = openvino.Core()
+        config = {
+            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[case.dtype],
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        request = core.compile_model(core.read_model(model), "CPU", config).create_infer_request()
+        return lambda x: request.infer({0: x})[0]
+
+    return _Exported(case, start)
+
+
+def _missing(case: Case, packages: tuple[str, ...], dtypes: tuple[str, ...]) -> str | None:
+    absent = [name for name in (*packages, "onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if absent:
+        return f"{', '.join(absent)} not installed; pip install {' '.join(absent)}"
+    if case.op or case.backward:
+        return "runs the inference of encoders alone"
+    if case.device != "cpu":
+        return "is measured on CPUs alone"
+    if case.dtype not in dtypes:
+        return f"computes in {' or '.join(dtypes)} on a CPU"
+    return None
+
+
+def missing_onnxruntime(case: Case) -> str | None:
+    """Why ONNX Runtime cannot run the case; None if it can."""
+    return _missing(case, ("onnxruntime",), ("float32",))
+
+
+def missing_openvino(case: Case) -> str | None:
+    """Why OpenVINO cannot run the case; None if it can."""
+    return _missing(case, ("openvino",), ("float32", "bfloat16"))

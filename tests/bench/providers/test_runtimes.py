@@ -1,0 +1,52 @@
+"""Other runtimes compute the plain Conformer with the weights and inputs that everything else gets."""
+
+import importlib.util
+
+import pytest
+from lcconformer.bench.core.case import Case
+from lcconformer.bench.providers import registry, runtimes
+from lcconformer.bench.runs.gate import Gate, GateError
+from lcconformer.bench.runs.suite import prepare
+
+SMALL = Case("inference", 2, 9, d_model=32, layers=2, depth=2, kernel=7)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("onnxruntime", "float32"), ("openvino", "float32"), ("openvino", "bfloat16")]
+)
+def test_the_gate_passes_a_runtime_and_notices_other_weights(name, dtype):
+    for package in (name, "onnxscript"):
+        pytest.importorskip(package, reason="pip install 'lcconformer[test]'")
+    (provider,) = registry.choose(name)
+    case = SMALL.replace(dtype=dtype)
+    runner = prepare(provider, case, Gate(case))
+    (out,), gradients = runner()
+    assert (out.dtype, out.shape, gradients) == (case.torch_dtype, (2, 9, 32), ())
+    kept = runner.module._run
+    runner.module._run = lambda x: 1.05 * kept(x)
+    with pytest.raises(GateError, match="output 0 is off"):
+        Gate(case).check(runner)
+
+
+def test_what_a_runtime_does_not_run(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else name)
+    assert runtimes.missing_openvino(SMALL) == "openvino not installed; pip install openvino"
+    assert runtimes.missing_onnxruntime(SMALL) is None
+    for change, reason in (
+        ({"mode": "training"}, "runs the inference of encoders alone"),
+        ({"mode": "feed_forward:forward"}, "runs the inference of encoders alone"),
+        ({"device": "cuda"}, "is measured on CPUs alone"),
+        ({"dtype": "bfloat16"}, "computes in float32 on a CPU"),
+    ):
+        assert runtimes.missing_onnxruntime(SMALL.replace(**change)) == reason
+
+
+def test_peak_memory_of_a_runtime_is_not_known(tmp_path, monkeypatch):
+    from lcconformer.bench.core.roofline import Ceilings
+    from lcconformer.bench.core.rows import Results
+    from lcconformer.bench.runs import suite
+
+    monkeypatch.setattr(suite, "measure_ceilings", lambda case: Ceilings(0.1, 10.0))
+    foreign = registry.Provider("other", "cpu", registry.eager.build, registry.eager.missing, foreign=True)
+    rows = suite.run_case(SMALL, [registry.eager, foreign], Results(tmp_path / "out.json"), rounds=1)
+    assert [row.peak_memory_mb is None for row in rows] == [False, True]
