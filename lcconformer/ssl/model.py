@@ -180,8 +180,8 @@ def check_layers(checkpoint: Checkpoint) -> None:
     except (KeyError, TypeError) as error:
         raise ValueError(f"{checkpoint.path} does not fit this version ({error})") from error
     layers = 1 + max(sharing_map(config.sharing, config.num_layers))
-    if layers * _TENSORS > len(checkpoint.shapes):
+    if layers * _TENSORS > len(checkpoint.entries):
         raise ValueError(
             f"{checkpoint.path} does not fit its own settings: they ask for {layers} layers, it has "
-            f"{len(checkpoint.shapes)} tensors"
+            f"{len(checkpoint.entries)} tensors"
         )
