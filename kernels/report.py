@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lcconformer.architectures import SHARED_MEMORY
-from lcconformer.runtime import write_atomically
+from lcconformer.runtime import read_json, write_atomically
 
 from . import __name__ as PACKAGE
 from . import __path__ as PACKAGE_PATH
@@ -352,7 +352,7 @@ def costlier(rows: Iterable[Cost], path: Path) -> list[str]:
     Raises:
         ValueError: the file is of another version of Triton, whose code is another.
     """
-    filed = json.loads(path.read_text())
+    filed = read_json(path)
     if filed["triton"] != triton.__version__:
         raise ValueError(
             f"{path} is of Triton {filed['triton']}, this is {triton.__version__}: they compile differently"

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import triton
 
-from lcconformer.runtime import write_atomically
+from lcconformer.runtime import read_json, write_atomically
 
 from .common import LaunchConfig
 
@@ -99,7 +99,7 @@ def read(path: Path) -> dict[str, LaunchConfig]:
         ValueError: the file is something else; it is named.
     """
     try:
-        return {key: _config(entry) for key, entry in json.loads(path.read_text())["configs"].items()}
+        return {key: _config(entry) for key, entry in read_json(path)["configs"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} holds no tuned configurations ({error!r}); delete it, or run python -m lcconformer tune"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import loop
+from . import loop, pretrained
 from .config import ConformerConfig
 from .depth import ExitRule
 from .layer import Positions
@@ -178,6 +180,34 @@ class ConformerEncoder(LayerStack):
                 that sees padding.
         """
         return StreamingEncoder(self, chunk, left, right, depth)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
+        """Write ``config.json`` and ``model.safetensors`` to a directory, which is made; each file is replaced atomically.
+
+        Returns:
+            The directory.
+
+        Raises:
+            ValueError: adapters, parametrisations and the like have changed the encoder, so that its configuration no longer
+                describes it.
+            OSError: the files cannot be written.
+        """
+        return pretrained.save(self, directory)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str]) -> ConformerEncoder:
+        """Load an encoder that :meth:`save_pretrained` wrote.
+
+        Nothing in the files is executed, and they are checked before memory is taken for what they describe.
+
+        Returns:
+            The encoder, in evaluation mode, on the CPU, every tensor in the dtype it was saved in.
+
+        Raises:
+            FileNotFoundError: there is no such directory, or a file is missing from it.
+            ValueError: a file is damaged, of another class or version, or the two do not fit each other.
+        """
+        return pretrained.load(cls, directory)
 
     @torch.no_grad()
     def adaptive(self, x: Tensor, lengths: Tensor | None, rule: ExitRule) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -1,9 +1,10 @@
-"""What every command shares while it runs: atomic writes, progress on the standard error, the commit that runs."""
+"""What every command shares while it runs: reading JSON, atomic writes, progress on the standard error, the commit that runs."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import secrets
 import stat
@@ -14,13 +15,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ProgressBar", "RunError", "check_output", "commit", "replacing", "write_atomically"]
+__all__ = ["ProgressBar", "RunError", "check_output", "commit", "read_json", "replacing", "write_atomically"]
 
 _EVERY = 10.0  # seconds between two lines where the standard error is no terminal
+_LARGEST_JSON = 1 << 23  # bytes; Python's objects may take 30 times as much
 
 
 class RunError(OSError):
     """A run that cannot go on, through no fault of its options; the message says what is kept and how to continue."""
+
+
+def read_json(path: str | os.PathLike[str], most: int = _LARGEST_JSON) -> Any:
+    """Read a JSON file of at most ``most`` bytes; a larger one is refused before memory is taken for it.
+
+    Raises:
+        ValueError: it is larger, or no JSON; the message names it.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"{path} has more than {most} bytes; expected a smaller file of JSON")
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON ({error})") from error
 
 
 @contextlib.contextmanager

@@ -19,14 +19,14 @@ FOLDERS = {
 ROOMS = (
     (
         "lcconformer.config", "lcconformer.sharing", "lcconformer.runtime", "lcconformer.tolerance",
-        "lcconformer.architectures", "lcconformer.plain", "lcconformer.validation",
+        "lcconformer.architectures", "lcconformer.plain", "lcconformer.validation", "lcconformer.tensor_files",
     ),
     ("lcconformer.kernels", "lcconformer.extension"),
     ("lcconformer.ops",),
     ("lcconformer.positions", "lcconformer.packing"),
     ("lcconformer.blocks",),
     ("lcconformer.layer", "lcconformer.conditioning", "lcconformer.subsampling", "lcconformer.depth"),
-    ("lcconformer.stack",),
+    ("lcconformer.stack", "lcconformer.pretrained"),
     ("lcconformer.loop",),
     ("lcconformer.streaming", "lcconformer.encoder"),
     ("lcconformer.conformer", "lcconformer.interop"),

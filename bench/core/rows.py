@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lcconformer import __version__
-from lcconformer.runtime import write_atomically
+from lcconformer.runtime import read_json, write_atomically
 
 __all__ = ["Results", "Row", "device_name", "versions"]
 
@@ -102,7 +102,7 @@ class Results:
         self._told: set[tuple[str, str]] = set()
         if path is not None and path.exists():
             try:
-                content = json.loads(path.read_text())
+                content = read_json(path)
                 self.rows = [Row.from_json(row) for row in content["rows"]]
                 self.skipped, self.ceilings = content["skipped"], content["ceilings"]
                 self.date = content["date"]

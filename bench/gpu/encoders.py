@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lcconformer.runtime import write_atomically
+from lcconformer.runtime import read_json, write_atomically
 
 from ..core.rows import Results, Row
 from ..providers.registry import build, choose
@@ -54,7 +54,7 @@ def _profile(one: Timed, row: Row, out: Path) -> None:
     kernels = kernels_of(runner, case.device, 3 if case.device == "cuda" else 1)
     print(f"\n{one}, {provider}: {row.median_ms:.3f} ms, of these in kernels:\n{table(kernels)}", flush=True)
     path = out / "profiles.json"
-    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    known: dict[str, Any] = read_json(path) if path.exists() else {}
     known[str(one)] = {"provider": str(provider), "median_ms": row.median_ms, "kernels": kernels[:60]}
     write_atomically(path, json.dumps(known, indent=1) + "\n")
 

@@ -22,6 +22,8 @@ from pathlib import Path
 
 from lcconformer.runtime import write_atomically
 
+from ..reports.evidence import read_report
+
 __all__ = ["merge", "run"]
 
 FOLDERS = ("ops", "kernels", "extension", "loop")
@@ -100,9 +102,9 @@ def merge(reports: Iterable[Path], out: Path) -> None:
     whole = ElementTree.Element("testsuites")
     for report in reports:
         try:
-            whole.extend(ElementTree.parse(report).getroot().iter("testsuite"))
-        except ElementTree.ParseError as error:
-            print(f"{report.name} is no JUnit report ({error}); its tests are missing from {out.name}")
+            whole.extend(read_report(report).iter("testsuite"))
+        except ValueError as error:
+            print(f"{error}; its tests are missing from {out.name}")
     write_atomically(out, ElementTree.tostring(whole, encoding="unicode"))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lcconformer.runtime import write_atomically
+from lcconformer.runtime import read_json, write_atomically
 
 __all__ = ["CRASHED", "Items"]
 
@@ -38,7 +38,7 @@ class Items:
         self.call = call or os.environ.get("LCCONFORMER_GPU_CALL", "")
 
     def _state(self) -> dict[str, dict[str, Any]]:
-        return json.loads(self.path.read_text()) if self.path.exists() else {}
+        return read_json(self.path) if self.path.exists() else {}
 
     def _note(self, name: str, **entry: object) -> None:
         state = self._state()

@@ -22,7 +22,7 @@ import torch
 import triton
 from lcconformer.kernels import tuning
 
-from lcconformer.runtime import write_atomically
+from lcconformer.runtime import read_json, write_atomically
 from lcconformer.tune import LayerShape, calls
 
 from ..core.timing import Timing, time_once
@@ -111,7 +111,7 @@ def variants(call: Call, device: str, most: int | None = None) -> list[dict[str,
 def keep(out: Path, name: str, value: object) -> None:
     """Add an entry to OUT/kernels.json."""
     path = out / "kernels.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = read_json(path) if path.exists() else {}
     known[name] = value
     write_atomically(path, json.dumps(known, indent=1) + "\n")
 

@@ -20,14 +20,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lcconformer.runtime import commit, write_atomically
+from lcconformer.runtime import commit, read_json, write_atomically
 
 from ..core.case import OPS
 from ..core.rows import Row, device_name
 from . import RESULTS
 from .table import grid
 
-__all__ = ["EVIDENCE", "STEPS", "load", "record_report", "record_rows", "table"]
+__all__ = ["EVIDENCE", "STEPS", "load", "read_report", "record_report", "record_rows", "table"]
 
 EVIDENCE = RESULTS / "evidence.json"
 STEPS = ("reference", "interpreted", "emulated", "compiled", "executed", "on a GPU", "timed")
@@ -39,13 +39,30 @@ _PLACES = (
     ("interpreted", re.compile(r"^tests\.kernels\.")),
     ("reference", re.compile(r"^tests\.ops\.")),
 )
+_LARGEST_REPORT = 1 << 23  # bytes; the elements may take 30 times as much
 # covers the kernels of every op
 _ALL_OPS = re.compile(r"\.test_report\.test_budgets\b")
 
 
 def load(path: Path = EVIDENCE) -> dict[str, dict[str, dict[str, Any]]]:
     """The table as ``{op: {step: entry}}``; empty before anything is recorded."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
+
+
+def read_report(path: Path) -> ElementTree.Element:
+    """The root of a JUnit report of pytest, of at most 8 MB.
+
+    Raises:
+        ValueError: the file is larger, or no such report.
+    """
+    with path.open("rb") as file:
+        content = file.read(_LARGEST_REPORT + 1)
+    try:
+        if len(content) > _LARGEST_REPORT:
+            raise ValueError(f"it has more than {_LARGEST_REPORT} bytes")
+        return ElementTree.fromstring(content)
+    except (ValueError, ElementTree.ParseError) as error:
+        raise ValueError(f"evidence: {path} is no JUnit report ({error}); write one with pytest --junitxml") from error
 
 
 def record_report(
@@ -62,12 +79,7 @@ def record_report(
     Raises:
         ValueError: the file is no such report, or none of its tests that ran is about an op.
     """
-    try:
-        cases = list(ElementTree.parse(report).iter("testcase"))
-    except ElementTree.ParseError as error:
-        raise ValueError(
-            f"evidence: {report} is no JUnit report ({error}); write one with pytest --junitxml"
-        ) from error
+    cases = list(read_report(report).iter("testcase"))
     counts: dict[tuple[str, str], dict[str, int]] = {}
     for case in cases:
         name = f"{case.get('classname', '')}.{case.get('name', '')}"

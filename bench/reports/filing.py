@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
-from lcconformer.runtime import write_atomically
+from lcconformer.runtime import read_json, write_atomically
 
 from ..core.rows import Results
 from . import RESULTS, goals, readme
@@ -59,7 +58,7 @@ def file_results(source: Path, results: Path = RESULTS, readme_file: Path = read
             print(f"filed {len(filed.rows)} rows: {target}\n{goals.table(filed.rows)}")
         constants = source / "machine.json"
         if source.is_dir() and constants.exists():
-            values = json.loads(constants.read_text())
+            values = read_json(constants)
             if values.get("device_name") == name:
                 for part in (constants, source / "kernels.json", source / "profiles.json"):
                     if part.exists():

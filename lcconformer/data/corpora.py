@@ -21,6 +21,7 @@ import io
 import json
 import lzma
 import os
+import tempfile
 import threading
 import warnings
 import zipfile
@@ -30,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Any, BinaryIO, overload
+from typing import Any, BinaryIO, cast, overload
 
 import numpy as np
 import torch
@@ -51,6 +52,12 @@ _MOST_SKIPPED = 100_000  # files that are listed
 _LARGEST_AUDIO = 1 << 28  # bytes of a file of audio, unpacked
 _LARGEST_META = 1 << 26, 1 << 14  # bytes of meta.jsonl, unpacked: at least this many, or so many per file of audio
 _LARGEST_LINE = 1 << 20  # bytes
+_MOST_SAMPLES = 1 << 26  # of a file of audio: 70 minutes
+_LARGEST_LIST = 1 << 24  # bytes of a zip's list of files: at least this many, or a sixteenth of the zip
+_IN_MEMORY = 1 << 24  # bytes of an unpacked file; a larger one is unpacked to a temporary file
+# bytes of a zip that are unpacked at a time: those packed by bzip2 may become 20,000 times as many
+_PIECE = 1 << 12
+_BLOCK = 1 << 20  # samples that are decoded at a time
 # what zipfile raises for a member that is damaged, encrypted or packed in a way that it does not know
 _UNREADABLE = (
     zipfile.BadZipFile,
@@ -83,6 +90,19 @@ class _Skipped(dict[str, str]):
             warnings.warn(f"skipped audio file {count}: {file}: {reason}{more}", UserWarning, stacklevel=3)
 
 
+class _ListLimited(io.BufferedReader):
+    """A zip whose list of files has at most ``most`` bytes: zipfile reads the whole list and makes ten times as much of it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self._most = max(_LARGEST_LIST, path.stat().st_size // 16)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > self._most:
+            raise ValueError(f"its list of files has {size} bytes; expected at most {self._most}")
+        return super().read(size)
+
+
 class _Archive:
     """Reads members of a zip; reopens it after a fork, because the processes would share one file position."""
 
@@ -95,24 +115,32 @@ class _Archive:
 
     def _zip(self) -> zipfile.ZipFile:
         if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = os.getpid(), zipfile.ZipFile(self.path)
+            self._opened = os.getpid(), zipfile.ZipFile(_ListLimited(self.path))
         return self._opened[1]
 
     def names(self) -> list[str]:
         return self._zip().namelist()
 
     def open(self, name: str, most: int) -> BinaryIO:
-        """Unpack a member of at most ``most`` bytes into memory.
+        """Unpack a member of at most ``most`` bytes.
 
         Raises:
             BadAudioError: it is larger.
         """
-        # whatever size the archive gives: a bomb says what it likes
+        unpacked = cast(BinaryIO, tempfile.SpooledTemporaryFile(_IN_MEMORY))  # noqa: SIM115 (the caller closes it)
         with self._zip().open(name) as member:
-            content = member.read(most + 1)
-        if len(content) > most:
-            raise BadAudioError(f"is larger than {most >> 20} MB unpacked")
-        return io.BytesIO(content)
+            # whatever size the archive gives: a bomb says what it likes
+            while piece := member.read(_PIECE):
+                unpacked.write(piece)
+                if unpacked.tell() > most:
+                    unpacked.close()
+                    raise BadAudioError(f"is larger than {most >> 20} MB unpacked")
+        unpacked.seek(0)
+        return unpacked
+
+    def largest_meta(self, audio: int) -> int:
+        """Bytes that ``meta.jsonl`` may have unpacked: no more than all the zip, unless that is small."""
+        return max(_LARGEST_META[0], min(_LARGEST_META[1] * audio, self.path.stat().st_size))
 
 
 class _Folder:
@@ -136,6 +164,10 @@ class _Folder:
         if path.stat().st_size > most:
             raise BadAudioError(f"is larger than {most >> 20} MB")
         return path.open("rb")
+
+    def largest_meta(self, audio: int) -> int:
+        """Bytes that ``meta.jsonl`` may have."""
+        return max(_LARGEST_META[0], _LARGEST_META[1] * audio)
 
 
 class Corpus(Sequence[Utterance]):
@@ -224,7 +256,9 @@ class Corpus(Sequence[Utterance]):
         pcm = self._pcm.get(utterance.id)
         if pcm is None:
             pcm = self._decode(utterance)
-        return torch.from_numpy(pcm.astype(np.float32) / 32768.0)
+        samples = pcm.astype(np.float32)
+        samples /= 32768.0
+        return torch.from_numpy(samples)
 
     def preload(self, workers: int = 2) -> Corpus:
         """Decode all audio into memory as 16-bit integers (115 MB per hour); returns the corpus without unusable files.
@@ -253,17 +287,23 @@ class Corpus(Sequence[Utterance]):
 
     def _decode(self, utterance: Utterance) -> np.ndarray:
         """Decode to int16 ``[num_samples]``; rounded here, so that audio from memory and from a file is the same."""
+        expected, got = utterance.num_samples, 0
+        if expected > _MOST_SAMPLES:
+            raise BadAudioError(
+                f"has {expected} samples: cut it into files of at most {_MOST_SAMPLES}, which last 70 minutes"
+            )
+        pcm = np.empty(expected, np.int16)
         with _open_audio(self._files, utterance.source) as file:
             # one sample more than expected shows that a file is longer, without decoding all of it
-            samples = file.read(utterance.num_samples + 1, dtype="float32")
-        if len(samples) != utterance.num_samples:
-            more = "more than " if len(samples) > utterance.num_samples else ""
-            raise BadAudioError(
-                f"holds {more}{min(len(samples), utterance.num_samples)} samples, {utterance.num_samples} expected"
-            )
-        if not np.isfinite(samples).all():
-            raise BadAudioError("has samples that are not finite")
-        pcm = np.clip(np.rint(samples * 32768.0), -32768, 32767).astype(np.int16)
+            while got <= expected and len(block := file.read(min(_BLOCK, expected + 1 - got), dtype="float32")):
+                if not np.isfinite(block).all():
+                    raise BadAudioError("has samples that are not finite")
+                part = np.clip(np.rint(block[: expected - got] * 32768.0), -32768, 32767)
+                pcm[got : got + len(part)] = part
+                got += len(block)
+        if got != expected:
+            more = "more than " if got > expected else ""
+            raise BadAudioError(f"holds {more}{min(got, expected)} samples, {expected} expected")
         if int(pcm.max()) - int(pcm.min()) <= _SILENCE:
             raise BadAudioError("is silent")
         return pcm
@@ -358,10 +398,10 @@ def _from_meta(files: _Archive | _Folder, skipped: _Skipped) -> list[Utterance]:
     # only names listed by the container are ever opened, so an id such as "../x" finds no file
     names = sorted(name for name in files.names() if "/" not in name and Path(name).suffix.lower() in _SUFFIXES)
     audio = {Path(name).stem: name for name in names}
-    found = []
-    least, each = _LARGEST_META
+    found: dict[str, Utterance] = {}
+    known: dict[tuple[str, int], tuple[str, int]] = {}
     # lines end at newlines alone: U+2028 and the like may be part of a text
-    for number, line in enumerate(_lines(files, max(least, each * len(audio))), 1):
+    for number, line in enumerate(_lines(files, files.largest_meta(len(audio))), 1):
         where = f"meta.jsonl line {number}"
         if not line.strip():
             continue
@@ -374,7 +414,10 @@ def _from_meta(files: _Archive | _Folder, skipped: _Skipped) -> list[Utterance]:
             skipped.add(where, "is no JSON object")
             continue
         if utt not in audio:
-            skipped.add(where, f"no audio file for utterance {utt!r}")
+            skipped.add(where, f"no audio file for utterance {utt!r:.100}")
+            continue
+        if utt in found:
+            skipped.add(audio[utt], f"utterance {utt} is there twice")
             continue
         if samples is None:
             samples = _read_length(files, audio[utt], skipped)
@@ -383,14 +426,15 @@ def _from_meta(files: _Archive | _Folder, skipped: _Skipped) -> list[Utterance]:
             samples = None
         if samples is None:
             continue
-        found.append(Utterance(utt, speaker, split, text, samples, _alignment(phones, audio[utt]), audio[utt]))
-    return found
+        alignment = _alignment(phones, audio[utt], known)
+        found[utt] = Utterance(utt, speaker, split, text, samples, alignment, audio[utt])
+    return list(found.values())
 
 
-def _lines(files: _Archive | _Folder, most: int) -> Iterator[bytes]:
-    """Yield the lines of ``meta.jsonl``; a longer one than any that we use comes in pieces, none of which is JSON."""
-    with files.open("meta.jsonl", most) as meta:
-        while line := meta.readline(_LARGEST_LINE):
+def _lines(files: _Archive | _Folder, most: int, name: str = "meta.jsonl") -> Iterator[bytes]:
+    """Yield the lines of a file of at most ``most`` bytes; a longer line than any that we use comes in pieces."""
+    with files.open(name, most) as file:
+        while line := file.readline(_LARGEST_LINE):
             yield line
 
 
@@ -404,18 +448,17 @@ def _from_librispeech(files: _Folder, skipped: _Skipped) -> list[Utterance] | No
     for transcript in transcripts:
         name = str(transcript.relative_to(path))
         try:
-            with files.open(name, _LARGEST_META[0]) as lines:
-                content = lines.read().decode("utf-8-sig", "replace").split("\n")
+            for number, line in enumerate(_lines(files, _LARGEST_META[0], name)):
+                utt, _, text = line.decode("utf-8-sig" if number == 0 else "utf-8", "replace").strip().partition(" ")
+                if not utt:
+                    continue
+                file = transcript.parent / f"{utt}.flac"
+                if Path(utt).name != utt or not _is_file(file):
+                    skipped.add(f"{name}: {utt[:100]}", "no audio file for this transcript")
+                else:
+                    texts[file] = text
         except (BadAudioError, OSError) as error:
             skipped.add(name, f"no transcripts can be read from it ({error})")
-            continue
-        for line in filter(None, map(str.strip, content)):
-            utt, _, text = line.partition(" ")
-            file = transcript.parent / f"{utt}.flac"
-            if Path(utt).name != utt or not _is_file(file):
-                skipped.add(f"{name}: {utt[:100]}", "no audio file for this transcript")
-            else:
-                texts[file] = text
 
     def read(file: Path) -> Utterance | None:
         source = str(file.relative_to(path))
@@ -461,9 +504,11 @@ def _open_audio(files: _Archive | _Folder, source: str) -> Iterator[Any]:
         raise BadAudioError(f"cannot be decoded ({error})") from error
 
 
-def _alignment(phones: str, source: str) -> tuple[tuple[str, int], ...] | None:
+def _alignment(
+    phones: str, source: str, known: dict[tuple[str, int], tuple[str, int]]
+) -> tuple[tuple[str, int], ...] | None:
     try:
-        return parse_alignment(phones) or None
+        return parse_alignment(phones, known) or None
     except ValueError as error:
         warnings.warn(f"ignored the phone alignment of {source}: {error}", UserWarning, stacklevel=2)
         return None

@@ -28,6 +28,9 @@ _FOLD = {"SP": "SIL", "<SIL>": "SIL", "": "SIL"}
 _NOISE = frozenset({"+NSN+", "+SPN+", "+BREATH+", "+COUGH+", "+NOISE+", "+UH+", "+UM+", "SPN", "NSN", "<UNK>"})
 
 
+_MOST_PAIRS = 1 << 18  # far beyond any corpus; a hostile one must not fill the memory
+
+
 def fold(label: str) -> int:
     """Class number of an ARPAbet ``label``, or ``IGNORE`` for noise.
 
@@ -43,19 +46,31 @@ def fold(label: str) -> int:
     return _NUMBER[name]
 
 
-def parse_alignment(text: str) -> tuple[tuple[str, int], ...]:
+def parse_alignment(
+    text: str, known: dict[tuple[str, int], tuple[str, int]] | None = None
+) -> tuple[tuple[str, int], ...]:
     """Parse consecutive phones and their numbers of 10 ms frames: ``"SIL:20 W:16"`` -> ``(("SIL", 20), ("W", 16))``.
 
+    Args:
+        text: the alignment.
+        known: pairs of other alignments, which are used again, and to which those of this one are added: a corpus has millions
+            of phones, of which few differ.
+
     Raises:
-        ValueError: an item is not ``PHONE:frames`` with a known phone and a positive number of frames.
+        ValueError: an item is not ``PHONE:frames`` with a known phone and a positive number of frames, or more pairs differ
+            than in any corpus.
     """
+    known = {} if known is None else known
     phones = []
     for item in text.split():
         label, colon, frames = item.rpartition(":")
         if not colon or not frames.isdecimal() or int(frames) == 0:
             raise ValueError(f"alignment item {item!r} is not PHONE:frames with frames > 0")
         fold(label)
-        phones.append((label, int(frames)))
+        pair = (label, int(frames))
+        if len(known) >= _MOST_PAIRS and pair not in known:
+            raise ValueError(f"its alignments have over {_MOST_PAIRS} different items; expected a few thousand")
+        phones.append(known.setdefault(pair, pair))
     return tuple(phones)
 
 

@@ -10,18 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import pretrained
 from ..config import ConformerConfig
 from ..data import LogMel
 from ..encoder import ConformerEncoder
 from ..ops.checks import frame_mask
-from ..sharing import sharing_map
 from .checkpoint import Checkpoint, load_checkpoint
 from .masking import Masks
 from .objectives import ObjectiveSettings, make_objective
 
 __all__ = ["FeatureSettings", "PretrainingModel", "check_layers", "check_model", "load_model"]
-
-_TENSORS = 20  # any layer has more, whatever its norms and biases
 
 
 @dataclass(frozen=True)
@@ -179,9 +177,7 @@ def check_layers(checkpoint: Checkpoint) -> None:
         config = ConformerConfig(**checkpoint.meta["config"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{checkpoint.path} does not fit this version ({error})") from error
-    layers = 1 + max(sharing_map(config.sharing, config.num_layers))
-    if layers * _TENSORS > len(checkpoint.shapes):
-        raise ValueError(
-            f"{checkpoint.path} does not fit its own settings: they ask for {layers} layers, it has "
-            f"{len(checkpoint.shapes)} tensors"
-        )
+    try:
+        pretrained.check_layers(config, len(checkpoint.entries))
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path} does not fit its own settings: {error}") from error

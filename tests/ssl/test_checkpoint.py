@@ -145,7 +145,10 @@ def test_another_safetensors_file_is_refused(tmp_path: Path) -> None:
         ("{}", "damaged header"),
         ("[]", "damaged header"),
         ("[" * 100_000, "damaged header"),
-        (json.dumps({"format": 1, "text": "x" * (1 << 24)}), r"damaged header \(it has 16777\d+ characters"),
+        (
+            json.dumps({"format": 1, "text": "x" * (1 << 24)}),
+            r"its header has 16777\d+ bytes; expected at most 8388608",
+        ),
         (json.dumps({"format": 99, "version": "9.0"}), "format 99, written by lcconformer 9.0.*install the version"),
     ],
 )
@@ -217,6 +220,46 @@ def test_damaged_weights_are_refused_by_name(damage: str, tmp_path: Path, model:
     path = save_checkpoint(tmp_path / "x.safetensors", tensors, model.describe())
     with pytest.raises(ValueError, match=rf"{path} does not fit its own settings: {name} {expected[damage]}"):
         load_model(path)
+
+
+def describe_tensor(**changes: object) -> bytes:
+    entry = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]} | changes
+    return json.dumps({"model.x": {k: v for k, v in entry.items() if v is not None}}).encode()
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (describe_tensor(dtype="F8_E4M3"), r"'model\.x' has dtype 'F8_E4M3'; expected one of F64, F32, F16, BF16"),
+        (describe_tensor(dtype="C64"), "has dtype 'C64'"),
+        (describe_tensor(dtype=None), "has dtype None"),
+        (describe_tensor(shape=[2, 4]), r"has 24 bytes, which is not its shape \[2, 4\] in F32"),
+        (describe_tensor(shape=[-2, -3]), "has shape .*; expected at most 16 sizes"),
+        (describe_tensor(shape=[2.0, 3]), "has shape"),
+        (describe_tensor(shape=[1] * 17), "has shape"),
+        (describe_tensor(data_offsets=[8, 32]), "is at bytes 8 to 32 of 24: the file is truncated or damaged"),
+        (describe_tensor(data_offsets=[24, 0]), "is at bytes 24 to 0"),
+        (describe_tensor(data_offsets=[0]), "has data_offsets"),
+        # 20 bytes that are no tensor's: safetensors refuses them
+        (describe_tensor(shape=[1], data_offsets=[0, 4]), "."),
+        (b'{"x": 3}', "describes tensor 'x' by a JSON int"),
+        (b"[]", "no object of tensors and texts"),
+        (b'{"__metadata__": {"lcconformer": 1}}', "no object of tensors and texts"),
+        (b"[" * 100_000, "its header is no JSON"),
+        (b"\xff", "its header is no JSON"),
+    ],
+)
+def test_a_header_that_the_file_does_not_bear_out(tmp_path: Path, header: bytes, message: str) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(24))
+    with pytest.raises(ValueError, match=rf"no checkpoint, or a damaged one \(.*{message}"):
+        load_checkpoint(path)
+
+
+def test_a_header_beyond_the_cap_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"would need a header of \d+ bytes.*expected at most 8388608"):
+        save_checkpoint(tmp_path / "x.safetensors", {}, {"text": "x" * (1 << 23)})
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_there(tmp_path: Path) -> None:

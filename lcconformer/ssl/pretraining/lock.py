@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ...runtime import write_atomically
+from ...runtime import read_json, write_atomically
 
 __all__ = ["lock_folder"]
 
@@ -83,10 +83,10 @@ def _touch(owner: Path, stop: threading.Event) -> None:
 def _read(owner: Path) -> dict[str, Any] | None:
     """Return what ``run.json`` says; None if there is none; empty if it cannot be read."""
     try:
-        found = json.loads(owner.read_text()[:4096])
+        found = read_json(owner, 4096)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 

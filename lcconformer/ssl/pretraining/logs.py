@@ -9,7 +9,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ...runtime import ProgressBar, replacing
 from .settings import StepRecord
@@ -17,20 +17,26 @@ from .settings import StepRecord
 __all__ = ["CsvLog", "Reports", "RunLog", "StepBar"]
 
 
+_LONGEST_LINE = 1 << 16  # characters
+
+
 class CsvLog:
     """A CSV file that is flushed after every row; of an existing file, the rows up to step ``last_step`` are kept."""
 
     def __init__(self, path: Path, columns: Sequence[str], last_step: int) -> None:
         self._columns = list(columns)
-        rows: list[dict[str, str]] = []
-        if path.is_file() and last_step > 0:
-            with open(path, newline="") as old:
-                # a killed process may have left half a row
-                rows = [r for r in csv.DictReader(old) if None not in r.values() and int(r["step"]) <= last_step]
         with replacing(path) as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
-            writer.writerows(rows)
+            if path.is_file() and last_step > 0:
+                with open(path, newline="") as old:
+                    try:
+                        # row by row: the log of a long run does not fit into memory
+                        writer.writerows(_rows(old, last_step))
+                    except (ValueError, KeyError, csv.Error) as error:
+                        raise ValueError(
+                            f"{path} is no log of this run ({error!r}): move it away, then resume the run"
+                        ) from error
         self._file = open(path, "a", newline="")  # noqa: SIM115 (closed by close)
         self._writer = csv.DictWriter(self._file, self._columns)
 
@@ -40,6 +46,13 @@ class CsvLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _rows(log: TextIO, last_step: int) -> Iterator[dict[str, str]]:
+    """Yield the rows of a log up to step ``last_step``; a killed process may have left half a row, which is left out."""
+    for row in csv.DictReader(iter(lambda: log.readline(_LONGEST_LINE), "")):
+        if None not in row.values() and int(row["step"]) <= last_step:
+            yield row
 
 
 class RunLog:
