@@ -23,6 +23,8 @@ from .runs.suite import run_case
 __all__ = ["add_arguments", "run"]
 
 SHAPES = {"cpu": "1x100,1x400,8x400", "cuda": "1x100,1x400,8x400,32x400,32x1500"}
+# utterances x longest, streams x chunk
+PACKED_SHAPES, STREAM_SHAPES = "16x800", "1x16,8x16"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--plot", type=Path, metavar="DIR", help="write plots of the rows to DIR (PNG)")
     add("--ladder", action="store_true", help="print what each part of the algorithm gains, and the product")
+    add(
+        "--packed",
+        action="store_true",
+        help="time packed batches against padded ones; B utterances of at most T frames",
+    )
+    add("--streams", action="store_true", help="time a chunk of T frames for B streams")
     add("--compare", metavar="REF", help="time this working tree against commit REF, interleaved")
     add(
         "--import",
@@ -84,8 +92,14 @@ def cases(args: argparse.Namespace) -> list[Case]:
     return [
         Case(mode, b, t, args.d_model, layers, depths[0], dtype, device)
         for mode in modes
-        for b, t in parse_shapes(args.shapes or SHAPES[device])
+        for b, t in parse_shapes(args.shapes or _shapes(args))
     ]
+
+
+def _shapes(args: argparse.Namespace) -> str:
+    if args.packed:
+        return PACKED_SHAPES
+    return STREAM_SHAPES if args.streams else SHAPES[args.device]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -108,6 +122,10 @@ def run(args: argparse.Namespace) -> int:
         from .runs.ladder import ladder
 
         return ladder(todo, args.seconds, args.rounds)
+    if args.packed or args.streams:
+        from .runs import speech
+
+        return (speech.packed if args.packed else speech.streams)(todo, args.seconds, args.rounds)
     providers = choose(args.providers)
     results = Results(args.json)
     seconds = args.seconds or (3.0 if args.device == "cuda" else 15.0)
