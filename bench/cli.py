@@ -25,6 +25,14 @@ from .runs.suite import run_case
 __all__ = ["add_arguments", "run"]
 
 SHAPES = {"cpu": "1x16,1x100,1x400,8x400", "cuda": "1x100,1x400,8x400,32x400,32x1500"}
+# utterances x longest, streams x chunk
+PACKED_SHAPES, STREAM_SHAPES = "16x800", "1x16,8x16"
+# 8 and 30 minutes, 80 ms a frame as in Parakeet
+LONG_SHAPES = "1x6000,1x22500"
+LONG_PROVIDERS = {
+    "cpu": "transformers:wav2vec2,lcconformer:cpu+loop",
+    "cuda": "transformers:wav2vec2,lcconformer:triton+loop",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--plot", type=Path, metavar="DIR", help="write plots of the rows to DIR (PNG)")
     add("--ladder", action="store_true", help="print what each part of the algorithm gains, and the product")
+    add(
+        "--packed",
+        action="store_true",
+        help="time packed batches against padded ones; B utterances of at most T frames",
+    )
+    add("--streams", action="store_true", help="time a chunk of T frames for B streams")
+    add("--long", action="store_true", help="time one layer on long audio: other defaults of shapes, layers, providers")
     add("--compare", metavar="REF", help="time this working tree against commit REF, interleaved")
     add(
         "--import",
@@ -83,7 +98,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("bench: --device cuda, but torch sees no CUDA device; leave it out to run on the CPU")
     args.device = device
-    layers = args.layers or (12 if device == "cuda" else 4)
+    layers = args.layers or (1 if args.long else 12 if device == "cuda" else 4)
     depths = [int(k) for k in args.depth.split(",")] if args.depth else [layers]
     args.depths = depths
     modes = [args.mode] if args.mode != "ops" else [f"{op}:{way}" for op in OPS for way in ("forward", "training")]
@@ -91,8 +106,16 @@ def cases(args: argparse.Namespace) -> list[Case]:
     return [
         Case(mode, b, t, args.d_model, layers, depths[0], dtype, device)
         for mode in modes
-        for b, t in parse_shapes(args.shapes or SHAPES[device])
+        for b, t in parse_shapes(args.shapes or _shapes(args))
     ]
+
+
+def _shapes(args: argparse.Namespace) -> str:
+    if args.packed:
+        return PACKED_SHAPES
+    if args.long:
+        return LONG_SHAPES
+    return STREAM_SHAPES if args.streams else SHAPES[args.device]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -128,7 +151,11 @@ def _timed(args: argparse.Namespace, todo: list[Case]) -> int:
         from .runs.ladder import ladder
 
         return ladder(todo, args.seconds, args.rounds)
-    providers = choose(args.providers)
+    if args.packed or args.streams:
+        from .runs import speech
+
+        return (speech.packed if args.packed else speech.streams)(todo, args.seconds, args.rounds)
+    providers = choose(args.providers or (LONG_PROVIDERS[args.device] if args.long else None))
     results = Results(args.json)
     seconds = args.seconds or (3.0 if args.device == "cuda" else 15.0)
     count = f"{len(todo)} case{'s' if len(todo) > 1 else ''}"

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import loop
 from .blocks import Chunking, Neighbours, Past, Remembered
 from .layer import Positions
-from .loop import modules
+from .loop import modules, streams
 from .ops.checks import check_lengths, check_shape, check_tensor, frame_mask
+from .stack import LayerStack
 from .validation import is_integer
 
 __all__ = ["StreamState", "StreamingEncoder"]
@@ -160,13 +162,9 @@ class StreamingEncoder(nn.Module):
                 for new, old in zip(past_of_front_end, state.front_end)
             )
         x = x.masked_fill(~frame_mask(lengths, chunking.block)[..., None], 0.0)
-        positions: dict[int, Positions] = {}
-        pasts = []
-        for k in range(self.depth):
-            past = Past(state.keys[k], state.values[k], state.convolution[k])
-            blocks = Remembered(chunking, lengths, state.seen, past)
-            x = encoder.step(k, x, blocks, positions)
-            pasts.append(blocks.past)
+        pasts = [Past(*of_loop) for of_loop in zip(state.keys, state.values, state.convolution)]
+        run = streams.run if self._packed(x) else _run_modules
+        x, pasts = run(encoder, x, lengths, state.seen, pasts, chunking)
         lengths = lengths.clamp(max=chunking.chunk)
         keys, values, convolution = (torch.stack(x) for x in zip(*pasts))
         after = StreamState(state.seen + lengths, keys, values, convolution, past_of_front_end)
@@ -233,6 +231,12 @@ class StreamingEncoder(nn.Module):
         for first in range(0, x.shape[1] - size, step):
             yield x[:, first : first + size], (lengths - first).clamp(0, size)
 
+    def _packed(self, x: Tensor) -> bool:
+        """Whether the packed weights of the CPU serve ``x``, by the same rules as for whole utterances."""
+        if torch.compiler.is_compiling() or x.device.type != "cpu" or not x.numel():
+            return False
+        return loop.decide(self.encoder, x, self.depth).engine == "inference"
+
     def _check_norms(self) -> None:
         if self.encoder.config.conv_norm == "batch" and any(
             m.training for m in self.encoder.layers.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
@@ -241,3 +245,16 @@ class StreamingEncoder(nn.Module):
                 "streaming: a BatchNorm in training mode takes statistics over blocks, whose frames overlap; call .eval() on "
                 "it, or use conv_norm='layer'"
             )
+
+
+def _run_modules(
+    stack: LayerStack, x: Tensor, lengths: Tensor, seen: Tensor, pasts: list[Past], chunking: Chunking
+) -> tuple[Tensor, list[Past]]:
+    """Run the loops of the next blocks module by module, as :func:`lcconformer.loop.streams.run` does on packed weights."""
+    positions: dict[int, Positions] = {}
+    after = []
+    for k, past in enumerate(pasts):
+        blocks = Remembered(chunking, lengths, seen, past)
+        x = stack.step(k, x, blocks, positions)
+        after.append(blocks.past)
+    return x, after

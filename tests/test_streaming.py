@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lcconformer import ConformerConfig, ConformerEncoder, engine, pack
+from lcconformer import ConformerConfig, ConformerEncoder, backend, engine, pack
+from lcconformer.ops.registry import record
 from lcconformer.positions import relative_sinusoids
 from lcconformer.streaming import StreamState
 
@@ -164,19 +166,39 @@ def test_stream_equals_the_whole_at_all_sizes(name, chunk, left, right):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_kernels(dtype, assert_close):
-    exact = make_encoder()
-    encoder = make_encoder()
-    encoder.load_state_dict(exact.state_dict())
-    encoder = encoder.to(dtype)
+@pytest.mark.parametrize("name", sorted({*CONFIGS} - {"rotary"}))
+def test_packed_weights(name, dtype, assert_close):
+    """By the tolerance rule, and where the past is that of a bfloat16 encoder."""
+    exact = make_encoder(**CONFIGS[name])
+    encoder = copy.deepcopy(exact).to(dtype)
     exact.load_state_dict({n: p.double() for n, p in encoder.state_dict().items()})
     x, lengths = speech(encoder)
     with torch.no_grad():
         ref, want_lengths = exact.streaming(chunk=4, left=6, right=2).whole(x.double(), lengths)
         stream = encoder.streaming(chunk=4, left=6, right=2)
-        got, _ = run(stream, x, lengths)
-        low, _ = stream.whole(x, lengths)
-    assert_close("output", *(real(y, want_lengths) for y in (got, ref, low)), 2)
+        with record() as served:
+            got, _ = run(stream, x, lengths)
+        assert served["shared_loop"] == "cpu"
+        with engine("modules"), record() as served:
+            modules, _ = run(stream, x, lengths)
+        assert "shared_loop" not in served
+        with backend("torch"):
+            low, _ = stream.whole(x, lengths)
+    for by, out in (("packed weights", got), ("modules", modules)):
+        assert_close(by, *(real(y, want_lengths) for y in (out, ref, low)), 2)
+
+
+def test_packed_weights_follow_the_weights():
+    encoder = make_encoder(torch.float32)
+    x, lengths = speech(encoder)
+    stream = encoder.streaming(chunk=4, left=6, right=2)
+    with torch.no_grad():
+        before, n = run(stream, x, lengths)
+        encoder.layers[0].attention.u += 1.0
+        after, _ = run(stream, x, lengths)
+        want, _ = stream.whole(x, lengths)
+    assert not torch.equal(real(before, n), real(after, n))
+    torch.testing.assert_close(real(after, n), real(want, n), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["layer", "convolved"])
@@ -285,17 +307,6 @@ def test_hooked_modules_are_called():
         got, _ = run(stream, x, lengths)
     assert len(seen) == 3 * 3 * 6
     torch.testing.assert_close(real(got, n), real(want, n), rtol=0, atol=1e-12)
-
-
-def test_engines_are_no_part_of_it():
-    """A forced engine changes nothing: blocks run module by module."""
-    encoder = make_encoder(torch.float32)
-    x, lengths = speech(encoder)
-    stream = encoder.streaming(chunk=4, left=6, right=2)
-    with torch.no_grad():
-        want, n = run(stream, x, lengths)
-        with engine("loop"):
-            assert torch.equal(real(run(stream, x, lengths)[0], n), real(want, n))
 
 
 @pytest.mark.parametrize("name", ["layer", "convolved"])

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-__all__ = ["Timing", "flush_l2", "peak_memory_mb", "quiet", "time_interleaved", "time_once"]
+__all__ = ["Timing", "flush_l2", "free_memory", "peak_memory_mb", "quiet", "time_interleaved", "time_once"]
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
 # threads of OpenMP (libgomp) wait for work in 300,000 turns of a loop, some milliseconds, before they sleep
@@ -114,6 +116,15 @@ def quiet() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+def free_memory(device: str) -> float:
+    """Bytes that are free on the device; infinite where the system does not say."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    about = Path("/proc/meminfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), math.inf)
 
 
 def peak_memory_mb(call: Callable[[], object], device: str) -> float:

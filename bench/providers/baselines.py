@@ -16,7 +16,15 @@ from torch.nn import functional as F
 
 from lcconformer.ops.glu_depthwise_conv.reference import depthwise_conv1d
 
-__all__ = ["Conformer", "ConformerLayer", "relative_attention", "sdpa_relative_attention", "shift", "sinusoids"]
+__all__ = [
+    "Conformer",
+    "ConformerLayer",
+    "relative_attention",
+    "relative_attention_in_blocks",
+    "sdpa_relative_attention",
+    "shift",
+    "sinusoids",
+]
 
 
 def sinusoids(frames: int, width: int, like: Tensor) -> Tensor:
@@ -56,6 +64,36 @@ def relative_attention(
         scores = scores + shift((q + v_bias[:, None]) @ pos.permute(1, 2, 0))
     probs = F.dropout((scores / math.sqrt(q.shape[-1])).softmax(-1), dropout_p)
     return (probs @ v).transpose(1, 2)
+
+
+def relative_attention_in_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor | None,
+    u: Tensor | None,
+    v_bias: Tensor | None,
+    dropout_p: float = 0.0,
+    *,
+    block: int = 256,
+) -> Tensor:
+    """The same with the scores of ``block`` queries in memory: a reference for long audio."""
+    outputs, frames = [], q.shape[1]
+    k, v = k.transpose(1, 2), v.transpose(1, 2)  # [B, H, T, D]
+    for first in range(0, frames, block):
+        part = q[:, first : first + block].transpose(1, 2)  # [B, H, Q, D]
+        n = part.shape[2]
+        if pos is None or u is None or v_bias is None:
+            scores = part @ k.transpose(-1, -2)
+        else:
+            # of the positions first + n - 1 ... first - (T-1); query i sees key j in column n - 1 - i + j
+            near = pos[frames - first - n : 2 * frames - 1 - first].permute(1, 2, 0)  # [H, D, T + n - 1]
+            raw = (part + v_bias[:, None]) @ near
+            scores = (part + u[:, None]) @ k.transpose(-1, -2)
+            scores = scores + torch.stack([raw[:, :, i, n - 1 - i : n - 1 - i + frames] for i in range(n)], 2)
+        probs = F.dropout((scores / math.sqrt(q.shape[-1])).softmax(-1), dropout_p)
+        outputs.append((probs @ v).transpose(1, 2))
+    return torch.cat(outputs, 1)
 
 
 def sdpa_relative_attention(

@@ -42,6 +42,7 @@ class Provider:
         engine: the engine that lcconformer's encoder must use, ``"modules"`` or ``"loop"``.
         compile: arguments of ``torch.compile``; None if it is not compiled.
         graphs: whether the whole call, in training forward and backward, is captured in a CUDA graph and replayed.
+        scores: matrices ``[B, H, T, T]`` that attention certainly holds at once.
         note: how its maths differs from the reference, for the table.
         foreign: whether another runtime computes it, whose memory is not PyTorch's and whose threads are its own.
     """
@@ -58,6 +59,7 @@ class Provider:
     engine: str = "modules"
     compile: dict | None = None
     graphs: bool = False
+    scores: int = 0
     note: str = ""
     foreign: bool = False
 
@@ -169,7 +171,8 @@ def _needs_device(backend: str) -> Callable[[Case], str | None]:
 
 
 _eager = _baseline(baselines.relative_attention)
-eager = Provider("eager", "torch", _eager, _always)
+# the scores, before and after the shift
+eager = Provider("eager", "torch", _eager, _always, scores=3)
 
 
 def _compiled(backend: str, missing, graphs: bool = False, **arguments) -> Provider:
@@ -212,6 +215,7 @@ PROVIDERS: tuple[Provider, ...] = (
         peers.WAV2VEC2_KEYS,
         conv_norm="batch",
         conv_bias=False,
+        scores=3,
         note="BatchNorm, no convolution biases",
     ),
     Provider(

@@ -14,7 +14,7 @@ from lcconformer.runtime import commit
 from ..core.case import FRAME_SECONDS, Case
 from ..core.roofline import Ceilings, floor_ms, measure_ceilings, work
 from ..core.rows import Results, Row, device_name, versions
-from ..core.timing import MIN_ROUNDS, Timing, peak_memory_mb, time_interleaved
+from ..core.timing import MIN_ROUNDS, Timing, free_memory, peak_memory_mb, time_interleaved
 from ..providers.registry import Provider, build
 from .gate import Gate, GateError
 from .runner import Runner
@@ -43,7 +43,7 @@ def prepare(provider: Provider, case: Case, gate: Gate) -> Runner:
         Skip: the provider cannot run this case.
         GateError: its numbers are wrong.
     """
-    reason = provider.missing(case)
+    reason = provider.missing(case) or _too_large(provider, case)
     if reason is not None:
         raise Skip(reason)
     try:
@@ -62,6 +62,17 @@ def prepare(provider: Provider, case: Case, gate: Gate) -> Runner:
     if provider.forced not in (None, "torch") and provider.forced not in served.values():
         raise Skip(f"no kernel of backend {provider.forced} ran")
     return runner
+
+
+def _too_large(provider: Provider, case: Case) -> str | None:
+    """Say that the scores of attention do not fit the memory that is free; None: they may."""
+    if case.op or not provider.scores:
+        return None
+    needed = provider.scores * case.batch * case.num_heads * case.frames**2 * case.element_size
+    free = free_memory(case.device)
+    if needed < free:
+        return None
+    return f"its scores of attention take {needed / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free"
 
 
 def run_case(

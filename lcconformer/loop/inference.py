@@ -27,7 +27,7 @@ from .kernels import explain_ops
 from .watch import watch
 from .weights import FeedForward, PackedLayer, padded_columns
 
-__all__ = ["chosen", "explain", "reasons", "run", "run_layer", "slower"]
+__all__ = ["OP", "Launch", "Loop", "chosen", "explain", "reasons", "run", "run_layer", "slower"]
 
 OP = "shared_loop"
 
@@ -99,7 +99,7 @@ def run(
         return graphs.run(stack, x, padded(lengths), depth, return_hidden_states)
     note(Choice(OP, "cpu"))
     layers = weights.packed(stack, depth, x.shape[0] * x.shape[1])
-    loop = _Loop(stack.config, x, lengths)
+    loop = Loop(stack.config, x, lengths)
     outputs = []
     for k, layer in enumerate(layers):
         if stack.conditioning is not None:
@@ -113,12 +113,12 @@ def run(
 def run_layer(config: ConformerConfig, layer: PackedLayer, x: Tensor, lengths: Tensor | None) -> Tensor:
     """Run one packed layer on the CPU: float32 ``[B, T, d_model] -> [B, T, d_model]``."""
     note(Choice(OP, "cpu"))
-    loop = _Loop(config, x, lengths)
+    loop = Loop(config, x, lengths)
     loop.step(layer)
     return loop.x
 
 
-class _Loop:
+class Loop:
     """The residual stream of one call, its buffers, and the kernels of each layer with their arguments."""
 
     def __init__(self, config: ConformerConfig, x: Tensor, lengths: Tensor | Packing | None) -> None:
@@ -214,18 +214,21 @@ class _Loop:
         yield self.cpu.relpos_attention_forward, args
 
     def _convolutions(self, layer: PackedLayer) -> Iterator[tuple[Launch, Any]]:
+        b, t, d = self.x.shape
+        x, out = self.wide[: b * t, : 2 * d], self.branch[: b * t]
         if self.ends is None:
-            yield self._convolution(layer, 0, **self.sizes)
+            lengths = self.lengths if self.config.padding == "masked" else None
+            yield self._convolution(layer, x.unflatten(0, (b, t)), out.view(b, t, d), lengths)
             return
         # utterance by utterance
         for first, end in pairwise(self.ends.tolist()):
             if first < end:
-                yield self._convolution(layer, first, batch=1, frames=end - first)
+                yield self._convolution(layer, x[None, first:end], out[None, first:end], None)
 
-    def _convolution(self, layer: PackedLayer, first: int, batch: int, frames: int) -> tuple[Launch, Any]:
-        """Return the kernel for ``batch * frames`` rows from row ``first`` on."""
-        config, conv, d = self.config, layer.conv, self.x.shape[2]
-        norm, pitch = conv.depthwise_norm, self.wide.stride(0)
+    def _convolution(self, layer: PackedLayer, x: Tensor, out: Tensor, lengths: Tensor | None) -> tuple[Launch, Any]:
+        """Return the kernel from ``x [B, T, 2 d_model]`` to ``out [B, T, d_model]``, contiguous."""
+        config, conv, (batch, frames, d) = self.config, layer.conv, out.shape
+        norm = conv.depthwise_norm
         statistics = {}
         if config.conv_norm == "group":
             statistics = {"y": pointer(self.before_norm), "mean": pointer(self.mean), "var": pointer(self.var)}
@@ -235,19 +238,19 @@ class _Loop:
             frames=frames,
             channels=d,
             width=config.conv_kernel_size,
-            x=pointer(self.wide, first * pitch),
-            x_batch_stride=frames * pitch,
-            x_frame_stride=pitch,
+            x=pointer(x),
+            x_batch_stride=x.stride(0),
+            x_frame_stride=x.stride(1),
             taps=pointer(conv.taps),
             bias=pointer(conv.bias),
-            lengths=pointer(self.lengths) if config.padding == "masked" else 0,
+            lengths=pointer(lengths),
             # a BatchNorm is part of the taps
             norm=getattr(self.cpu.Norm, "none" if norm is None else config.conv_norm),
             groups=config.conv_norm_groups,
             norm_weight=pointer(norm.weight) if norm else 0,
             norm_bias=pointer(norm.bias) if norm else 0,
             eps=config.layer_norm_eps,
-            out=pointer(self.branch, first * d),
+            out=pointer(out),
             **statistics,
         )
         return self.cpu.glu_depthwise_conv_forward, args

@@ -140,6 +140,15 @@ class PackedLayer:
     # of the latest T: (T, SIMD level, panels of each head)
     _panels: tuple[int, str, Tensor] | None = field(default=None, repr=False)
 
+    def positions(self, frames: int) -> Tensor:
+        """Projected relative positions frames-1 ... -(frames-1), ``[2 frames - 1, d_model padded]``."""
+        assert self.attention.pos is not None
+        rows = self._positions
+        if rows is None or rows.shape[0] < 2 * frames - 1:
+            rows = self._positions = _project(self.attention.pos, frames)
+        last = (rows.shape[0] + 1) // 2 + frames - 1
+        return rows[last - (2 * frames - 1) : last]
+
     def position_panels(self, frames: int) -> Tensor | None:
         """Projected relative positions of ``frames`` frames as the attention kernel takes them; None without positions."""
         if self.attention.pos is None:
@@ -148,10 +157,7 @@ class PackedLayer:
         level, kept = cpu.simd_level(), self._panels
         if kept is not None and kept[:2] == (frames, level):
             return kept[2]
-        rows = self._positions
-        if rows is None or rows.shape[0] < 2 * frames - 1:
-            rows = self._positions = _project(self.attention.pos, frames)
-        middle = rows[(rows.shape[0] + 1) // 2 - frames :]  # the first row is position frames - 1
+        rows = self.positions(frames)
         width = self.attention.pos.columns // self.heads
         panels = rows.new_empty(self.heads * cpu.relpos_attention_position_floats(frames, width))
         args = cpu.RelposAttentionPackPositions(
@@ -159,7 +165,7 @@ class PackedLayer:
             frames=frames,
             heads=self.heads,
             head_dim=width,
-            pos=pointer(middle),
+            pos=pointer(rows),
             pos_frame_stride=rows.stride(0),
             pos_head_stride=width,
             pos_panels=pointer(panels),

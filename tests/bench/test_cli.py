@@ -8,7 +8,7 @@ import pytest
 import torch
 from lcconformer.bench import cli
 from lcconformer.bench.core.roofline import Ceilings
-from lcconformer.bench.runs import suite
+from lcconformer.bench.runs import gate, suite
 
 from lcconformer.__main__ import main
 
@@ -141,3 +141,14 @@ def test_errors_say_what_to_do(arguments, message, capsys):
             pytest.skip("there is a CUDA device here")
     assert main(["bench", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_long_audio_has_its_own_defaults(monkeypatch, capsys):
+    """At a few frames, where the gate's reference still walks over blocks of queries."""
+    monkeypatch.setattr(cli, "LONG_SHAPES", "1x40")
+    monkeypatch.setattr(gate, "_LONG", 20)
+    arguments = [a for a in TINY if a not in ("--layers", "2")]
+    assert main([*arguments, "--long"]) == 0
+    out = capsys.readouterr().out
+    assert "inference, B = 1, T = 40, d = 32, N = 1, float32, on " in out
+    assert "lcconformer:cpu+loop" in out

@@ -1,8 +1,9 @@
 """Providers by name, and what each of them forces."""
 
 import pytest
+import torch
 from lcconformer.bench.core.case import Case
-from lcconformer.bench.providers import registry
+from lcconformer.bench.providers import baselines, registry
 
 from lcconformer import loop
 from lcconformer.ops.registry import forced_backend
@@ -36,3 +37,13 @@ def test_a_training_step_of_the_loop_engine_is_captured_as_a_whole():
     assert both.missing(gpu.replace(mode="training")) is None
     assert "graphs of its own" in both.missing(gpu)
     assert both.missing(SMALL.replace(mode="training")) == "needs a CUDA device"
+
+
+@pytest.mark.parametrize("frames", [1, 7, 16, 21])
+@pytest.mark.parametrize("relative", [True, False])
+def test_attention_in_blocks_is_attention(frames, relative):
+    q, k, v = torch.randn(3, 2, frames, 2, 4, dtype=torch.float64)
+    position = (torch.randn(2 * frames - 1, 2, 4).double(), *torch.randn(2, 2, 4).double()) if relative else (None,) * 3
+    want = baselines.relative_attention(q, k, v, *position)
+    got = baselines.relative_attention_in_blocks(q, k, v, *position, block=8)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-13)

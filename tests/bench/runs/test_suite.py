@@ -131,3 +131,13 @@ def test_results_refuse_other_files(tmp_path):
         Results(path)
     with pytest.raises(ValueError, match="missing or unknown fields: batch"):
         Row.from_json({name: None for name in FIELDS if name != "batch"})
+
+
+def test_scores_that_do_not_fit_are_not_tried(monkeypatch):
+    monkeypatch.setattr(suite, "free_memory", lambda device: 3 * 2 * 9 * 9 * 4.0)
+    (eager, ours) = some("eager,lcconformer:torch")
+    assert suite._too_large(eager, SMALL) == "its scores of attention take 0 GB, and 0 GB are free"
+    assert suite._too_large(eager, SMALL.replace(frames=8)) is None
+    assert suite._too_large(ours, SMALL) is None
+    with pytest.raises(suite.Skip, match="its scores of attention take"):
+        suite.prepare(eager, SMALL, suite.Gate(SMALL))
