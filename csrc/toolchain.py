@@ -26,10 +26,12 @@ CUDA_PACKAGES = tuple(
 # sm_86 and sm_89 run the sm_80 code, sm_103 the sm_100 code; PTX of 9.0 is there for parts that come later
 DEFAULT_ARCHS = "8.0 9.0+PTX 10.0 12.0"
 # csrc/cpu/simd/*.cpp is compiled once per level with -DLCC_SIMD=<level>; the processor chooses at run time
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 SIMD_LEVELS = {
     "generic": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
+    "avx512": AVX512,
+    "avx512bf16": [*AVX512, "-mavx512bf16"],
 }
 JOB_MEMORY = 2 << 30  # bytes; nvcc peaks below 1 GiB on the kernels here, g++ at 0.6 GiB on the bindings
 

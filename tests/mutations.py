@@ -555,6 +555,8 @@ CPU_LAYER_NORM, ON_CPU_LAYER_NORM = (
 )
 CPU_FEED_FORWARD, ON_CPU_FEED_FORWARD = "csrc/cpu/simd/feed_forward.cpp", "tests/extension/test_cpu_feed_forward.py"
 ROWS, ON_ROWS = "csrc/cpu/simd/rows.cpp", "tests/extension/test_cpu_rows.py"
+PRODUCT = "csrc/cpu/simd/product.h"
+POOL, ON_POOL = "csrc/cpu/pool.cpp", "tests/extension/test_cpu_pool.py"
 DROPOUT = "csrc/cpu/simd/dropout.h"
 
 # tested at the level that every processor has
@@ -714,25 +716,67 @@ CXX = (
         f"{ON_CPU_LAYER_NORM}::test_dropout_is_that_of_the_counters[20-generic]",
     ),
     Mutation(
+        "products of bfloat16: the first of a pair twice",
+        PRODUCT,
+        "(vec)(a & 0xffff0000u) * (vec)(b & 0xffff0000u)",
+        "(vec)(a << 16) * (vec)(b << 16)",
+        f"{ON_ROWS}::test_widths[16-64-48-generic-torch.bfloat16]",
+    ),
+    Mutation(
+        "products: half a tile of four rows left out",
+        PRODUCT,
+        "product_tile<4, N>(depth",
+        "product_tile<2, N>(depth",
+        f"{ON_ROWS}::test_widths[16-64-48-generic-torch.float32]",
+    ),
+    Mutation(
+        "rows: panels of bfloat16 with the pitch of float32",
+        ROWS,
+        "{panel, 2 * kPanelColumns, 2 * W}",
+        "{panel, kPanelColumns, W}",
+        f"{ON_ROWS}::test_widths[16-64-48-generic-torch.bfloat16]",
+    ),
+    Mutation(
+        "pool: the caller does not wait for its helpers",
+        POOL,
+        "        if (spin(idle)) return;\n",
+        "        return;\n",
+        f"{ON_POOL}::test_every_caller_gets_its_own_result",
+    ),
+    Mutation(
+        "pool: helpers share a slot",
+        POOL,
+        "take_chunks(slot);",
+        "take_chunks(0);",
+        f"{ON_POOL}::test_every_caller_gets_its_own_result",
+    ),
+    Mutation(
+        "pool: a child of fork waits for its parent's threads",
+        POOL,
+        "pthread_atfork(nullptr, nullptr, renew);",
+        "",
+        f"{ON_POOL}::test_a_child_of_fork_has_threads_of_its_own",
+    ),
+    Mutation(
         "rows: chunks of the hidden layer not added",
         ROWS,
-        "f ? Addend{y, row} : bias_of(a.down)",
+        "f ? Addend{b.y, b.row} : bias_of(a.down)",
         "bias_of(a.down)",
-        f"{ON_ROWS}::test_widths[256-1030-768-generic]",
+        f"{ON_ROWS}::test_widths[256-1030-768-generic-torch.float32]",
     ),
     Mutation(
         "rows: last row left out",
         ROWS,
         "blocks * kTileRows, a.rows)",
         "blocks * kTileRows, a.rows - 1)",
-        f"{ON_ROWS}::test_widths[1-1-1-generic]",
+        f"{ON_ROWS}::test_widths[1-1-1-generic-torch.float32]",
     ),
     Mutation(
         "rows: columns beyond D in the variance",
         ROWS,
-        "first_lanes(load(h + d) - mean, a.columns - d)",
-        "load(h + d) - mean",
-        f"{ON_ROWS}::test_widths[7-30-14-generic]",
+        "first_lanes(load(s + d) - mean, a.columns - d)",
+        "load(s + d) - mean",
+        f"{ON_ROWS}::test_widths[7-30-14-generic-torch.float32]",
     ),
 )
 

@@ -26,7 +26,7 @@ int max_threads() {
 
 std::vector<std::string> simd_levels() {
     std::vector<std::string> names;
-    for (const char* name : {"avx512", "avx2", "generic"})
+    for (const char* name : {"avx512bf16", "avx512", "avx2", "generic"})
         if (has_simd_level(name)) names.emplace_back(name);
     return names;
 }
@@ -42,9 +42,13 @@ void check(const char* kernel, const S& args) {
         throw std::invalid_argument(std::string(kernel) + ": threads is " + std::to_string(args.threads) +
                                     "; expected at least 1");
     }
-    if constexpr (!std::is_same_v<S, RowsForward>) {
-        if (args.element == Element::float16) {
-            throw std::invalid_argument(std::string(kernel) + ": element is float16; expected float32 or bfloat16");
+    if (args.element == Element::float16) {
+        throw std::invalid_argument(std::string(kernel) + ": element is float16; expected float32 or bfloat16");
+    }
+    if constexpr (std::is_same_v<S, RowsForward>) {
+        if (args.element == Element::bfloat16 && args.merge.panels && args.merge.inputs % 2) {
+            throw std::invalid_argument(std::string(kernel) + ": merge has " + std::to_string(args.merge.inputs) +
+                                        " inputs; expected an even number with bfloat16");
         }
     }
 }
@@ -270,6 +274,7 @@ void bind_feed_forward(py::module_& m) {
 void bind_rows(py::module_& m) {
     using Forward = RowsForward;
     Arguments<Forward>(m, "RowsForward", "Arguments of rows_forward")
+        .required<&Forward::element>("element")
         .required<&Forward::rows>("rows")
         .required<&Forward::columns>("columns")
         .required<&Forward::threads>("threads")

@@ -17,6 +17,7 @@ LCC_DECLARE_LEVEL(generic)
 #if defined(__x86_64__)
 LCC_DECLARE_LEVEL(avx2)
 LCC_DECLARE_LEVEL(avx512)
+LCC_DECLARE_LEVEL(avx512bf16)
 #endif
 
 namespace lcc::cpu {
@@ -43,17 +44,21 @@ LCC_TABLE(generic)
 #if defined(__x86_64__)
 LCC_TABLE(avx2)
 LCC_TABLE(avx512)
+LCC_TABLE(avx512bf16)
+#endif
+
+#if defined(__x86_64__)
+bool runs_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
 #endif
 
 // best first
 const Level levels[] = {
 #if defined(__x86_64__)
-    {"avx512",
-     [] {
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-     },
-     table_of_avx512()},
+    {"avx512bf16", [] { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }, table_of_avx512bf16()},
+    {"avx512", runs_avx512, table_of_avx512()},
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, table_of_avx2()},
 #endif
     {"generic", [] { return true; }, table_of_generic()},

@@ -12,7 +12,7 @@
 namespace lcc::cpu {
 
 constexpr int64_t kPanelColumns = 64;  // of a packed matrix
-constexpr int64_t kTileRows = 6;       // kernels touch rows of their float32 inputs and outputs up to a multiple
+constexpr int64_t kTileRows = 2;       // rows_forward touches rows of its inputs and outputs up to a multiple
 
 // An element is dropped if its 16 bits of Philox-4x32-7 are below the threshold; see kernels/common.py.
 struct Dropout {
@@ -158,9 +158,11 @@ struct FeedForwardResidualBackward : FeedForwardElements {  // out = scale * dro
     float scale;
 };
 
-struct Matrix {           // y = x W + bias, float32
-    const float* panels;  // [columns / kPanelColumns rounded up, inputs, kPanelColumns]; null: no matrix
-    const float* bias;    // [columns], zero up to a multiple of kPanelColumns
+struct Matrix {  // y = x W + bias
+    const void*
+        panels;         // [columns / kPanelColumns rounded up, inputs, kPanelColumns]; null: no matrix. In bfloat16 two
+                        // inputs are neighbours, [..., inputs / 2 rounded up, kPanelColumns, 2], zero beyond the last
+    const float* bias;  // [columns], zero up to a multiple of kPanelColumns
     int64_t inputs, columns;
 };
 
@@ -168,16 +170,17 @@ struct Affine {                  // of a LayerNorm; null: no norm
     const float *weight, *bias;  // [D]
 };
 
-// What a layer does to each row between attention and convolution, for inference, float32. In this order, each if
-// there:
+// What a layer does to each row between attention and convolution, for inference. In this order, each if there:
 //   x += merge(branch);   x += down(silu(up(LN(x))));   out = next(LN(x)), or without a matrix x = LN(x)
+// In bfloat16 the matrices multiply bfloat16 into float32, and x and the norms are float32.
 struct RowsForward {
+    Element element;        // of branch, panels and out
     int64_t rows, columns;  // M, D
     float* x;               // [M, D], changed in place
-    const float* branch;    // [M, inputs of merge]
+    const void* branch;     // [M, inputs of merge]
     Matrix merge, up, down, next;
     Affine hidden_norm, norm;
-    float* out;              // [M, out_row_stride]
+    void* out;               // [M, out_row_stride]
     int64_t out_row_stride;  // at least the columns of next, rounded up to kPanelColumns
     float eps;
     int threads;  // branch and out have rows up to a multiple of kTileRows
@@ -215,7 +218,8 @@ struct Bytes {
 // A hash of all words of 4 bytes of each part, or of up to 64, first and last among them, evenly spread.
 uint64_t fingerprint(const Bytes* parts, int64_t n, bool complete);
 
-// "generic", "avx2", "avx512": the level in use, those this processor runs, and a switch for tests (false: unknown).
+// "generic", "avx2", "avx512", "avx512bf16": the level in use, those this processor runs, and a switch for tests
+// (false: unknown).
 const char* simd_level();
 bool has_simd_level(const char* name);
 bool use_simd_level(const char* name);

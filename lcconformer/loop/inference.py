@@ -2,8 +2,9 @@
 five kernels a loop on packed weights (:mod:`.weights`).
 
 On the CPU a loop is five kernels in buffers made once per call: rows (feed-forward, norm, projection), attention, rows,
-convolution, rows.  Everything is float32 inside, whatever the dtype of the stack, and a frame gets the same bits in
-any batch.
+convolution, rows.  The residual stream, norms, scores and sums are float32 whatever the dtype of the stack; the matrices of a
+bfloat16 stack are multiplied in bfloat16 where the processor has instructions for it, else in float32.  A frame gets the same
+bits in any batch.  The kernels run on threads of their own (csrc/cpu/pool.h).
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ from .weights import FeedForward, PackedLayer, padded_columns
 __all__ = ["OP", "Launch", "Loop", "chosen", "explain", "reasons", "run", "run_layer", "slower"]
 
 OP = "shared_loop"
+
+_IN_BFLOAT16 = "cpu with products of bfloat16"
+_NO_BFLOAT16 = "this processor has no AVX512-BF16; the products are in float32"
 
 Launch = Callable[[Any], None]  # a kernel of csrc/cpu
 
@@ -63,8 +67,8 @@ def reasons(stack: LayerStack, x: Tensor) -> list[str]:
     return found if x.device.type == "cuda" else found + cpu_reasons(x.device, x.dtype)
 
 
-# float32 engine against the bfloat16 products of oneDNN, EPYC 9004, d = 256, times as fast: 2.5 at 16 frames, 1.09 at 100,
-# 0.82 at 400, 0.76 at 8 x 400
+# engine on products of float32 against the bfloat16 products of oneDNN, EPYC 9004, d = 256, times as fast: 2.5 at 16 frames,
+# 1.09 at 100, 0.82 at 400, 0.76 at 8 x 400; that on products of bfloat16 has not been measured
 _BFLOAT16_FRAMES = 192
 
 
@@ -74,14 +78,15 @@ def slower(x: Tensor) -> list[str]:
         return []
     products = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if x.dtype == torch.bfloat16 and products and x.shape[0] * x.shape[1] > _BFLOAT16_FRAMES:
-        return ["the engine works in float32, and this processor is faster at products of bfloat16"]
+        return ["this processor is fast at products of bfloat16, and the modules leave them to its library"]
     return []
 
 
 def explain(stack: LayerStack, x: Tensor) -> dict[str, Choice]:
     """Return what computes the loops of ``x [B, T, d_model]``, which this engine serves."""
     if x.device.type == "cpu":
-        return {OP: Choice(OP, "cpu")}
+        in_float32 = x.dtype == torch.bfloat16 and weights.product_dtype(x) == torch.float32
+        return {OP: Choice(OP, "cpu", ((_IN_BFLOAT16, (_NO_BFLOAT16,)),) if in_float32 else ())}
     against = chain.reasons(stack, x, x.shape[0] * graphs.padded_frames(stack, x))
     if not against:
         return {OP: Choice(OP, "triton")}
@@ -99,7 +104,7 @@ def run(
         return graphs.run(stack, x, padded(lengths), depth, return_hidden_states)
     note(Choice(OP, "cpu"))
     layers = weights.packed(stack, depth, x.shape[0] * x.shape[1])
-    loop = Loop(stack.config, x, lengths)
+    loop = Loop(stack.config, x, lengths, layers[0].dtype)
     outputs = []
     for k, layer in enumerate(layers):
         if stack.conditioning is not None:
@@ -113,7 +118,7 @@ def run(
 def run_layer(config: ConformerConfig, layer: PackedLayer, x: Tensor, lengths: Tensor | None) -> Tensor:
     """Run one packed layer on the CPU: float32 ``[B, T, d_model] -> [B, T, d_model]``."""
     note(Choice(OP, "cpu"))
-    loop = Loop(config, x, lengths)
+    loop = Loop(config, x, lengths, layer.dtype)
     loop.step(layer)
     return loop.x
 
@@ -121,15 +126,17 @@ def run_layer(config: ConformerConfig, layer: PackedLayer, x: Tensor, lengths: T
 class Loop:
     """The residual stream of one call, its buffers, and the kernels of each layer with their arguments."""
 
-    def __init__(self, config: ConformerConfig, x: Tensor, lengths: Tensor | Packing | None) -> None:
+    def __init__(
+        self, config: ConformerConfig, x: Tensor, lengths: Tensor | Packing | None, dtype: torch.dtype
+    ) -> None:
         self.config = config
         cpu = self.cpu = cpu_kernels()
         b, t, d = x.shape
 
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=torch.float32, device="cpu")
+        def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="cpu")
 
-        self.x = empty(b, t, d).copy_(x)
+        self.x = empty(b, t, d, dtype=torch.float32).copy_(x)
         self.lengths, self.ends, self.sizes = None, None, {"batch": b, "frames": t}
         if isinstance(lengths, Packing):
             self.ends = i64(lengths.cu_seqlens)
@@ -142,8 +149,8 @@ class Loop:
         self.branch = empty(rows, d)  # output of attention or convolution
         if config.conv_norm == "group":
             self.before_norm = empty(b, t, d)
-            self.mean, self.var = empty(2, b, config.conv_norm_groups)
-        self.common = common(self.x)
+            self.mean, self.var = empty(2, b, config.conv_norm_groups, dtype=torch.float32)
+        self.common = common(self.branch)
         self.launches: dict[int, list[tuple[Launch, Any]]] = {}  # of each layer, by its id
         self.panels: list[Tensor | None] = []  # positions that launches hold the address of
 
@@ -176,9 +183,9 @@ class Loop:
         if ffn is not None:
             parts |= {"hidden_norm": ffn.norm.args, "up": ffn.up.args, "down": ffn.down.args}
         args = self.cpu.RowsForward(
+            **self.common,
             rows=self.x.shape[0] * self.x.shape[1],
             columns=d,
-            threads=self.common["threads"],
             x=pointer(self.x),
             branch=pointer(self.branch),
             out=pointer(self.wide),

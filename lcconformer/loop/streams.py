@@ -31,7 +31,7 @@ def run(
     """
     note(Choice(OP, "cpu"))
     layers = weights.packed(stack, len(pasts), x.shape[0] * x.shape[1])
-    loop = _Streams(stack.config, x)
+    loop = _Streams(stack.config, x, layers[0].dtype)
     after = []
     for k, (layer, past) in enumerate(zip(layers, pasts, strict=True)):
         if stack.conditioning is not None:
@@ -47,8 +47,8 @@ class _Streams(Loop):
 
     blocks: Remembered
 
-    def __init__(self, config: ConformerConfig, x: Tensor) -> None:
-        super().__init__(config, x, None)
+    def __init__(self, config: ConformerConfig, x: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(config, x, None, dtype)
 
     def _read(self, columns: int) -> Tensor:
         """What the rows before have left: ``[B, Q, columns]``."""
@@ -73,7 +73,7 @@ class _Streams(Loop):
             chunking = self.blocks.chunking
             pos = layer.positions(chunking.left + chunking.block)[:, :d].unflatten(1, (h, d // h))
             relative = (pos, own.u, own.v_bias)
-        heads = self._read(3 * d).unflatten(2, (3, h, d // h)).unbind(2)
+        heads = self._read(3 * d).float().unflatten(2, (3, h, d // h)).unbind(2)
         self._write(self.blocks.attend(*heads, relative=relative, rotary=None, dropout_p=0.0).flatten(2))
 
     def _convolve(self, layer: PackedLayer) -> None:

@@ -55,7 +55,10 @@ def padded_columns(columns: int) -> int:
 
 @dataclass(frozen=True)
 class Matrix:
-    """``y = x W + bias``: panels of W ``[columns / PANEL_COLUMNS rounded up, inputs, PANEL_COLUMNS]``, bias; zeros beyond."""
+    """``y = x W + bias``: panels of W ``[columns / PANEL_COLUMNS rounded up, inputs, PANEL_COLUMNS]``, bias; zeros beyond.
+
+    Panels in bfloat16 are ``[..., inputs / 2 rounded up, PANEL_COLUMNS, 2]``: neighbours are multiplied and added at once.
+    """
 
     panels: Tensor
     bias: Tensor
@@ -63,13 +66,16 @@ class Matrix:
     columns: int
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, scale: float = 1.0) -> Matrix:
+    def of(cls, weight: Tensor, bias: Tensor | None, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Matrix:
         """Pack the weights of an ``nn.Linear``: weight ``[columns, inputs]``, bias ``[columns]`` or None."""
         columns, inputs = weight.shape
         panel, beyond = cpu_kernels().PANEL_COLUMNS, padded_columns(columns) - columns
         weight = F.pad(weight.float() * scale, (0, 0, 0, beyond))
         bias = weight.new_zeros(columns) if bias is None else bias.float() * scale
-        return cls(weight.unflatten(0, (-1, panel)).mT.contiguous(), F.pad(bias, (0, beyond)), inputs, columns)
+        panels = weight.unflatten(0, (-1, panel)).mT  # [panels, inputs, panel]
+        if dtype == torch.bfloat16:
+            panels = F.pad(panels, (0, 0, 0, inputs % 2)).unflatten(1, (-1, 2)).mT
+        return cls(panels.to(dtype).contiguous(), F.pad(bias, (0, beyond)), inputs, columns)
 
     @functools.cached_property
     def args(self) -> Any:
@@ -127,7 +133,7 @@ class Convolution:
 
 @dataclass
 class PackedLayer:
-    """The packed weights of one unique layer, float32."""
+    """The packed weights of one unique layer: matrices in ``dtype``, the rest in float32."""
 
     ffn1: FeedForward
     attention: Attention
@@ -135,6 +141,7 @@ class PackedLayer:
     ffn2: FeedForward
     norm: Affine
     heads: int
+    dtype: torch.dtype
     # grow-only: rows of positions Tmax-1 ... -(Tmax-1), [2 Tmax - 1, d_model padded]
     _positions: Tensor | None = field(default=None, repr=False)
     # of the latest T: (T, SIMD level, panels of each head)
@@ -181,9 +188,9 @@ def _project(pos: Matrix, frames: int) -> Tensor:
     cpu = cpu_kernels()
     out = table.new_empty(len(table) + cpu.TILE_ROWS, padded_columns(pos.columns))
     args = cpu.RowsForward(
+        **common(table),
         rows=len(table),
         columns=pos.inputs,
-        threads=torch.get_num_threads(),
         x=pointer(table),
         next=pos.args,
         out=pointer(out),
@@ -191,6 +198,15 @@ def _project(pos: Matrix, frames: int) -> Tensor:
     )
     cpu.rows_forward(args)
     return out[: len(table)]
+
+
+def product_dtype(like: Tensor) -> torch.dtype:
+    """Dtype of the products with the matrices of a layer, for a weight or input ``like [..., d_model]``.
+
+    That of bfloat16 weights where the processor multiplies bfloat16: elsewhere the kernels take such products apart.
+    """
+    by_pairs = like.dtype == torch.bfloat16 and like.shape[-1] % 2 == 0
+    return torch.bfloat16 if by_pairs and cpu_kernels().simd_level() == "avx512bf16" else torch.float32
 
 
 def pack(layer: nn.Module, overrides: dict[str, Tensor]) -> PackedLayer:
@@ -212,8 +228,12 @@ def pack(layer: nn.Module, overrides: dict[str, Tensor]) -> PackedLayer:
         # copies: what is packed must not change with its source
         return Affine(given(f"{name}.weight").clone(), given(f"{name}.bias").clone())
 
-    def matrix(name: str, scale: float = 1.0) -> Matrix:
-        return Matrix.of(given(f"{name}.weight"), get(f"{name}.bias"), scale)
+    qkv = get("attention.qkv.weight")
+    assert qkv is not None
+    dtype = product_dtype(qkv)
+
+    def matrix(name: str, scale: float = 1.0, dtype: torch.dtype = dtype) -> Matrix:
+        return Matrix.of(given(f"{name}.weight"), get(f"{name}.bias"), scale, dtype)
 
     def feed_forward(name: str) -> FeedForward:
         return FeedForward(norm(f"{name}.norm"), matrix(f"{name}.up"), matrix(f"{name}.down", 0.5))
@@ -224,7 +244,7 @@ def pack(layer: nn.Module, overrides: dict[str, Tensor]) -> PackedLayer:
         norm("attention.norm"),
         matrix("attention.qkv"),
         matrix("attention.out"),
-        matrix("attention.pos") if relative else None,
+        matrix("attention.pos", dtype=torch.float32) if relative else None,
         given("attention.u").clone() if relative else None,
         given("attention.v_bias").clone() if relative else None,
     )
@@ -249,7 +269,9 @@ def pack(layer: nn.Module, overrides: dict[str, Tensor]) -> PackedLayer:
         depthwise_norm,
         matrix("conv.pointwise2"),
     )
-    return PackedLayer(feed_forward("ffn1"), attention, conv, feed_forward("ffn2"), norm("norm"), own_attention.heads)
+    return PackedLayer(
+        feed_forward("ffn1"), attention, conv, feed_forward("ffn2"), norm("norm"), own_attention.heads, dtype
+    )
 
 
 def tells_depths_apart(config: ConformerConfig) -> bool:

@@ -12,17 +12,26 @@ from lcconformer.loop.weights import Affine, Matrix, padded_columns
 from .cpu_kernels import CPU, LEVELS, kernels
 
 PARTS = ["merge", "feed_forward", "next"]
+F32, BF16 = torch.float32, torch.bfloat16
 
 
-def make(m: int, d: int, f: int, n: int) -> dict[str, Tensor]:
-    """Rows ``x``, a branch, a norm before the hidden layer and one after, and four matrices with biases, float64."""
-    sizes = {"merge": (d, d + 3), "up": (f, d), "down": (d, f), "next": (n, d)}
-    values = {"x": torch.randn(m, d) + 0.5, "branch": torch.randn(m, d + 3)}
+def make(m: int, d: int, f: int, n: int, dtype: torch.dtype = F32) -> dict[str, Tensor]:
+    """Rows ``x``, a branch, a norm before the hidden layer and one after, and four matrices with biases, float64.
+
+    Branch and matrices are rounded to ``dtype``.
+    """
+    sizes = {"merge": (d, inputs_of_merge(d)), "up": (f, d), "down": (d, f), "next": (n, d)}
+    values = {"x": torch.randn(m, d) + 0.5, "branch": torch.randn(m, inputs_of_merge(d))}
     for name, (rows, columns) in sizes.items():
         values |= {f"{name}.weight": torch.randn(rows, columns) / columns**0.5, f"{name}.bias": torch.randn(rows)}
     for name in ("hidden_norm", "norm"):
         values |= {f"{name}.weight": torch.randn(d), f"{name}.bias": torch.randn(d)}
-    return {name: value.float().double() for name, value in values.items()}
+    rounded = [name for name in values if name == "branch" or (values[name].dim() == 2 and name != "x")]
+    return {name: value.to(dtype if name in rounded else F32).double() for name, value in values.items()}
+
+
+def inputs_of_merge(d: int) -> int:
+    return d + 3 + (d + 3) % 2  # bfloat16 takes even numbers
 
 
 def reference(v: dict[str, Tensor], parts: list[str]) -> tuple[Tensor, Tensor]:
@@ -40,16 +49,22 @@ def reference(v: dict[str, Tensor], parts: list[str]) -> tuple[Tensor, Tensor]:
     return h, h
 
 
-def run(v: dict[str, Tensor], parts: list[str], level: str | None = None, threads: int = 2) -> tuple[Tensor, Tensor]:
+def run(
+    v: dict[str, Tensor], parts: list[str], level: str | None = None, threads: int = 2, dtype: torch.dtype = F32
+) -> tuple[Tensor, Tensor]:
     m, d = v["x"].shape
     v = {name: value.float() for name, value in v.items()}
     names = [n for n in parts if n != "feed_forward"] + ["up", "down"] * ("feed_forward" in parts)
-    matrices = {name: Matrix.of(v[f"{name}.weight"], v[f"{name}.bias"]) for name in names}
+    matrices = {name: Matrix.of(v[f"{name}.weight"], v[f"{name}.bias"], dtype=dtype) for name in names}
     norms = {name: Affine(v[f"{name}.weight"], v[f"{name}.bias"]) for name in ("hidden_norm", "norm")}
     n = matrices["next"].columns if "next" in parts else 0
-    x, out = v["x"].clone(), torch.full((m + CPU.TILE_ROWS, padded_columns(n)), torch.nan)
-    branch = torch.cat((v["branch"], torch.full((CPU.TILE_ROWS, d + 3), torch.nan)))  # rows of the last tile
+    x, out = v["x"].clone(), torch.full((m + CPU.TILE_ROWS, padded_columns(n)), torch.nan, dtype=dtype)
+    branch = torch.cat(
+        (v["branch"], torch.full((CPU.TILE_ROWS, v["branch"].shape[1]), torch.nan))
+    )  # rows of the last tile
+    branch = branch.to(dtype)
     args = CPU.RowsForward(
+        element=getattr(CPU.Element, "bfloat16" if dtype == BF16 else "float32"),
         **{name: part.args for name, part in (matrices | norms).items()},
         x=x.data_ptr(), branch=branch.data_ptr(), out=out.data_ptr(), out_row_stride=out.stride(0),
         rows=m, columns=d, eps=1e-5, threads=threads,
@@ -60,37 +75,71 @@ def run(v: dict[str, Tensor], parts: list[str], level: str | None = None, thread
 
 
 def check(assert_close, v: dict[str, Tensor], parts: list[str], **options) -> None:
-    low = reference({name: value.float() for name, value in v.items()}, parts)
+    low = reference({name: value.to(options.get("dtype", F32)) for name, value in v.items()}, parts)
     for name, out, ref, eager in zip(("x", "out"), run(v, parts, **options), reference(v, parts), low):
         assert_close(name, out, ref, eager, 2)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize(("d", "f", "n"), [(1, 1, 1), (7, 30, 14), (16, 64, 48), (65, 130, 195), (256, 1030, 768)])
-def test_widths(assert_close, level, d, f, n):
-    check(assert_close, make(20, d, f, n), PARTS, level=level)
+@pytest.mark.parametrize(("d", "f", "n"), [(1, 1, 1), (7, 30, 14), (16, 64, 48), (65, 131, 195), (256, 1030, 768)])
+def test_widths(assert_close, level, d, f, n, dtype):
+    check(assert_close, make(20, d, f, n, dtype), PARTS, level=level, dtype=dtype)
 
 
 @pytest.mark.parametrize("m", [1, 5, 6, 7, 95, 97, 203, 400])
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_rows_and_threads(assert_close, m, threads):
-    check(assert_close, make(m, 24, 40, 30), PARTS, threads=threads)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_rows_and_threads(assert_close, m, threads, dtype):
+    check(assert_close, make(m, 24, 40, 30, dtype), PARTS, threads=threads, dtype=dtype)
 
 
 @pytest.mark.parametrize(
     "parts", [[], ["merge"], ["feed_forward"], ["next"], ["merge", "next"], ["feed_forward", "next"]]
 )
-def test_parts_alone(assert_close, parts):
-    check(assert_close, make(33, 20, 30, 40), parts)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_parts_alone(assert_close, parts, dtype):
+    check(assert_close, make(33, 20, 30, 40, dtype), parts, dtype=dtype)
 
 
-def test_a_row_does_not_depend_on_the_others():
-    v = make(203, 24, 300, 40)
-    x, out = run(v, PARTS)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_a_row_does_not_depend_on_the_others(dtype):
+    v = make(203, 24, 300, 40, dtype)
+    x, out = run(v, PARTS, dtype=dtype)
     for first, last in ((0, 1), (50, 57), (96, 203)):
         part = v | {"x": v["x"][first:last], "branch": v["branch"][first:last]}
-        for whole, alone in zip((x, out), run(part, PARTS, threads=3)):
+        for whole, alone in zip((x, out), run(part, PARTS, threads=3, dtype=dtype)):
             assert torch.equal(whole[first:last], alone)
+
+
+def test_bfloat16_products_add_up_in_float32_and_keep_the_residual(assert_close):
+    """Sums and x are far more exact than bfloat16, whose rounding is that of norms, hidden layer and output alone."""
+    v = make(40, 64, 128, 64, BF16)
+    x, _ = run(v, ["merge", "next"], dtype=BF16)
+    exact = reference(v, ["merge", "next"])[0]
+    assert (x - exact).abs().max() < 1e-5 * exact.abs().max()
+    v["up.weight"] *= 0
+    v["up.bias"] *= 0
+    x, _ = run(v, ["feed_forward", "next"], dtype=BF16)
+    assert torch.equal(x, v["x"].float() + v["down.bias"].float())
+
+
+def test_bfloat16_inputs_in_odd_number_are_refused():
+    args = CPU.RowsForward(element=CPU.Element.bfloat16, rows=0, columns=3, threads=1, x=0,
+                           merge=CPU.Matrix(panels=64, bias=64, inputs=3, columns=3))  # fmt: skip
+    with pytest.raises(ValueError, match="merge has 3 inputs; expected an even number with bfloat16"):
+        CPU.rows_forward(args)
+
+
+@pytest.mark.parametrize("inputs", [5, 6])
+def test_packed_matrix_of_bfloat16(inputs):
+    """Inputs by pairs, a zero after the last of an odd number."""
+    linear = nn.Linear(inputs, 70)
+    panels = Matrix.of(linear.weight.detach(), None, 0.5, BF16).panels
+    assert (panels.dtype, panels.shape) == (BF16, (2, 3, CPU.PANEL_COLUMNS, 2))
+    weight = panels.transpose(1, 2).flatten(2).flatten(0, 1)  # [128, 6]
+    assert torch.equal(weight[:70, :inputs], (linear.weight * 0.5).bfloat16())
+    assert weight[70:].abs().sum() + weight[:, inputs:].abs().sum() == 0
 
 
 def test_packed_matrix():

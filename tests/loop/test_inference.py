@@ -103,7 +103,18 @@ def test_equals_the_oracle(assert_close, options, lengths):
     check(assert_close, encoder, torch.randn(3, 37, options.get("d_model", 24)), lengths)
 
 
-@pytest.mark.parametrize("options", ["canon", "group norm", "film and lora"])
+@pytest.fixture(params=["products of float32", "products of bfloat16"])
+def products(request, monkeypatch):
+    """Both on every processor: the kernels stand in for instructions that it lacks."""
+    dtype = torch.bfloat16 if request.param.endswith("bfloat16") else torch.float32
+    monkeypatch.setattr("lcconformer.loop.weights.product_dtype", lambda weight: dtype)
+    return dtype
+
+
+@pytest.mark.usefixtures("products", "poisoned")
+@pytest.mark.parametrize(
+    "options", ["canon", "group norm", "film and lora", "convolution first", "peer padding, group norm"]
+)
 def test_bfloat16(assert_close, options):
     encoder = make_encoder(**OPTIONS[options]).bfloat16()
     check(assert_close, encoder, torch.randn(2, 33, 24).bfloat16(), torch.tensor([33, 12]))

@@ -5,6 +5,7 @@
 // sizes alone. Rows in scratch have a pitch of C rounded up to W, zeros at the end.
 #include "../kernels.h"
 #include "memory.h"
+#include "parallel.h"
 #include "threads.h"
 #include "vec.h"
 
@@ -192,72 +193,64 @@ void forward(const GluDepthwiseConvForward& a) {
     float* memory = scratch.take(a.threads * thread_memory);
     pack_taps(a, s, false, taps);
     if (a.bias) memcpy(bias, a.bias, s.C * sizeof(float));
-#pragma omp parallel num_threads(a.threads)
-    {
-        float* glu = memory + thread_number() * thread_memory;
+    parallel_for(a.threads, s.units, [&](int slot, int64_t unit) {
+        float* glu = memory + slot * thread_memory;
         float* y = glu + s.halo_rows() * s.row;  // [s.strip, s.row]
         ChannelNorm norm(y + s.strip * s.row, a, s);
-#pragma omp for schedule(dynamic)
-        for (int64_t unit = 0; unit < s.units; unit++) {
-            Strip strip(a, s, unit);
-            glu_rows<T>(a, s, strip, glu);
-            int64_t rows = strip.end - strip.first;
-            for (int64_t i = 0; i < rows; i += kFrames)
-                for (int64_t c = 0; c < s.C; c += W) {
-                    vec sums[kFrames];
-                    for (int r = 0; r < kFrames; r++) sums[r] = load(bias + c);
-                    convolve(glu + i * s.row + c, s.row, taps + c, s.taps, sums);
-                    for (int r = 0; r < kFrames; r++) store(y + (i + r) * s.row + c, sums[r]);
-                }
-            int64_t base = (strip.b * s.T + strip.first) * s.C;
-            if (a.y)
-                for (int64_t i = 0; i < rows; i++)
-                    for (int64_t c = 0; c < s.C; c += W)
-                        store_at(static_cast<T*>(a.y) + base + i * s.C, load(y + i * s.row + c), c, s.C);
-            if (statistics) {
-                float* part = moments + unit * 2 * s.row;
-                int64_t real = imin(rows, strip.real - strip.first);
-                if (real <= 0) continue;
-                for (int64_t c = 0; c < s.C; c += W) {
-                    vec mean = {}, m2 = {};
-                    for (int64_t i = 0; i < real; i++) mean += load(y + i * s.row + c);
-                    mean *= 1.0f / real;
-                    for (int64_t i = 0; i < real; i++) {
-                        vec d = load(y + i * s.row + c) - mean;
-                        m2 += d * d;
-                    }
-                    store(part + c, mean);
-                    store(part + s.row + c, m2);
-                }
-                continue;
+        Strip strip(a, s, unit);
+        glu_rows<T>(a, s, strip, glu);
+        int64_t rows = strip.end - strip.first;
+        for (int64_t i = 0; i < rows; i += kFrames)
+            for (int64_t c = 0; c < s.C; c += W) {
+                vec sums[kFrames];
+                for (int r = 0; r < kFrames; r++) sums[r] = load(bias + c);
+                convolve(glu + i * s.row + c, s.row, taps + c, s.taps, sums);
+                for (int r = 0; r < kFrames; r++) store(y + (i + r) * s.row + c, sums[r]);
             }
-            norm.of_utterance(a, s, strip.b);
-            for (int64_t i = 0; i < rows; i++) {
-                norm.of_row(a, s, y + i * s.row);
+        int64_t base = (strip.b * s.T + strip.first) * s.C;
+        if (a.y)
+            for (int64_t i = 0; i < rows; i++)
                 for (int64_t c = 0; c < s.C; c += W)
-                    store_at(static_cast<T*>(a.out) + base + i * s.C,
-                             silu(norm.apply(norm.normal(load(y + i * s.row + c), c), c)), c, s.C);
+                    store_at(static_cast<T*>(a.y) + base + i * s.C, load(y + i * s.row + c), c, s.C);
+        if (statistics) {
+            float* part = moments + unit * 2 * s.row;
+            int64_t real = imin(rows, strip.real - strip.first);
+            if (real <= 0) return;
+            for (int64_t c = 0; c < s.C; c += W) {
+                vec mean = {}, m2 = {};
+                for (int64_t i = 0; i < real; i++) mean += load(y + i * s.row + c);
+                mean *= 1.0f / real;
+                for (int64_t i = 0; i < real; i++) {
+                    vec d = load(y + i * s.row + c) - mean;
+                    m2 += d * d;
+                }
+                store(part + c, mean);
+                store(part + s.row + c, m2);
             }
+            return;
         }
-    }
+        norm.of_utterance(a, s, strip.b);
+        for (int64_t i = 0; i < rows; i++) {
+            norm.of_row(a, s, y + i * s.row);
+            for (int64_t c = 0; c < s.C; c += W)
+                store_at(static_cast<T*>(a.out) + base + i * s.C,
+                         silu(norm.apply(norm.normal(load(y + i * s.row + c), c), c)), c, s.C);
+        }
+    });
     if (!statistics) return;
     merge_statistics(a, s, moments);
-#pragma omp parallel num_threads(a.threads)
-    {
-        ChannelNorm norm(memory + thread_number() * thread_memory, a, s);
-#pragma omp for schedule(static)
-        for (int64_t unit = 0; unit < s.units; unit++) {
-            Strip strip(a, s, unit);
-            norm.of_utterance(a, s, strip.b);
-            for (int64_t t = strip.first; t < strip.end; t++) {
-                int64_t at = (strip.b * s.T + t) * s.C;
-                for (int64_t c = 0; c < s.C; c += W) {
-                    vec y = load_at(static_cast<const T*>(a.y) + at, c, s.C);
-                    store_at(static_cast<T*>(a.out) + at, silu(norm.apply(norm.normal(y, c), c)), c, s.C);
-                }
+    parallel_for(a.threads, s.units, [&](int slot, int64_t unit) {
+        ChannelNorm norm(memory + slot * thread_memory, a, s);
+        Strip strip(a, s, unit);
+        norm.of_utterance(a, s, strip.b);
+        for (int64_t t = strip.first; t < strip.end; t++) {
+            int64_t at = (strip.b * s.T + t) * s.C;
+            for (int64_t c = 0; c < s.C; c += W) {
+                vec y = load_at(static_cast<const T*>(a.y) + at, c, s.C);
+                store_at(static_cast<T*>(a.out) + at, silu(norm.apply(norm.normal(y, c), c)), c, s.C);
             }
         }
-    }
+    });
 }
 
 // Gradients of one frame in front of the norm, and what the frame adds to those of the norm's parameters.

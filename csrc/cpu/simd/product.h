@@ -1,6 +1,10 @@
 // Matrix products of blocks that lie in cache.
 #pragma once
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 #include "vec.h"
 
 namespace lcc::cpu {
@@ -22,28 +26,11 @@ struct Addend {  // row i at data + i * row; null: none
     int64_t row;
 };
 
-template <int N>
-static inline void product_tile(int64_t depth, Left a, Right b, Addend addend, float* c, int64_t c_row) {
-    vec sums[kTileRows][N];
+// c [R, N * W] of float32 or, rounded, of bfloat16
+template <int R, int N, class Out>
+static inline void finish_tile(vec (&sums)[R][N], Addend addend, Out* c, int64_t c_row) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kTileRows; i++)
-#pragma GCC unroll 8
-        for (int v = 0; v < N; v++) sums[i][v] = vec{};
-    for (int64_t k = 0; k < depth; k++) {
-        vec columns[N];
-#pragma GCC unroll 8
-        for (int v = 0; v < N; v++) columns[v] = load(b.data + v * b.group);
-#pragma GCC unroll 8
-        for (int i = 0; i < kTileRows; i++) {
-            vec x = splat(a.data[i * a.row]);
-#pragma GCC unroll 8
-            for (int v = 0; v < N; v++) sums[i][v] += x * columns[v];
-        }
-        a.data += a.step;
-        b.data += b.row;
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < kTileRows; i++)
+    for (int i = 0; i < R; i++)
 #pragma GCC unroll 8
         for (int v = 0; v < N; v++) {
             if (addend.data) sums[i][v] += load(addend.data + i * addend.row + v * W);
@@ -51,23 +38,120 @@ static inline void product_tile(int64_t depth, Left a, Right b, Addend addend, f
         }
 }
 
-// c [rows, groups * W] = a [rows, depth] b [depth, groups * W] + addend. Whole tiles are written: the rows of a, addend
-// and c must exist up to the next multiple of kTileRows.
-static inline void product(int64_t rows, int64_t groups, int64_t depth, Left a, Right b, Addend addend, float* c,
-                           int64_t c_row) {
+template <int R, int N, class Out>
+static inline void product_tile(int64_t depth, Left a, Right b, Addend addend, Out* c, int64_t c_row) {
+    vec sums[R][N];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 8
+        for (int v = 0; v < N; v++) sums[i][v] = vec{};
+    for (int64_t k = 0; k < depth; k++) {
+        vec columns[N];
+#pragma GCC unroll 8
+        for (int v = 0; v < N; v++) columns[v] = load(b.data + v * b.group);
+#pragma GCC unroll 8
+        for (int i = 0; i < R; i++) {
+            vec x = splat(a.data[i * a.row]);
+#pragma GCC unroll 8
+            for (int v = 0; v < N; v++) sums[i][v] += x * columns[v];
+        }
+        a.data += a.step;
+        b.data += b.row;
+    }
+    finish_tile(sums, addend, c, c_row);
+}
+
+// The same of bfloat16, by pairs of neighbours along the depth, which is what the processor multiplies and adds at
+// once.
+
+struct LeftPairs {  // pair k of row i, its low half first, at data + i * row + 2 * k
+    const bf16* data;
+    int64_t row;
+};
+
+struct RightPairs {  // row k of pairs, columns v * W ... (v+1) * W at data + k * row + v * group
+    const bf16* data;
+    int64_t row, group;
+};
+
+// sums += the first of the pairs' products + the second, in float32
+static inline vec add_products(vec sums, uvec a, uvec b) {
+#if defined(__AVX512BF16__)
+    return (vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+#else
+    // products of bfloat16 are exact in float32; the order is that of the instruction
+    sums += (vec)(a & 0xffff0000u) * (vec)(b & 0xffff0000u);
+    return sums + (vec)(a << 16) * (vec)(b << 16);
+#endif
+}
+
+template <int R, int N, class Out>
+static inline void product_tile(int64_t pairs, LeftPairs a, RightPairs b, Addend addend, Out* c, int64_t c_row) {
+    vec sums[R][N];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 8
+        for (int v = 0; v < N; v++) sums[i][v] = vec{};
+    for (int64_t k = 0; k < pairs; k++) {
+        uvec columns[N];
+#pragma GCC unroll 8
+        for (int v = 0; v < N; v++) columns[v] = (uvec)load(reinterpret_cast<const float*>(b.data + v * b.group));
+#pragma GCC unroll 8
+        for (int i = 0; i < R; i++) {
+            uint32_t pair;
+            memcpy(&pair, a.data + i * a.row, sizeof pair);
+            uvec x = pair - uvec{};
+#pragma GCC unroll 8
+            for (int v = 0; v < N; v++) sums[i][v] = add_products(sums[i][v], x, columns[v]);
+        }
+        a.data += 2;
+        b.data += b.row;
+    }
+    finish_tile(sums, addend, c, c_row);
+}
+
+template <int N, class L, class G, class Out>
+static inline void product_columns(int64_t rows, int64_t depth, L a, G b, Addend addend, Out* c, int64_t c_row) {
+    while (rows > 0) {
+        int64_t tile = rows > 4 ? 6 : rows > 2 ? 4 : 2;
+        if (tile == 6) product_tile<6, N>(depth, a, b, addend, c, c_row);
+        else if (tile == 4) product_tile<4, N>(depth, a, b, addend, c, c_row);
+        else product_tile<2, N>(depth, a, b, addend, c, c_row);
+        rows -= tile;
+        a.data += tile * a.row;
+        if (addend.data) addend.data += tile * addend.row;
+        c += tile * c_row;
+    }
+}
+
+template <class L, class G, class Out>
+static inline void product_tiles(int64_t rows, int64_t groups, int64_t depth, L a, G b, Addend addend, Out* c,
+                                 int64_t c_row) {
     for (int64_t v = 0; v < groups; v += kTileColumns) {
         int64_t n = imin(kTileColumns, groups - v);
-        for (int64_t i = 0; i < rows; i += kTileRows) {
-            Left a_i = {a.data + i * a.row, a.row, a.step};
-            Right b_v = {b.data + v * b.group, b.row, b.group};
-            Addend more = {addend.data ? addend.data + i * addend.row + v * W : nullptr, addend.row};
-            float* c_i = c + i * c_row + v * W;
-            if (n == kTileColumns) product_tile<kTileColumns>(depth, a_i, b_v, more, c_i, c_row);
-            else if (n == 1) product_tile<1>(depth, a_i, b_v, more, c_i, c_row);
-            else if (n == 2) product_tile<2>(depth, a_i, b_v, more, c_i, c_row);
-            else product_tile<3>(depth, a_i, b_v, more, c_i, c_row);
-        }
+        G b_v = {b.data + v * b.group, b.row, b.group};
+        Addend more = {addend.data ? addend.data + v * W : nullptr, addend.row};
+        Out* c_v = c + v * W;
+        if (n == kTileColumns) product_columns<kTileColumns>(rows, depth, a, b_v, more, c_v, c_row);
+        else if (n == 1) product_columns<1>(rows, depth, a, b_v, more, c_v, c_row);
+        else if (n == 2) product_columns<2>(rows, depth, a, b_v, more, c_v, c_row);
+        else product_columns<3>(rows, depth, a, b_v, more, c_v, c_row);
     }
+}
+
+// c [rows, groups * W] = a [rows, depth] b [depth, groups * W] + addend. Tiles of an even number of rows are written:
+// an odd last row of a, addend and c needs one after it. An element has the same bits in any tile.
+template <class Out>
+static inline void product(int64_t rows, int64_t groups, int64_t depth, Left a, Right b, Addend addend, Out* c,
+                           int64_t c_row) {
+    product_tiles(rows, groups, depth, a, b, addend, c, c_row);
+}
+
+// the same, depth counted in pairs
+template <class Out>
+static inline void product(int64_t rows, int64_t groups, int64_t pairs, LeftPairs a, RightPairs b, Addend addend,
+                           Out* c, int64_t c_row) {
+    product_tiles(rows, groups, pairs, a, b, addend, c, c_row);
 }
 
 }  // namespace LCC_SIMD

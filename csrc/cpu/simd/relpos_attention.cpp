@@ -11,6 +11,7 @@
 #include "../kernels.h"
 #include "dropout.h"
 #include "memory.h"
+#include "parallel.h"
 #include "product.h"
 #include "threads.h"
 
@@ -122,12 +123,11 @@ struct Walk {
 // panels (and rows, if asked for) of all positions of each head
 template <class T, class Arguments>
 void pack_positions(const Arguments& a, const Sizes& s, float* panels, float* rows) {
-#pragma omp parallel for num_threads(a.threads)
-    for (int64_t h = 0; h < a.heads; h++) {
+    parallel_for(a.threads, a.heads, [&](int, int64_t h) {
         const T* pos = static_cast<const T*>(a.pos) + h * a.pos_head_stride;
         pack_panels(pos, a.pos_frame_stride, 2 * s.T - 1, s.shift, s, panels + h * s.positions * s.D);
         if (rows) pack_rows(pos, a.pos_frame_stride, 2 * s.T - 1, s, rows + (h * s.positions + s.shift) * s.row);
-    }
+    });
 }
 
 template <class T>
@@ -213,23 +213,19 @@ void forward(const RelposAttentionForward& a) {
     int64_t thread_memory = Scratch::padded(s.keys * s.D + s.keys * s.row + block_memory);
     Scratch scratch(a.threads * thread_memory);
     float* memory = scratch.take(a.threads * thread_memory);
-#pragma omp parallel num_threads(a.threads)
-    {
-        float* key_panels = memory + thread_number() * thread_memory;
+    parallel_for(a.threads, a.batch * a.heads * pieces, [&](int slot, int64_t unit) {
+        float* key_panels = memory + slot * thread_memory;
         float* value_rows = key_panels + s.keys * s.D;
         float* block = value_rows + s.keys * s.row;
-#pragma omp for schedule(dynamic)
-        for (int64_t unit = 0; unit < a.batch * a.heads * pieces; unit++) {
-            int64_t b = unit / pieces / a.heads, h = unit / pieces % a.heads, first = unit % pieces * each;
-            Utterance at(a, b);
-            if (first * M >= at.queries) continue;
-            pack_panels(at.head<T>(a.k, h), a.k.frame_stride, at.keys, 0, s, key_panels);
-            pack_rows(at.head<T>(a.v, h), a.v.frame_stride, at.keys, s, value_rows);
-            for (int64_t i0 = first * M; i0 < imin((first + each) * M, at.queries); i0 += M)
-                forward_block<T>(a, s, at, h, i0, key_panels, value_rows,
-                                 position_panels ? position_panels + h * s.positions * s.D : nullptr, block);
-        }
-    }
+        int64_t b = unit / pieces / a.heads, h = unit / pieces % a.heads, first = unit % pieces * each;
+        Utterance at(a, b);
+        if (first * M >= at.queries) return;
+        pack_panels(at.head<T>(a.k, h), a.k.frame_stride, at.keys, 0, s, key_panels);
+        pack_rows(at.head<T>(a.v, h), a.v.frame_stride, at.keys, s, value_rows);
+        for (int64_t i0 = first * M; i0 < imin((first + each) * M, at.queries); i0 += M)
+            forward_block<T>(a, s, at, h, i0, key_panels, value_rows,
+                             position_panels ? position_panels + h * s.positions * s.D : nullptr, block);
+    });
 }
 
 // Everything the backward of one head keeps while it walks over the blocks.

@@ -1,0 +1,55 @@
+"""The threads of the inference kernels: many callers at once, children of fork, and calls that come after a rest."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from .cpu_kernels import kernels
+from .test_cpu_rows import PARTS, make, run
+
+
+def test_every_caller_gets_its_own_result():
+    """Callers of different work, at once and in turn, on more threads than there are cores."""
+    cases = [make(m, 24, 300, 40) for m in (1, 60, 203, 400)]
+    alone = [run(v, PARTS, threads=1) for v in cases]
+
+    def call(n: int) -> bool:
+        which = n % len(cases)
+        return all(map(torch.equal, run(cases[which], PARTS, threads=8), alone[which]))
+
+    with ThreadPoolExecutor(4) as callers:
+        assert all(callers.map(call, range(200)))
+    assert all(map(call, range(200)))
+
+
+def test_helpers_wake_up_from_their_sleep():
+    v = make(203, 24, 300, 40)
+    alone = run(v, PARTS, threads=1)
+    for pause in (0.0, 0.0001, 0.001, 0.05) * 5:
+        time.sleep(pause)
+        assert all(map(torch.equal, run(v, PARTS, threads=3), alone))
+
+
+def _in_child(queue, v, alone) -> None:
+    same = all(map(torch.equal, run(v, PARTS, threads=3), alone))
+    queue.put((same, len(os.listdir("/proc/self/task"))))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="counts threads as Linux lists them")
+def test_a_child_of_fork_has_threads_of_its_own():
+    v = make(203, 24, 300, 40)
+    with kernels(None, 1):
+        alone = run(v, PARTS, threads=3)
+        fork = multiprocessing.get_context("fork")
+        queue = fork.SimpleQueue()
+        child = fork.Process(target=_in_child, args=(queue, v, alone), daemon=True)
+        child.start()
+        child.join(120)
+        assert child.exitcode == 0, "the child hangs, or failed"
+        assert queue.get() == (True, 3)
