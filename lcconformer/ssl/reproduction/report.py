@@ -657,27 +657,23 @@ def _pretraining(data: _Data, page: Page) -> None:
             [r + [""] * (deepest + 1 - len(r)) for r in rows],
         )
     rows = []
-    for model in data.models("pretrained"):
-        for metric in data.metrics:
-            found = _difference(data.of("scratch", model), data.of("pretrained", model), metric)
-            if found is not None:
-                _, runs = _paired(data.of("scratch", model), data.of("pretrained", model))
-                errors = [r.error(metric, r.result["chosen_depth"]) for r in runs]
-                rows.append(
-                    [
-                        model,
-                        _TITLES[metric],
-                        _percent(*mean_and_error(errors)),
-                        _points(found.seeds),
-                        _points(found.speakers),
-                    ]
-                )
+    for kind, text in (("pretrained", "fine-tuned"), ("frozen", "frozen, heads alone")):
+        for model in data.models(kind):
+            for metric in data.metrics:
+                found = _difference(data.of("scratch", model), data.of(kind, model), metric)
+                if found is not None:
+                    _, runs = _paired(data.of("scratch", model), data.of(kind, model))
+                    errors = [r.error(metric, r.result["chosen_depth"]) for r in runs]
+                    cells = [_percent(*mean_and_error(errors)), _points(found.seeds), _points(found.speakers)]
+                    rows.append([f"{model}, {text}", _TITLES[metric], *cells])
     if rows:
         page.table(
-            ["fine-tuned from pretraining", "of", "errors (%)", "points against scratch, over seeds", "over speakers"],
-            rows,
+            ["pretrained encoder", "of", "errors (%)", "points against scratch, over seeds", "over speakers"], rows
         )
-        page.paragraph("The same steps of fine-tuning with and without pretraining; minus: pretraining saves errors.")
+        page.paragraph(
+            "As many steps with pretraining as without; minus: pretraining saves errors. Depths are chosen on "
+            "validation speech."
+        )
 
 
 def _probe_curve(runs: Sequence[_Run], probe: str) -> dict[int, tuple[float, float | None]]:
