@@ -40,8 +40,8 @@ code=$?
 
 "$python" -c "import pathlib, sys; from lcconformer.ssl.reproduction import write_report; write_report(pathlib.Path(sys.argv[1]))" \
   "$work/runs" || exit 1
-cd "$work/runs" && cp report.html report.md reproduction.json ./*.png "$out/"
-for file in runs/*/result.json runs/*/times.json; do
+cd "$work/runs" || exit 1
+for file in report.html report.md reproduction.json *.png runs/*/result.json runs/*/times.json; do
   [ -f "$file" ] && mkdir -p "$out/$(dirname "$file")" && cp "$file" "$out/$file"
 done
 case $code in

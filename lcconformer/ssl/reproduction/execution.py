@@ -332,6 +332,7 @@ def _time_steps(
 _KINDS: dict[str, Callable[..., Done]] = {
     "scratch": _finetune,
     "pretrained": _finetune,
+    "frozen": _finetune,
     "pretrain": _pretrain,
     "probe": _probe,
     "random": _probe,

@@ -137,8 +137,9 @@ class Run:
     """One run: a training with its measurements, or measurements alone.
 
     Attributes:
-        kind: ``"scratch"``, ``"pretrained"`` (fine-tuning from random weights and from the pretrained ones), ``"pretrain"``,
-            ``"probe"``, ``"random"`` (probes of pretrained and of random weights) or ``"timing"``.
+        kind: ``"scratch"``, ``"pretrained"`` (fine-tuning from random weights and from the pretrained ones), ``"frozen"`` (of
+            the heads alone, on the pretrained encoder as it is), ``"pretrain"``, ``"probe"``, ``"random"`` (probes of
+            pretrained and of random weights) or ``"timing"``.
         model: name of the model; empty for ``"timing"``.
         seed: seed of all that is random.
         settings: settings by name; those of the kind, and of what it is measured by.
@@ -219,9 +220,9 @@ def plan_runs(
     Args:
         preset: sizes.
         speech: speech of the reproduction; without alignments characters are the task, and nothing is probed.
-        models: names from :data:`MODELS`; empty: those of the preset.
+        models: names from ``MODELS``; empty: those of the preset.
         seeds: number of seeds, from 0 on; None: that of the preset.
-        parts: any of :data:`PARTS`.
+        parts: ``"supervised"``, ``"pretraining"`` or both.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:N"``; None: a CUDA device if there is one.
 
     Raises:
@@ -251,7 +252,7 @@ def plan_runs(
                 runs.append(make.probe("random", MODELS["C"], seed))
             for model in chosen:
                 first = make.pretrain(model, seed)
-                runs += [first, make.finetune("pretrained", model, seed, first)]
+                runs += [first, *(make.finetune(kind, model, seed, first) for kind in ("pretrained", "frozen"))]
                 if speech.aligned:
                     runs.append(make.probe("probe", model, seed, first))
     return runs
@@ -291,6 +292,7 @@ class _Maker:
         # utterances are never cut
         longest = max(u.seconds for corpus in (speech.train, speech.validation) for u in corpus)
         more["batch_seconds"] = max(base.batch_seconds, longest)
+        more["freeze_encoder"] = kind == "frozen"
         settings = self.training(base, model, seed, **more)
         frames = self.preset.consistency_frames
         own = (("training", settings), ("consistency_frames", frames))

@@ -41,7 +41,7 @@ def reproduce(
     Under torchrun only the pretrainings run, on all processes; the same call in one process does the rest.
 
     Args:
-        preset, speech, models, seeds, parts, device: as for :func:`~lcconformer.ssl.reproduction.plan.plan_runs`.
+        preset, speech, models, seeds, parts, device: as for :func:`~lcconformer.ssl.reproduction.plan_runs`.
         out: folder; gets ``runs/``, ``reproduction.json`` (the plan), ``report.html``, ``report.md`` and plots.
         mix_commits: go on though earlier runs are of another commit of this package; the report says which.
         command: the command line, for the report.

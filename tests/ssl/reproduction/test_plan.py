@@ -55,7 +55,7 @@ def test_a_key_is_that_of_what_decides_the_numbers(spoken) -> None:
     faster = dataclasses.replace(preset, pretrain=dataclasses.replace(preset.pretrain, learning_rate=0.5))
     other = {run.name: run.key for run in runs(spoken, faster)}
     kinds = {name.partition("-")[0] for name in first if other[name] != first[name]}
-    assert kinds == {"pretrain", "pretrained", "probe"}  # what follows from pretraining
+    assert kinds == {"pretrain", "pretrained", "frozen", "probe"}  # what follows from pretraining
     louder = dataclasses.replace(spoken, test=spoken.train)
     assert all(
         run.key != first[run.name] for run in runs(louder) if run.kind not in ("pretrain", "pretrained", "probe")
