@@ -941,6 +941,146 @@ CUDA = (
     ),
 )
 
+CUDA_ATTENTION = "csrc/cuda/relpos_attention.cu"
+CUDA_ATTENTION_SIZES = "csrc/cuda/relpos_attention.h"
+ON_CUDA_ATTENTION = "tests/extension/test_cuda_relpos_attention.py"
+
+CUDA_OF_ATTENTION = (
+    Mutation(
+        "positions one off",
+        CUDA_ATTENTION,
+        "const int origin = frames - 1 - i0;",
+        "const int origin = frames - i0;",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-7]",
+    ),
+    Mutation(
+        "rows of odd number rotated too far",
+        CUDA_ATTENTION,
+        "odd = (q - g / 2) & 3;",
+        "odd = (q - (g + 1) / 2) & 3;",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-7]",
+    ),
+    Mutation(
+        "columns of a pair not swapped",
+        CUDA_ATTENTION,
+        "swap = g % 2 == 1;",
+        "swap = false;",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-7]",
+    ),
+    Mutation(
+        "negative shift not from the block before",
+        CUDA_ATTENTION,
+        "s[n][i] = skew.own[i] ? now[i] : last[i];",
+        "s[n][i] = now[i];",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-7]",
+    ),
+    Mutation(
+        "second rows not a block further back",
+        CUDA_ATTENTION,
+        "s[n][2 + i] = skew.own[i] ? last[2 + i] : older[i];",
+        "s[n][2 + i] = skew.own[i] ? now[2 + i] : last[2 + i];",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-63]",
+    ),
+    Mutation(
+        "one bias for both factors",
+        CUDA_ATTENTION,
+        "static_cast<const T*>(op.v_bias) + bias",
+        "static_cast<const T*>(op.u) + bias",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-7]",
+    ),
+    Mutation(
+        "keys beyond the last have weight",
+        CUDA_ATTENTION,
+        "if (left < kKeys) {",
+        "if (left < 0) {",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-7]",
+    ),
+    Mutation(
+        "padding mask dropped",
+        CUDA_ATTENTION,
+        "op.lengths == nullptr ? frames : static_cast<int>(min(op.lengths[b], op.frames))",
+        "frames",
+        f"{ON_CUDA_ATTENTION}::test_lengths[emulated-lengths0]",
+    ),
+    Mutation(
+        "tile not waited for",
+        CUDA_ATTENTION,
+        "        wait_for_copies<0>();\n",
+        "",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-7]",
+    ),
+    Mutation(
+        "missing barrier between tiles",
+        CUDA_ATTENTION,
+        "        __syncthreads();  // the tile is there, and the one before has been read by every warp\n",
+        "",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-65]",
+    ),
+    Mutation(
+        "next tile copied over this one",
+        CUDA_ATTENTION,
+        "const int stage = tile % kRelposStages * kTile;",
+        "const int stage = (tile + 1) % kRelposStages * kTile;",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-65]",
+    ),
+    Mutation(
+        "sum not corrected for a new maximum",
+        CUDA_ATTENTION,
+        "sum[half] = fmaf(sum[half], factor, part);",
+        "sum[half] += part;",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-65]",
+    ),
+    Mutation(
+        "output not corrected for a new maximum",
+        CUDA_ATTENTION,
+        "                acc[n][2 * half] *= factor;\n",
+        "",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-65]",
+    ),
+    Mutation(
+        "zero divided by zero without a key",
+        CUDA_ATTENTION,
+        "some ? op.keep_scale / total : 0.0f",
+        "op.keep_scale / total",
+        f"{ON_CUDA_ATTENTION}::test_lengths[emulated-lengths0]",
+    ),
+    Mutation(
+        "dropout of the first rows for the second",
+        CUDA_ATTENTION,
+        "kept >> (i / 2 * 8 + i % 2)",
+        "kept >> (i % 2)",
+        f"{ON_CUDA_ATTENTION}::test_dropout[emulated-0.3-bfloat16]",
+    ),
+    Mutation(
+        "dropout of one head for all",
+        CUDA_ATTENTION,
+        "const uint32_t major = blockIdx.z * gridDim.y + blockIdx.y;",
+        "const uint32_t major = blockIdx.z;",
+        f"{ON_CUDA_ATTENTION}::test_dropout[emulated-0.3-bfloat16]",
+    ),
+    Mutation(
+        "packed utterance begins with the first",
+        CUDA_ATTENTION,
+        "const int64_t start = op.cu_seqlens[b];",
+        "const int64_t start = op.cu_seqlens[0];",
+        f"{ON_CUDA_ATTENTION}::test_packed_utterances_are_each_alone[emulated-packed0]",
+    ),
+    Mutation(
+        "ring of positions a tile too short",
+        CUDA_ATTENTION_SIZES,
+        "kRelposWarps * kRelposRows / kRelposKeys + 2;",
+        "kRelposWarps * kRelposRows / kRelposKeys + 1;",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-203]",
+    ),
+    Mutation(
+        "rows of a matrix in four banks",
+        CUDA_ATTENTION_SIZES,
+        "return head_dim / 2 + 4;",
+        "return head_dim / 2;",
+        f"{ON_CUDA_ATTENTION}::test_no_bank_conflicts[64]",
+    ),
+)
+
 REGISTRY = "lcconformer/ops/registry.py"
 ON_INFO, ON_POLICY = "tests/test_info.py", "tests/test_policy.py"
 
@@ -968,7 +1108,7 @@ DISPATCH = (
     ),
 )
 
-MUTATIONS = (*TRITON, *CXX, *CUDA, *DISPATCH)
+MUTATIONS = (*TRITON, *CXX, *CUDA, *CUDA_OF_ATTENTION, *DISPATCH)
 
 
 # pytest, and then where the package came from: behind the copy an editable install of the checkout lies in wait

@@ -33,6 +33,8 @@ def test_covers_every_op_device_and_mode(capsys):
 def test_text_names_ops_versions_and_reasons(capsys):
     assert main(["info"]) == 0
     text = capsys.readouterr().out
+    on_request = "not chosen until a GPU has measured them, but serve on request: "
+    assert f"{on_request}cuda of glu_depthwise_conv, cuda of relpos_attention" in text
     for word in (*ops.__all__, torch.__version__, "extension", "not cuda: "):
         assert word in text
     assert max(map(len, text.splitlines())) < 400
@@ -104,7 +106,8 @@ def test_a_backend_on_request_serves_only_where_it_is_forced(monkeypatch):
     op = registry.Op("feed_forward", {"cpu": Refusing()}, on_request=frozenset({"cpu"}))
     row = next(r for r in info.collect()["ops"] if r["op"] == "feed_forward" and r["device"] == "cpu")
     assert row["backend"] == "torch"
-    assert row["against"]["cpu"] == ["could serve; LCCONFORMER_BACKEND=cpu forces it"]
+    reason = "on request only, until a GPU has measured it; LCCONFORMER_BACKEND=cpu forces it"
+    assert row["against"]["cpu"] == [reason]
     traits = TRAITS["feed_forward"](torch.device("cpu"), torch.float32, Sizes())
     assert op.choose(traits) == "torch"
     with backend("cpu"):

@@ -27,7 +27,7 @@ from lcconformer.tune import LayerShape, calls
 
 from ..core.timing import Timing, time_once
 from .cases import layer_shapes
-from .convolution import cuda_convolutions
+from .cuda_calls import cuda_calls
 from .items import Items
 from .profiles import kernels_of
 
@@ -123,9 +123,10 @@ def _shape(layer: LayerShape) -> str:
 def measure(layer: LayerShape, out: Path, device: torch.device, with_variants: bool, most: int | None) -> int:
     """Time all calls at one shape, each kept as it is finished; returns their number."""
     count = 0
-    convolutions = cuda_convolutions(layer, device) if device.type == "cuda" and not layer.dropout else iter(())
-    own = not with_variants  # the CUDA convolution has none
-    for name, call in itertools.chain(calls(layer, device), convolutions if own else ()):
+    # the CUDA kernels have no variants, and the convolution no dropout
+    own = device.type == "cuda" and not with_variants
+    on_request = cuda_calls(layer, device, convolutions=not layer.dropout) if own else iter(())
+    for name, call in itertools.chain(calls(layer, device), on_request):
         label = f"{name}, {_shape(layer)}"
         try:
             if with_variants:

@@ -14,7 +14,7 @@ import torch
 from lcconformer.tune import calls
 
 from .cases import odd_shapes
-from .convolution import cuda_convolutions
+from .cuda_calls import cuda_calls
 
 __all__ = ["main"]
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name}, T = {layer.frames}", flush=True)
         if device.type == "cpu":
             continue
-        for name, call in cuda_convolutions(layer, device):
+        for name, call in cuda_calls(layer, device):
             try:
                 call()
                 torch.cuda.synchronize()

@@ -2,6 +2,7 @@
 
 #include "arguments.h"
 #include "cuda/glu_depthwise_conv.h"
+#include "cuda/relpos_attention.h"
 
 namespace lcc::cuda {
 namespace {
@@ -26,9 +27,7 @@ void add_glu_depthwise_conv(Arguments<S>& args) {
         .template required<&S::stream>("stream");
 }
 
-}  // namespace
-
-void bind(py::module_& m) {
+void bind_glu_depthwise_conv(py::module_& m) {
     using Forward = GluDepthwiseConvForward;
     Arguments<Forward> forward(m, "GluDepthwiseConvForward", "Arguments of glu_depthwise_conv_forward");
     add_glu_depthwise_conv(forward);
@@ -54,6 +53,45 @@ void bind(py::module_& m) {
     bind_launch<Backward>(m, "glu_depthwise_conv_backward", &glu_depthwise_conv_backward);
     m.def("glu_depthwise_conv_slots", &glu_depthwise_conv_slots, py::arg("batch"), py::arg("frames"),
           py::arg("channels"));
+}
+
+void bind_relpos_attention(py::module_& m) {
+    Arguments<RelposHeads>(m, "RelposHeads", "Rows of heads by utterance, frame and head")
+        .required<&RelposHeads::data>("data")
+        .required<&RelposHeads::batch_stride>("batch_stride")
+        .required<&RelposHeads::frame_stride>("frame_stride")
+        .required<&RelposHeads::head_stride>("head_stride");
+
+    using Forward = RelposAttentionForward;
+    Arguments<Forward>(m, "RelposAttentionForward", "Arguments of relpos_attention_forward")
+        .required<&Forward::element>("element")
+        .required<&Forward::batch>("batch")
+        .required<&Forward::frames>("frames")
+        .required<&Forward::total_frames>("total_frames")
+        .required<&Forward::heads>("heads")
+        .required<&Forward::head_dim>("head_dim")
+        .required<&Forward::q>("q")
+        .required<&Forward::k>("k")
+        .required<&Forward::v>("v")
+        .required<&Forward::pos>("pos")
+        .required<&Forward::u>("u")
+        .required<&Forward::v_bias>("v_bias")
+        .optional<&Forward::lengths>("lengths")
+        .optional<&Forward::cu_seqlens>("cu_seqlens")
+        .optional<&Forward::seed>("seed")
+        .required<&Forward::dropout_p>("dropout_p")
+        .required<&Forward::out>("out")
+        .required<&Forward::lse>("lse")
+        .required<&Forward::device>("device")
+        .required<&Forward::stream>("stream");
+    bind_launch<Forward>(m, "relpos_attention_forward", &relpos_attention_forward);
+}
+
+}  // namespace
+
+void bind(py::module_& m) {
+    bind_glu_depthwise_conv(m);
+    bind_relpos_attention(m);
 }
 
 }  // namespace lcc::cuda

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from ..info import collect
+from ..ops.registry import OPS
 from ..ops.samples import Sizes
 
 __all__ = ["add_arguments", "run"]
@@ -63,6 +64,8 @@ def _text(info: dict[str, Any]) -> str:
             if row["error"]:
                 out.append(f"      {row['error']}")
             out += [f"      not {name}: {'; '.join(reasons)}" for name, reasons in row["against"].items()]
+    on_request = ", ".join(f"{name} of {op.name}" for _, op in sorted(OPS.items()) for name in sorted(op.on_request))
+    out += ["", f"Kernels that are not chosen until a GPU has measured them, but serve on request: {on_request}"]
 
     out += ["", "Engine of the loop for such a batch:"]
     for row in info["engines"]:

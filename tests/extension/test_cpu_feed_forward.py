@@ -11,7 +11,8 @@ from lcconformer import ops
 from lcconformer.ops import gemm
 from lcconformer.ops.dropout import dropout_seed
 
-from .cpu_kernels import LEVELS, keep_factor, kernels, run
+from .cpu_kernels import LEVELS, kernels, run
+from .dropout import keep_factor
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -14,7 +14,8 @@ from lcconformer.ops.relpos_attention import relpos_attention_reference
 from lcconformer.ops.relpos_attention.arguments import RelposAttention
 from lcconformer.ops.relpos_attention.cpu import forward
 
-from .cpu_kernels import FRAMES, LEVELS, keep_factor, kernels, run
+from .cpu_kernels import FRAMES, LEVELS, kernels, run
+from .dropout import keep_factor
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -10,7 +10,8 @@ from lcconformer import ops
 from lcconformer.ops.dropout import dropout_seed
 from lcconformer.ops.residual_layer_norm import residual_layer_norm_reference
 
-from .cpu_kernels import LEVELS, keep_factor, kernels, run
+from .cpu_kernels import LEVELS, kernels, run
+from .dropout import keep_factor
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -16,7 +16,11 @@ sys.path.insert(0, str(CSRC))
 import resources
 import toolchain
 
-NAMES = ("forward", "forward_layer", "backward", "backward_layer", "row_moments", "reduce")
+CONVOLUTION = ("forward", "forward_layer", "backward", "backward_layer", "row_moments", "reduce")
+KERNELS = {
+    *((f"glu_depthwise_conv.{name}", e) for name in CONVOLUTION for e in ("float32", "float16", "bfloat16")),
+    *((f"relpos_attention.forward_{d}", e) for d in resources.HEAD_DIMS for e in ("float16", "bfloat16")),
+}
 TABLE = ROOT / "bench" / "results" / "cuda_resources.json"
 
 
@@ -27,9 +31,7 @@ def table():
 
 def test_the_table_covers_every_kernel_on_every_architecture(table):
     got = {(row["kernel"], row["element"], row["arch"]) for row in table["kernels"]}
-    kernels = [f"glu_depthwise_conv.{name}" for name in NAMES]
-    elements = ("float32", "float16", "bfloat16")
-    assert got == {(k, e, a) for k in kernels for e in elements for a in resources.SHARED_MEMORY}
+    assert got == {(*kernel, arch) for kernel in KERNELS for arch in resources.SHARED_MEMORY}
 
 
 def test_nothing_breaks_its_budget(table):
@@ -61,7 +63,7 @@ def compiled(table, monkeypatch):
 def test_without_out_nothing_is_written(compiled, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert resources.main([]) == 0
-    assert capsys.readouterr().out.count(" registers, ") == 3 * len(NAMES) * len(resources.SHARED_MEMORY)
+    assert capsys.readouterr().out.count(" registers, ") == len(KERNELS) * len(resources.SHARED_MEMORY)
     assert list(tmp_path.iterdir()) == []
 
 

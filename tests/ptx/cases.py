@@ -110,12 +110,18 @@ def quick_cases() -> Iterator[Case]:
 
 
 def cuda_cases() -> Iterator[Case]:
-    """Channels odd and even, taps of one group and of four, tails; every dtype; with and without a folded norm."""
+    """Channels odd and even, taps of one group and of four, tails; with and without a folded norm; heads of every width."""
     yield convolution("none", 66, "fp32", 67)
     yield convolution("batch", 66, "bf16", 131, 3)
     yield convolution("batch", 130, "fp16", 37)
     yield convolution("none", 5, "bf16", 1, 63)
     yield convolution("batch", 5, "fp32", 65, 47)
+    # the backward pass of attention is Triton's
+    for d, dtype, t, more in (
+        (32, "bf16", 131, {}), (64, "fp16", 67, {}), (64, "bf16", 67, {"dropout": 0.3}), (96, "bf16", 37, {"packed": True}),
+        (128, "fp16", 37, {}),
+    ):  # fmt: skip
+        yield attention(d, dtype, t, forward_only=True, **more)
 
 
 SHOWN = (

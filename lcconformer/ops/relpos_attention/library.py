@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ..derivatives import ON_OPS, differentiable_once
 from ..registry import Op
-from . import cpu, reference, triton
+from . import cpu, cuda, reference, triton
 from .arguments import Backend, RelposAttention, Traits
 
 __all__ = ["OP", "RelposAttentionFn"]
 
-_BACKENDS: dict[str, Backend] = {"triton": triton, "cpu": cpu, "torch": reference}
-OP: Op[Traits, Backend] = Op("relpos_attention", _BACKENDS)
+_BACKENDS: dict[str, Backend] = {"cuda": cuda, "triton": triton, "cpu": cpu, "torch": reference}
+# the CUDA kernel on request, until a GPU has measured it against Triton's
+OP: Op[Traits, Backend] = Op("relpos_attention", _BACKENDS, on_request=frozenset({"cuda"}))
 
 torch.library.define(
     "lcconformer::relpos_attention_fwd",

@@ -1,4 +1,4 @@
-"""The CUDA convolution, which serves the norms that no encoder of the suite has: none, and BatchNorm in evaluation."""
+"""The CUDA kernels, which serve on request: attention, and the convolution with the norms that no encoder of the suite has."""
 
 from __future__ import annotations
 
@@ -10,11 +10,34 @@ import lcconformer
 from lcconformer import ops
 from lcconformer.tune import DTYPES, LayerShape
 
-__all__ = ["cuda_convolutions"]
+__all__ = ["cuda_calls"]
 
 
-def cuda_convolutions(layer: LayerShape, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Forward, and forward with backward, by norm."""
+def cuda_calls(
+    layer: LayerShape, device: torch.device, convolutions: bool = True
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Forward of attention; forward, and forward with backward, of the convolution, by norm."""
+    yield _attention(layer, device)
+    if convolutions:
+        yield from _convolutions(layer, device)
+
+
+def _attention(layer: LayerShape, device: torch.device) -> tuple[str, Callable[[], object]]:
+    b, t, h, d = layer.batch, layer.frames, layer.heads, layer.d_model // layer.heads
+
+    def make(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device).to(DTYPES[layer.dtype])
+
+    inputs = (*make(b, t, 3, h, d).unbind(2), make(2 * t - 1, h, d), make(h, d), make(h, d))
+
+    def forward() -> torch.Tensor:
+        with lcconformer.backend("cuda"):
+            return ops.relpos_attention(*inputs, dropout_p=layer.dropout)
+
+    return "relpos_attention cuda, forward", forward
+
+
+def _convolutions(layer: LayerShape, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
     b, t, c = layer.batch, layer.frames, layer.d_model
 
     def make(*shape: int) -> torch.Tensor:
