@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -28,7 +27,7 @@ class Chunking(NamedTuple):
 
     @property
     def block(self) -> int:
-        """Frames Q of a block: those of a chunk and what it sees after them."""
+        """Frames of a block, those of a chunk and of what it sees after them."""
         return self.chunk + self.right
 
 
@@ -45,7 +44,7 @@ class Past(NamedTuple):
     convolution: Tensor
 
 
-class Blocks(ABC):
+class Blocks:
     """Blocks ``[B, Q, d_model]``: what a layer gets in the place of lengths.
 
     A frame of a block attends to ``left`` frames before the block and to the whole block; the convolution sees
@@ -60,9 +59,9 @@ class Blocks(ABC):
     def __init__(self, chunking: Chunking, lengths: Tensor, seen: Tensor) -> None:
         self.chunking, self.lengths, self._seen = chunking, lengths, seen
 
-    @abstractmethod
     def before(self, name: str, x: Tensor) -> Tensor:
-        """Return the frames ``[B, n, ...]`` before those of ``x [B, Q, ...]``, which is ``name`` in :class:`Past`."""
+        """Return the frames ``[B, n, ...]`` before those of ``x [B, Q, ...]``, which is the field ``name`` of the past."""
+        raise NotImplementedError
 
     def window(self, x: Tensor) -> Tensor:
         """Return ``[B, left + Q, C]`` in the place of ``x [B, Q, C]``: the frames that positions are needed for."""

@@ -1,8 +1,10 @@
 """Interleaved rounds, their number and quantiles, and the peak memory of a call."""
 
+import os
+
 import pytest
 import torch
-from lcconformer.bench.core.timing import SPIN_SECONDS, Timing, peak_memory_mb, time_interleaved
+from lcconformer.bench.core.timing import SPIN_SECONDS, Timing, free_memory, peak_memory_mb, time_interleaved
 
 
 def test_interleaving_turns_the_order():
@@ -52,3 +54,8 @@ def test_peak_memory_counts_what_is_alive_at_once():
         return z + 1
 
     assert peak_memory_mb(call, "cpu") == pytest.approx(2.0, rel=0.05)
+
+
+def test_free_memory_is_less_than_there_is():
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < free_memory("cpu") <= pages
