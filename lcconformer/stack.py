@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils.stateless import _reparametrize_module
 
 from .blocks import Lengths, position_frames
 from .conditioning import DepthConditioning
@@ -77,6 +78,9 @@ class LayerStack(nn.Module):
         if self.conditioning is not None:
             x = self.conditioning.enter(x, k)
         overrides = self.overrides(k)
+        if overrides and torch.jit.is_tracing():
+            with _reparametrize_module(layer, overrides):  # what functional_call does, which refuses to be traced
+                return layer(x, lengths, own)
         if overrides:
             return functional_call(layer, overrides, (x, lengths, own))
         return layer(x, lengths, own)

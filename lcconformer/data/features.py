@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from ..ops.checks import readable
 from ..validation import need_integer, need_number
 
 SAMPLE_RATE = 16_000
@@ -62,8 +63,17 @@ def _mel_filters(num_bins: int, low_freq: float, high_freq: float) -> torch.Tens
     return filters.float()
 
 
+def _fourier() -> torch.Tensor:
+    """Cosines and sines ``[400, 2 * 257]``: a frame times them is its spectrum, real parts and imaginary parts."""
+    turns = torch.outer(torch.arange(_WINDOW), torch.arange(_FFT // 2 + 1)) % _FFT
+    angle = turns.to(torch.float64) * (2 * math.pi / _FFT)
+    return torch.cat((angle.cos(), angle.sin()), 1).float()
+
+
 class LogMel(nn.Module):
     """Kaldi-compatible log-mel features with optional mean and variance normalisation per utterance.
+
+    It exports by ``torch.export`` and to ONNX for any number of utterances and samples.
 
     Args:
         num_bins: number of mel filters C.
@@ -78,6 +88,7 @@ class LogMel(nn.Module):
 
     window: torch.Tensor
     filters: torch.Tensor
+    fourier: torch.Tensor
 
     def __init__(
         self, num_bins: int = 80, low_freq: float = 20.0, high_freq: float = 8000.0, normalize: bool = True
@@ -89,7 +100,7 @@ class LogMel(nn.Module):
             raise ValueError(f"need 0 <= low_freq < high_freq <= {SAMPLE_RATE // 2}, got {low_freq} and {high_freq}")
         need_integer("LogMel", "num_bins", num_bins, 1, _FFT // 2)
         with torch.device("cpu"):  # whatever the default device: the values are looked at
-            filters = _mel_filters(num_bins, low_freq, high_freq)
+            filters, fourier = _mel_filters(num_bins, low_freq, high_freq), _fourier()
         empty = int((filters.sum(0) == 0).sum())
         if empty:
             raise ValueError(
@@ -100,6 +111,7 @@ class LogMel(nn.Module):
         window = torch.hann_window(_WINDOW, periodic=False, dtype=torch.float64).pow(0.85).float()
         self.register_buffer("window", window, persistent=False)
         self.register_buffer("filters", filters.to(window.device), persistent=False)
+        self.register_buffer("fourier", fourier.to(window.device), persistent=False)
 
     def extra_repr(self) -> str:
         return f"{self.num_bins}, {self.low_freq}-{self.high_freq} Hz, normalize={self.normalize}"
@@ -129,7 +141,7 @@ class LogMel(nn.Module):
             raise ValueError(f"lengths must be [{audio.shape[0]}], one per utterance, got {list(lengths.shape)}")
         if lengths.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"lengths must be int64, got {lengths.dtype}")
-        if lengths.device.type == "cpu" and bool(((lengths < 0) | (lengths > audio.shape[1])).any()):
+        if readable(lengths) and bool(((lengths < 0) | (lengths > audio.shape[1])).any()):
             raise ValueError(
                 f"lengths must be 0 to S = {audio.shape[1]}, got {int(lengths.min())} to {int(lengths.max())}"
             )
@@ -140,12 +152,20 @@ class LogMel(nn.Module):
             x = self._mirror(audio.float() * 32768.0, lengths, total).unfold(1, _WINDOW, FRAME_SHIFT)  # [B, T, 400]
             x = x - x.mean(-1, keepdim=True)
             x = x - 0.97 * torch.cat((x[..., :1], x[..., :-1]), -1)
-            power = torch.fft.rfft(x * self.window, _FFT).abs().square()  # [B, T, 257]
-            features = (power @ self.filters).clamp(min=_FLOOR).log()
+            features = (self._power(x * self.window) @ self.filters).clamp(min=_FLOOR).log()
             if self.normalize:
                 return cmvn(features, frames), frames
             real = torch.arange(total, device=audio.device) < frames[:, None]
             return features.where(real[..., None], 0), frames
+
+    def _power(self, x: torch.Tensor) -> torch.Tensor:
+        """Power spectrum ``[B, T, 257]`` of frames ``[B, T, 400]``."""
+        if torch.compiler.is_exporting():
+            # many runtimes lack ONNX's DFT, and that of ONNX Runtime is less exact than a product, whose error is 4e-5 in the
+            # features of noise (2e-4 with the DFT)
+            real, imaginary = (x @ self.fourier).chunk(2, -1)
+            return real.square() + imaginary.square()
+        return torch.fft.rfft(x, _FFT).abs().square()
 
     @staticmethod
     def _mirror(audio: torch.Tensor, lengths: torch.Tensor, total: int) -> torch.Tensor:

@@ -91,10 +91,11 @@ def check_lengths(op: str, lengths: Tensor | None, batch: int, frames: int, devi
 def readable(x: Tensor) -> bool:
     """Return whether the host can look at the values of ``x`` at no cost.
 
-    On a GPU that takes a synchronisation, under compilation a graph break; a fake tensor has no values, and under
-    ``vmap`` a tensor stands for many.
+    On a GPU that takes a synchronisation, under compilation a graph break; ``torch.jit.trace`` would take them for
+    constants; a fake tensor has no values, and under ``vmap`` a tensor stands for many.
     """
-    return not torch.compiler.is_compiling() and x.device.type == "cpu" and type(x) is Tensor and not transformed()
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not tracing and x.device.type == "cpu" and type(x) is Tensor and not transformed()
 
 
 def floats(*values: float) -> tuple[float, ...]:

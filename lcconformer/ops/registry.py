@@ -38,9 +38,13 @@ def _valid(name: str, where: str) -> str:
 
 
 def forced_backend() -> str:
-    """Return the backend that ``with backend(...)`` or ``LCCONFORMER_BACKEND`` asks for; ``"auto"`` if none."""
+    """Return the backend that ``with backend(...)`` or ``LCCONFORMER_BACKEND`` asks for; ``"auto"`` if none.
+
+    ``torch.jit.trace`` gets ``"torch"`` then: programs of it are made to run where this package is not installed.
+    """
     name = _traced if torch.compiler.is_compiling() else _forced.get()
-    return name or _valid(os.environ.get("LCCONFORMER_BACKEND", "auto"), "LCCONFORMER_BACKEND")
+    name = name or _valid(os.environ.get("LCCONFORMER_BACKEND", "auto"), "LCCONFORMER_BACKEND")
+    return "torch" if name == "auto" and torch.jit.is_tracing() else name
 
 
 def strict() -> bool:

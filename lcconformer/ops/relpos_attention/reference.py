@@ -21,8 +21,9 @@ def relative_shift(x: Tensor) -> Tensor:
     """``[..., T, 2T-1] -> [..., T, T]`` with ``out[i, j] = x[i, T-1-i+j]``: a view of contiguous scores, a copy in exports."""
     t = x.shape[-2]
     lead = x.shape[:-2]
-    if torch.compiler.is_exporting():
-        # ONNX knows no memory: its as_strided would index the elements of the slice, not the storage beneath them
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        # ONNX knows no memory: its as_strided would index the elements of the slice, not the storage beneath them; and
+        # torch.jit.trace would take sizes and strides for constants
         x = F.pad(x, (1, 0)).flatten(-2)[..., t:]  # [..., T (2T-1)]
         return x.reshape(*lead, t, 2 * t - 1)[..., :t]
     x = x.contiguous()
