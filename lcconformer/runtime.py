@@ -1,4 +1,4 @@
-"""What every command shares while it runs: reading JSON, atomic writes, progress on the standard error, the commit that runs."""
+"""What every command shares while it runs: JSON, atomic writes, progress on the standard error, the commit that runs."""
 
 from __future__ import annotations
 
