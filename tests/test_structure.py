@@ -27,7 +27,7 @@ ROOMS = (
     ("lcconformer.stack", "lcconformer.pretrained"),
     ("lcconformer.loop",),
     ("lcconformer.encoder",),
-    ("lcconformer.conformer", "lcconformer.interop"),
+    ("lcconformer.conformer", "lcconformer.interop", "lcconformer.auto"),
     ("lcconformer",),
     ("lcconformer.data",),
     ("lcconformer.ssl",),
