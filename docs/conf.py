@@ -27,7 +27,7 @@ napoleon_custom_sections = [("Attributes", "params_style")]
 # every reference must resolve, except those to other packages: their inventories are on the network
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|nn|np|numpy|collections|pathlib|argparse|os|nullcontext)\..*"),
+    (r"py:.*", r"(torch|nn|transformers|np|numpy|collections|pathlib|argparse|os|nullcontext)\..*"),
     (r"py:class", r"(Tensor|Module|Path|Any|Sequence|Callable|Iterator|Mapping|Collection|Positions|optional)"),
     (r"py:class", r"lcconformer\..*\.(_\w+|Count)"),  # private types in a signature
 ]
