@@ -204,6 +204,7 @@ class _Loop:
             lengths=pointer(self.lengths),
             out=pointer(self.branch),
             pos_panels=pointer(panels),
+            own_threads=True,
         )
         return self.cpu.relpos_attention_forward, args
 
@@ -232,6 +233,7 @@ class _Loop:
             norm_bias=pointer(norm.bias) if norm else 0,
             eps=config.layer_norm_eps,
             out=pointer(self.branch),
+            own_threads=True,
             **statistics,
         )
         return self.cpu.glu_depthwise_conv_forward, args
