@@ -110,7 +110,9 @@ void bind_relpos_attention(py::module_& m) {
     using Forward = RelposAttentionForward;
     Arguments<Forward> forward(m, "RelposAttentionForward", "Arguments of relpos_attention_forward");
     add_relpos_attention(forward);
-    forward.optional<&Forward::lse>("lse").optional<&Forward::pos_panels>("pos_panels");
+    forward.optional<&Forward::lse>("lse")
+        .optional<&Forward::pos_panels>("pos_panels")
+        .optional<&Forward::own_threads>("own_threads");
 
     using Backward = RelposAttentionBackward;
     Arguments<Backward> backward(m, "RelposAttentionBackward", "Arguments of relpos_attention_backward");
@@ -169,6 +171,7 @@ void bind_glu_depthwise_conv(py::module_& m) {
     Arguments<Forward> forward(m, "GluDepthwiseConvForward", "Arguments of glu_depthwise_conv_forward");
     add_glu_depthwise_conv(forward);
     forward.optional<&Forward::bias>("bias").required<&Forward::out>("out").optional<&Forward::y>("y");
+    forward.optional<&Forward::own_threads>("own_threads");
 
     using Backward = GluDepthwiseConvBackward;
     Arguments<Backward> backward(m, "GluDepthwiseConvBackward", "Arguments of glu_depthwise_conv_backward");

@@ -46,7 +46,8 @@ struct RelposAttention {
 
 // lse may be null: not wanted
 struct RelposAttentionForward : RelposAttention {
-    const float* pos_panels;  // pos as relpos_attention_pack_positions leaves it, instead of pos
+    const float* pos_panels;   // pos as relpos_attention_pack_positions leaves it, instead of pos
+    bool own_threads = false;  // for a call between others of ours alone: the threads of pool.h instead of OpenMP's
 };
 
 struct RelposAttentionBackward : RelposAttention {
@@ -86,8 +87,9 @@ struct GluDepthwiseConv {
 
 // y may be null, except with batch and group
 struct GluDepthwiseConvForward : GluDepthwiseConv {
-    const float* bias;  // [C] or null
-    void* out;          // [B, T, C] contiguous
+    const float* bias;         // [C] or null
+    void* out;                 // [B, T, C] contiguous
+    bool own_threads = false;  // as in RelposAttentionForward
 };
 
 struct GluDepthwiseConvBackward : GluDepthwiseConv {

@@ -217,6 +217,7 @@ class Loop:
             cu_seqlens=pointer(self.ends),
             out=pointer(self.branch),
             pos_panels=pointer(panels),
+            own_threads=True,
         )
         yield self.cpu.relpos_attention_forward, args
 
@@ -258,6 +259,7 @@ class Loop:
             norm_bias=pointer(norm.bias) if norm else 0,
             eps=config.layer_norm_eps,
             out=pointer(out),
+            own_threads=True,
             **statistics,
         )
         return self.cpu.glu_depthwise_conv_forward, args

@@ -7,7 +7,7 @@ import torch
 
 from .cpu_kernels import CPU
 
-ROWS = {"rows": 2, "columns": 16, "threads": 1, "x": 0}
+ROWS = {"element": CPU.Element.float32, "rows": 2, "columns": 16, "threads": 1, "x": 0}
 ELEMENTS = {"element": CPU.Element.float32, "rows": 0, "columns": 1, "threads": 1, "out": 0, "u": 0}
 
 
@@ -53,10 +53,10 @@ def test_a_wrong_value_is_named(name, value, said):
 
 
 def test_missing_and_unknown_arguments_are_named():
-    with pytest.raises(TypeError, match=r"^RowsForward: missing rows, x$"):
+    with pytest.raises(TypeError, match=r"^RowsForward: missing element, rows, x$"):
         CPU.RowsForward(columns=1, threads=1)
     with pytest.raises(
-        TypeError, match=r"^RowsForward: there is no argument 'stride'; there are rows, columns, threads, x,"
+        TypeError, match=r"^RowsForward: there is no argument 'stride'; there are element, rows, columns, threads, x,"
     ):
         CPU.RowsForward(**ROWS, stride=1)
     with pytest.raises(AttributeError, match="stride"):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lcconformer import Conformer, ConformerConfig, ConformerEncoder, backend, engine, extension
+from lcconformer.loop import weights
 from lcconformer.ops.registry import record
 
 from ..conftest import with_random_values
@@ -336,6 +337,26 @@ def test_bfloat16_is_left_to_the_modules_where_they_are_faster(monkeypatch):
     assert not runs_the_engine(encoder, torch.randn(1, 400, 24).bfloat16())
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert runs_the_engine(encoder, torch.randn(1, 40, 24).bfloat16())
+
+
+def test_products_are_in_bfloat16_where_the_processor_has_them(monkeypatch):
+    for level, width, dtype, products in (
+        ("avx512bf16", 24, torch.bfloat16, torch.bfloat16),
+        ("avx512bf16", 24, torch.float32, torch.float32),
+        ("avx512bf16", 23, torch.bfloat16, torch.float32),  # it multiplies by pairs
+        ("avx512", 24, torch.bfloat16, torch.float32),
+    ):
+        monkeypatch.setattr(CPU, "simd_level", lambda level=level: level)
+        assert weights.product_dtype(torch.empty(3, width, dtype=dtype)) == products
+
+
+@torch.no_grad()
+def test_explains_which_products_it_takes(products):
+    said = str(make_encoder().bfloat16().explain(torch.randn(1, 9, 24).bfloat16()))
+    assert "inference engine" in said
+    assert ("not cpu with products of bfloat16: this processor has no AVX512-BF16" in said) == (
+        products == torch.float32
+    )
 
 
 def test_gradients_come_from_elsewhere():

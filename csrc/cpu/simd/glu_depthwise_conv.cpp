@@ -193,7 +193,7 @@ void forward(const GluDepthwiseConvForward& a) {
     float* memory = scratch.take(a.threads * thread_memory);
     pack_taps(a, s, false, taps);
     if (a.bias) memcpy(bias, a.bias, s.C * sizeof(float));
-    parallel_for(a.threads, s.units, [&](int slot, int64_t unit) {
+    parallel_for(a.threads, a.own_threads, s.units, [&](int slot, int64_t unit) {
         float* glu = memory + slot * thread_memory;
         float* y = glu + s.halo_rows() * s.row;  // [s.strip, s.row]
         ChannelNorm norm(y + s.strip * s.row, a, s);
@@ -239,7 +239,7 @@ void forward(const GluDepthwiseConvForward& a) {
     });
     if (!statistics) return;
     merge_statistics(a, s, moments);
-    parallel_for(a.threads, s.units, [&](int slot, int64_t unit) {
+    parallel_for(a.threads, a.own_threads, s.units, [&](int slot, int64_t unit) {
         ChannelNorm norm(memory + slot * thread_memory, a, s);
         Strip strip(a, s, unit);
         norm.of_utterance(a, s, strip.b);

@@ -123,11 +123,12 @@ struct Walk {
 // panels (and rows, if asked for) of all positions of each head
 template <class T, class Arguments>
 void pack_positions(const Arguments& a, const Sizes& s, float* panels, float* rows) {
-    parallel_for(a.threads, a.heads, [&](int, int64_t h) {
+#pragma omp parallel for num_threads(a.threads)
+    for (int64_t h = 0; h < a.heads; h++) {
         const T* pos = static_cast<const T*>(a.pos) + h * a.pos_head_stride;
         pack_panels(pos, a.pos_frame_stride, 2 * s.T - 1, s.shift, s, panels + h * s.positions * s.D);
         if (rows) pack_rows(pos, a.pos_frame_stride, 2 * s.T - 1, s, rows + (h * s.positions + s.shift) * s.row);
-    });
+    }
 }
 
 template <class T>
@@ -213,7 +214,7 @@ void forward(const RelposAttentionForward& a) {
     int64_t thread_memory = Scratch::padded(s.keys * s.D + s.keys * s.row + block_memory);
     Scratch scratch(a.threads * thread_memory);
     float* memory = scratch.take(a.threads * thread_memory);
-    parallel_for(a.threads, a.batch * a.heads * pieces, [&](int slot, int64_t unit) {
+    parallel_for(a.threads, a.own_threads, a.batch * a.heads * pieces, [&](int slot, int64_t unit) {
         float* key_panels = memory + slot * thread_memory;
         float* value_rows = key_panels + s.keys * s.D;
         float* block = value_rows + s.keys * s.row;

@@ -142,7 +142,7 @@ void forward(const RowsForward& a) {
     int64_t thread_memory = Scratch::padded(Buffers<T>::size(most, row));
     Scratch scratch(a.threads * thread_memory);
     float* memory = scratch.take(a.threads * thread_memory);
-    parallel_for(a.threads, blocks, [&](int slot, int64_t b) {
+    parallel_for(a.threads, true, blocks, [&](int slot, int64_t b) {
         Buffers<T> buffers(memory + slot * thread_memory, most, row);
         int64_t first = b * tiles / blocks * kTileRows, end = imin((b + 1) * tiles / blocks * kTileRows, a.rows);
         block(a, first, end - first, buffers);
