@@ -29,6 +29,8 @@ COLOURS = {
     "torchaudio:torch": "#9ca3af",
     "transformers:wav2vec2": "#a16207",
     "transformers:parakeet": "#d4a72c",
+    "onnxruntime:cpu": "#65a30d",
+    "openvino:cpu": "#84cc16",
     "lcconformer:torch": "#fda4af",
     "lcconformer:cpu": "#fb7185",
     "lcconformer:cpu+loop": "#be123c",
@@ -39,7 +41,7 @@ COLOURS = {
     "lcconformer:cuda": "#881337",
     "lcconformer:cuda+graphs": "#9333ea",
 }
-FALLBACK, INK, WARNING = "#65a30d", "#1f2937", "#b45309"
+FALLBACK, INK, WARNING = "#78716c", "#1f2937", "#b45309"
 # p20 to p80 over the median, above which rounds disagree
 DISAGREE = 0.1
 

@@ -12,10 +12,11 @@ from torch import Tensor
 
 import lcconformer
 from lcconformer.ops.checks import frame_mask
+from lcconformer.runtime import commit
 from lcconformer.tolerance import OUTPUT_FACTOR, allowed_error, passes, relative_error
 
 from ..core.case import Case
-from ..core.rows import commit, device_name
+from ..core.rows import device_name
 from ..core.timing import Timing, peak_memory_mb, time_interleaved
 from ..providers.registry import library
 from ..reports.table import grid, number

@@ -36,6 +36,18 @@ def wider(*tensors):
 
 
 def check_norm_product(assert_close, shape, dtype, epilogue, two, bias):
+    # eager PyTorch's error in one row is a matter of luck; in those of eight calls it is not
+    calls = [_norm_product(shape, dtype, epilogue, two, bias) for _ in range(8 if shape[0] == 1 else 1)]
+    out, entered, low, ref = (
+        torch.cat(tensors) for tensors in zip(*((o, e, low[0], ref[0]) for o, e, low, ref in calls))
+    )
+    assert_close("out", out, ref, low, 2.0)
+    if two:
+        low, ref = (torch.cat([call[i][1] for call in calls]) for i in (2, 3))
+        assert_close("entered", entered, ref, low, 2.0)
+
+
+def _norm_product(shape, dtype, epilogue, two, bias):
     m, k, n = shape
     rows = 2 * n if epilogue == "glu" else n
 
@@ -51,9 +63,7 @@ def check_norm_product(assert_close, shape, dtype, epilogue, two, bias):
     low = norm_product(x, norm, weight, bias, epilogue, previous)
     double = wider(x, norm, weight, bias, previous)
     ref = norm_product(*double[:4], epilogue, double[4])
-    assert_close("out", out, ref[0], low[0], 2.0)
-    if two:
-        assert_close("entered", entered, ref[1], low[1], 2.0)
+    return out, entered, low, ref
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
