@@ -28,7 +28,7 @@ from .kernels import explain_ops
 from .watch import watch
 from .weights import FeedForward, PackedLayer, padded_columns
 
-__all__ = ["OP", "Launch", "Loop", "chosen", "explain", "reasons", "run", "run_layer", "slower"]
+__all__ = ["OP", "Launch", "Loop", "chosen", "convert", "explain", "reasons", "run", "run_layer", "slower"]
 
 OP = "shared_loop"
 
@@ -110,8 +110,9 @@ def run(
         if stack.conditioning is not None:
             loop.x.copy_(stack.conditioning.enter(loop.x, k))
         loop.step(layer)
-        if return_hidden_states or k == depth - 1:
-            outputs.append(loop.x.to(x.dtype, copy=k < depth - 1))
+        last = k == depth - 1
+        if return_hidden_states or last:
+            outputs.append(loop.x if last and x.dtype == torch.float32 else convert(loop.x, x.dtype))
     return outputs
 
 
@@ -121,6 +122,17 @@ def run_layer(config: ConformerConfig, layer: PackedLayer, x: Tensor, lengths: T
     loop = Loop(config, x, lengths, layer.dtype)
     loop.step(layer)
     return loop.x
+
+
+def convert(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a contiguous copy of ``x``, float32 or bfloat16, in ``dtype``, likewise; made by the threads of the kernels."""
+    x = x.contiguous()
+    to = torch.empty_like(x, dtype=dtype)
+    cpu = cpu_kernels()
+    cpu.convert(
+        cpu.Convert(**common(x), to_element=common(to)["element"], size=x.numel(), from_=pointer(x), to=pointer(to))
+    )
+    return to
 
 
 class Loop:
@@ -136,7 +148,7 @@ class Loop:
         def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="cpu")
 
-        self.x = empty(b, t, d, dtype=torch.float32).copy_(x)
+        self.x = convert(x, torch.float32)
         self.lengths, self.ends, self.sizes = None, None, {"batch": b, "frames": t}
         if isinstance(lengths, Packing):
             self.ends = i64(lengths.cu_seqlens)
