@@ -333,11 +333,14 @@ def test_refuses_other_backends_and_dtypes():
 
 
 def test_bfloat16_is_left_to_the_modules_where_they_are_faster(monkeypatch):
+    """By processor and products: test_choice.py."""
     encoder = make_encoder().bfloat16()
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert not runs_the_engine(encoder, torch.randn(1, 400, 24).bfloat16())
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert runs_the_engine(encoder, torch.randn(1, 40, 24).bfloat16())
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert runs_the_engine(encoder, torch.randn(1, 400, 24).bfloat16())
 
 
 def test_products_are_in_bfloat16_where_the_processor_has_them(monkeypatch):
