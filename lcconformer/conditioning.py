@@ -69,7 +69,7 @@ class DepthConditioning(nn.Module):
 
     @torch.no_grad()
     def fit(self, layer: nn.Module, depth: int, parameters: Mapping[str, Tensor]) -> None:
-        """Bring the conditioned parameters of ``layer`` in loop ``depth`` (from 0) as close to ``parameters`` as the form allows.
+        """Bring the conditioned parameters of ``layer`` in loop ``depth`` (from 0) as close to ``parameters`` as can be.
 
         LayerNorms become equal; matrices differ by what truncated SVD leaves out at the rank of ``"lora"`` (Eckart-Young).
         """

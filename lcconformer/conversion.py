@@ -83,7 +83,7 @@ def share(
             state[name] = torch.stack([layer[f"conv.depthwise_norm.{name}"] for layer in layers])
 
     shared = ConformerEncoder(config)
-    reference = encoder.layers[0].norm.weight
+    reference = encoder.layer_of(0).norm.weight
     if shared.conditioning is not None:
         shared.conditioning.to(reference.device, reference.dtype)
         state |= {f"conditioning.{name}": x for name, x in shared.conditioning.state_dict().items()}
