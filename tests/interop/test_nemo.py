@@ -197,7 +197,7 @@ def test_dropout_of_attention(encoder, sdpa):
         one.self_attn.linear_out.weight.copy_(torch.eye(16))
         one.self_attn.linear_out.bias.zero_()
     h, positions = torch.randn(2, 64, 16), model.pos_enc(torch.randn(2, 64, 16))[1]
-    kept = one.train()._attend(positions, h, None)
+    kept = one.train()._attend(positions, h, None).detach()
     assert kept.std() > 0.02
     assert abs(float(kept.mean()) - 1) < 0.05
     torch.testing.assert_close(one.eval()._attend(positions, h, None), torch.ones(2, 64, 16))
