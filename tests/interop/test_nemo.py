@@ -215,7 +215,7 @@ def accessed(model: nn.Module):
 
 
 def test_what_is_left_to_the_peer(encoder, served):
-    """Limited context, caches, masks that disagree, recorded tensors, replaced modules: the peer's own results."""
+    """Limited context, caches, masks that disagree, recorded tensors, adapters, hooks: the peer's own results."""
     x, lengths = torch.randn(2, 10, 13), torch.tensor([13, 6])
     for changes in ({"att_context_size": [4, 2]}, {"att_context_size": [4, 1], "att_context_style": "chunked_limited"}):
         peer = encoder(**changes)
@@ -240,6 +240,12 @@ def test_what_is_left_to_the_peer(encoder, served):
             assert [len(one._registry["encoder"]) for one in m.layers] == [1, 1]
     for m in (model, peer):
         for one in m.layers:
+            one.adapter_layer = nn.ModuleDict({"one": nn.Identity()})
+            one.forward_enabled_adapters = lambda given: {**given, "x": given["x"] * 0.5}
+    assert torch.equal(model(x, lengths)[0], peer(x, lengths)[0])
+    for m in (model, peer):
+        for one in m.layers:
+            del one.adapter_layer
             one.self_attn.register_forward_hook(lambda module, inputs, output: output * 0.5)
     assert torch.equal(model(x, lengths)[0], peer(x, lengths)[0])
     for m in (model, peer):  # as NeMo changes the kind of attention of a loaded model
