@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..plain import altered
-from . import espnet, lucidrains, torchaudio, transformers
+from . import espnet, lucidrains, nemo, torchaudio, transformers
 from .accelerated import AcceleratedLayer, accelerated_class
 from .adapter import Unsupported, need
 
@@ -21,6 +21,7 @@ _PEERS: dict[str, type[AcceleratedLayer]] = {
     "torchaudio.models.conformer.ConformerLayer": torchaudio.TorchaudioLayer,
     "espnet.nets.pytorch_backend.conformer.encoder_layer.EncoderLayer": espnet.ESPnetLayer,
     "conformer.conformer.ConformerBlock": lucidrains.LucidrainsLayer,
+    "nemo.collections.asr.parts.submodules.conformer_modules.ConformerLayer": nemo.NemoLayer,
     f"{_MODELS}wav2vec2_conformer.modeling_wav2vec2_conformer.Wav2Vec2ConformerEncoderLayer": (
         transformers.Wav2Vec2ConformerLayer
     ),
@@ -78,15 +79,15 @@ def _listed(names: Sequence[str]) -> str:
 def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
     """Compute the Conformer layers of a loaded model by our kernels, in place.
 
-    Served are torchaudio's Conformer, ESPnet's with relative positions ("latest"), that of the package ``conformer``
-    (lucidrains), and transformers' Wav2Vec2Conformer, Wav2Vec2Bert, SeamlessM4T (both versions) and Parakeet.  The layers
-    stay the objects they were, with their modules, parameters, hooks, modes and names, so that optimizers, PEFT, checkpoints
-    and ``save_pretrained`` see no difference; only their class gets another ``forward``.
+    Served are torchaudio's Conformer, ESPnet's with relative positions ("latest"), NeMo's ("rel_pos"), that of the package
+    ``conformer`` (lucidrains), and transformers' Wav2Vec2Conformer, Wav2Vec2Bert, SeamlessM4T (both versions) and Parakeet.
+    The layers stay the objects they were, with their modules, parameters, hooks, modes and names, so that optimizers, PEFT,
+    checkpoints and ``save_pretrained`` see no difference; only their class gets another ``forward``.
 
     Results agree with the peer's within float tolerance (frames of padding may differ), in evaluation and in training:
     dropout where the peer has it, and BatchNorm statistics as the peer takes them, over the padding too.  Where ours cannot
-    stand in, the peer's own forward runs: masks of anything but padding at the end of each utterance, attention weights
-    that are asked for, submodules that were replaced.
+    stand in, the peer's own forward runs: masks of anything but padding at the end of each utterance, caches of streaming,
+    attention weights that are asked for, submodules that were replaced.
 
     Args:
         model: model that contains such layers at any depth, or is one.

@@ -50,6 +50,8 @@ def run(
     """
     if not (_evaluates(parts) and _serves(x)) or _records(module, x):
         return None
+    if lengths is not None and parts.conv.masked and type(parts.conv.depthwise_norm) is nn.GroupNorm:
+        return None  # the kernels leave padding out of its statistics
     config = _config(parts, heads, position)
     packed, frames = _kept.get(module), x.shape[0] * x.shape[1]
     if config is None:
@@ -57,7 +59,7 @@ def run(
     epsilon = _epsilon(parts.conv.depthwise_norm)
     if packed is None or not packed.holds(config, epsilon, complete=frames >= weights.COMPLETE):
         _kept.pop(module, None)
-        if not _readable(module, _READ | parts.layer_norms):
+        if not _readable(module, _READ | parts.layer_norms | {parts.conv.depthwise_class}):
             return None
         packed = _kept[module] = _Packed(module, keys, config, epsilon)
     with torch.no_grad():
@@ -91,10 +93,12 @@ def _config(parts: Parts, heads: int, position: str) -> ConformerConfig | None:
     """Return the settings of the layer; None if ours have none like it."""
     ffn1, conv, ffn2 = parts.ffn1, parts.conv, parts.ffn2
     norms: list[Any] = [ffn1.norm, parts.attention_norm, conv.norm, ffn2.norm, parts.norm]
+    depthwise: Any = conv.depthwise
     depthwise_norm: Any = conv.depthwise_norm
     matrices: list[Any] = [ffn1.up, ffn1.down, ffn2.up, ffn2.down]
-    up, depthwise = matrices[0], conv.depthwise
-    if any(type(m) is not nn.Linear or m.bias is None for m in matrices) or type(depthwise) is not nn.Conv1d:
+    up = matrices[0]
+    known: list[tuple[Any, type]] = [*((m, nn.Linear) for m in matrices), (depthwise, conv.depthwise_class)]
+    if any(type(module) is not kind for module, kind in known) or any(m.bias is None for m in matrices):
         return None
     if any(type(norm) not in parts.layer_norms or norm.eps != norms[0].eps for norm in norms):
         return None

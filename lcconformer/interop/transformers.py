@@ -129,7 +129,7 @@ class _Wav2Vec2Layer(AcceleratedLayer):
     def check_structure(self) -> None:
         layer: Any = self
         conv = layer.conv_module
-        check_convolutions(conv.pointwise_conv1, conv.depthwise_conv, conv.pointwise_conv2, causal=self.causal)
+        check_convolutions(conv.pointwise_conv1, conv.depthwise_conv, conv.pointwise_conv2, padded=self.causal)
         check_norms(layer)
         check_activations(layer.ffn1.intermediate_act_fn, layer.ffn2.intermediate_act_fn, conv.activation)
         _check_implementation(layer.self_attn, *self.implementations)
