@@ -83,9 +83,9 @@ class ConformerEncoder(LayerStack):
         """Refuse ``torch.jit.script``, which asks this of every module it is about to compile."""
         if not self._has_scripted_path:
             raise NotImplementedError(
-                "ConformerEncoder: torch.jit.script cannot compile it: its forward takes options that TorchScript has no types "
-                "for, and chooses among kernels in Python; use torch.jit.trace, which keeps every batch size and length, or "
-                "torch.export, or script a lcconformer.Conformer, the same layers without relative positions"
+                "ConformerEncoder: torch.jit.script cannot compile it: its forward returns what its options ask for, which "
+                "TorchScript has no type for, and chooses among kernels in Python; use torch.jit.trace, whose program takes "
+                "any batch size and length, or torch.export, or script a lcconformer.Conformer, torchaudio's model"
             )
         return self
 
