@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..config import ConformerConfig
 from ..encoder import ConformerEncoder
+from ..layer import ConformerLayer
 from .accelerate import class_for, qualified_name, restore
 from .adapter import Unsupported, need
 from .engine import layer_config
@@ -80,9 +81,7 @@ def _described(layer: nn.Module) -> tuple[ConformerConfig, dict[str, Tensor]]:
     copied: Any = copy.deepcopy(layer).train()  # for its dropout
     restore(copied)
     copied.__class__ = class_for(copied)
-    parts: Parts | None = copied.parts()
-    need(parts is not None, "its modules are not those of the peer")
-    assert parts is not None
+    parts: Parts = copied.parts()
     heads, position = copied.heads_and_position()
     matrices: list[Any] = [parts.ffn1.up, parts.ffn1.down, parts.ffn2.up, parts.ffn2.down]
     need(all(m.bias is not None for m in matrices), "a feed-forward module has no biases; ours have them")
@@ -97,7 +96,6 @@ def _described(layer: nn.Module) -> tuple[ConformerConfig, dict[str, Tensor]]:
     )
     activations = {parts.ffn1.activation, parts.conv.activation, parts.ffn2.activation}
     need(len(activations) == 1, f"activations {', '.join(sorted(activations))}; ours has one for all")
-    need(not parts.conv.causal, "its convolution is causal")
     ffns = parts.ffn1, parts.ffn2
     dropouts = {parts.attention_inside, parts.attention_on, parts.conv.on, *(p for f in ffns for p in (f.inside, f.on))}
     config = config.replace(dropout=dropouts.pop() if len(dropouts) == 1 else 0.0)
@@ -107,7 +105,7 @@ def _described(layer: nn.Module) -> tuple[ConformerConfig, dict[str, Tensor]]:
     need(not unknown, f"ours has no place for {', '.join(sorted(unknown))}")
     ours = from_peer(copied.keys, theirs)
     with torch.device("meta"):
-        names = set(ConformerEncoder(config).layers[0].state_dict())
-    missing, more = names - set(ours), set(ours) - names
-    need(not missing and not more, f"tensors do not fit: {', '.join(sorted(missing | more))}")
+        wanted = {name: x.shape for name, x in ConformerLayer(config).state_dict().items()}
+    other = {name for name, _ in {(n, x.shape) for n, x in ours.items()} ^ set(wanted.items())}
+    need(not other, f"tensors that are missing, or of other shapes than ours: {', '.join(sorted(other))}")
     return config, ours

@@ -142,6 +142,23 @@ def test_parakeet_without_biases_is_refused(transformers):
         to_lcconformer(peer.layers)
 
 
+def test_parakeet_with_heads_of_another_width_is_refused(transformers):
+    peer = parakeet(transformers, head_dim=4)
+    with pytest.raises(ValueError, match=r"layer 0: .*of other shapes than ours: attention\.out\.weight"):
+        to_lcconformer(peer.layers)
+
+
+def test_layers_of_other_packages_are_refused(transformers):
+    from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertEncoderLayer
+
+    config = transformers.Wav2Vec2BertConfig(
+        hidden_size=24, num_attention_heads=3, intermediate_size=40, conv_depthwise_kernel_size=7
+    )
+    config._attn_implementation = "sdpa"
+    with pytest.raises(ValueError, match="layer 0: no configuration describes this layer"):
+        to_lcconformer(nn.ModuleList([Wav2Vec2BertEncoderLayer(config)]))
+
+
 def test_layers_that_no_configuration_describes_are_refused(torchaudio_conformer):
     def peer():
         return torchaudio_conformer.Conformer(16, 4, 32, 2, 7)
