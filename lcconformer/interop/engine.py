@@ -21,7 +21,7 @@ from ..plain import NORMS, PLAIN, altered
 from .keys import Key, from_peer
 from .layer import Parts
 
-__all__ = ["run"]
+__all__ = ["layer_config", "run"]
 
 # whose parameters are read: plain modules, and torch's attention with its projection
 _READ = PLAIN | {nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear}
@@ -52,7 +52,7 @@ def run(
         return None
     if lengths is not None and parts.conv.masked and type(parts.conv.depthwise_norm) is nn.GroupNorm:
         return None  # the kernels leave padding out of its statistics
-    config = _config(parts, heads, position)
+    config = layer_config(parts, heads, position)
     packed, frames = _kept.get(module), x.shape[0] * x.shape[1]
     if config is None:
         return None
@@ -89,7 +89,7 @@ def _records(module: nn.Module, x: Tensor) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters()))
 
 
-def _config(parts: Parts, heads: int, position: str) -> ConformerConfig | None:
+def layer_config(parts: Parts, heads: int, position: str) -> ConformerConfig | None:
     """Return the settings of the layer; None if ours have none like it."""
     ffn1, conv, ffn2 = parts.ffn1, parts.conv, parts.ffn2
     norms: list[Any] = [ffn1.norm, parts.attention_norm, conv.norm, ffn2.norm, parts.norm]
@@ -119,6 +119,7 @@ def _config(parts: Parts, heads: int, position: str) -> ConformerConfig | None:
         conv_bias=depthwise.bias is not None,
         convolution_first=parts.convolution_first,
         layer_norm_eps=norms[0].eps,
+        activation=conv.activation,
         padding="masked" if conv.masked else "peer",
     )
 
