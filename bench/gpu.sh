@@ -10,10 +10,13 @@
 # LCCONFORMER_COMMIT names the commit where the sources come without their history; PYTHON names the interpreter.
 set -u
 
-if [ $# -lt 1 ] || [ $# -gt 2 ]; then
-  echo "usage: bash bench/gpu.sh OUT [PHASES]   or   bash bench/gpu.sh --plan [PHASES]" >&2
+refuse() {
+  echo "$*usage: bash bench/gpu.sh OUT [PHASES]   or   bash bench/gpu.sh --plan [PHASES]" >&2
   exit 2
-fi
+}
+[ $# -ge 1 ] && [ $# -le 2 ] || refuse
+case $1 in --plan) ;; -*) refuse "unknown option $1; " ;; esac
+case ${2:-} in -*) refuse "unknown option $2; " ;; esac
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=$(command -v "${PYTHON:-python3}") || { echo "no ${PYTHON:-python3} on PATH" >&2; exit 2; }
 if [ "$1" = --plan ]; then

@@ -8,10 +8,14 @@
 # LCCONFORMER_COMMIT names the commit where the sources come without their history; PYTHON names the interpreter.
 set -u
 
-if [ $# -lt 2 ] || [ $# -gt 3 ] || [ ! -f "$1/ls_dev20.zip" ]; then
-  echo "usage: bash bench/paper.sh DATA OUT [SECONDS]   (DATA: the folder of ls_dev20.zip)" >&2
+refuse() {
+  echo "$*usage: bash bench/paper.sh DATA OUT [SECONDS]   (DATA: the folder of ls_dev20.zip)" >&2
   exit 2
-fi
+}
+for argument in "$@"; do
+  case $argument in -*) refuse "unknown option $argument; " ;; esac
+done
+[ $# -ge 2 ] && [ $# -le 3 ] && [ -f "$1/ls_dev20.zip" ] || refuse
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=$(command -v "${PYTHON:-python3}") || { echo "no ${PYTHON:-python3} on PATH" >&2; exit 2; }
 data=$(cd "$1" && pwd)

@@ -2,6 +2,7 @@
 
 from .config import ConformerConfig
 from .conformer import Conformer
+from .conversion import depth_errors, share
 from .depth import DepthSampler, ExitRule
 from .encoder import ConformerEncoder
 from .interop.accelerate import AccelerationReport, accelerate, restore
@@ -22,8 +23,10 @@ __all__ = [
     "accelerate",
     "backend",
     "captured_training",
+    "depth_errors",
     "engine",
     "pack",
     "restore",
+    "share",
     "unpack",
 ]

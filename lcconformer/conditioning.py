@@ -8,6 +8,7 @@ shift of that input.  ``lora``: a low-rank increment per matrix and depth (Relax
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -65,3 +66,20 @@ class DepthConditioning(nn.Module):
         for name, a, b in zip(self._matrices, self.lora_a, self.lora_b):
             out[name] = layer.get_parameter(name) + b[depth] @ a[depth]
         return out
+
+    @torch.no_grad()
+    def fit(self, layer: nn.Module, depth: int, parameters: Mapping[str, Tensor]) -> None:
+        """Bring the conditioned parameters of ``layer`` in loop ``depth`` (from 0) as close to ``parameters`` as can be.
+
+        LayerNorms become equal; matrices differ by what truncated SVD leaves out at the rank of ``"lora"`` (Eckart-Young).
+        """
+        for name, delta in zip(self._norms, self.norm_deltas):
+            delta[depth] = parameters[name] - layer.get_parameter(name)
+        for name, a, b in zip(self._matrices, self.lora_a, self.lora_b):
+            difference = parameters[name].double() - layer.get_parameter(name).double()
+            u, s, v = torch.linalg.svd(difference, full_matrices=False)
+            rank = min(a.shape[1], s.shape[0])
+            # the scale goes to b, so that a never becomes zero, and all of the rank can learn
+            a[depth, :rank] = v[:rank]
+            b[depth] = 0.0
+            b[depth, :, :rank] = u[:, :rank] * s[:rank]

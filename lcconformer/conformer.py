@@ -92,6 +92,7 @@ class Conformer(nn.Module):
                 padding=padding,
             )
         )
+        self.encoder._has_scripted_path = True
         # for the scripted path, which cannot read the config
         self._num_layers, self._loops = num_layers, num_layers if share_layers else 1  # loops of each layer
         self._grouped, self._masked, self._dropout = use_group_norm, padding == "masked", float(dropout)

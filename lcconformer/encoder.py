@@ -73,8 +73,21 @@ class ConformerEncoder(LayerStack):
         >>> shallow, _ = encoder(torch.randn(2, 400, 80), depth=5)
     """
 
+    # of the encoder within a Conformer, whose forward has a path for torch.jit.script that does not call the encoder's
+    _has_scripted_path = False
+
     def __init__(self, config: ConformerConfig) -> None:
         super().__init__(config, FrontEnd(config) if config.input_dim is not None else None)
+
+    def __prepare_scriptable__(self) -> ConformerEncoder:
+        """Refuse ``torch.jit.script``, which asks this of every module it is about to compile."""
+        if not self._has_scripted_path:
+            raise NotImplementedError(
+                "ConformerEncoder: torch.jit.script cannot compile it: its forward returns what its options ask for, which "
+                "TorchScript has no type for, and chooses among kernels in Python; use torch.jit.trace, whose program takes "
+                "any batch size and length, or torch.export, or script a lcconformer.Conformer, torchaudio's model"
+            )
+        return self
 
     def subsampled_lengths(self, lengths: Tensor) -> Tensor:
         """Return the number of output frames for ``lengths`` input frames."""

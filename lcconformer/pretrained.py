@@ -19,7 +19,7 @@ from .sharing import sharing_map
 from .stack import LayerStack
 from .tensor_files import Entry, Header, differences, read_header, read_tensors, write_tensors
 
-__all__ = ["MODEL_TYPE", "check_layers", "load", "save"]
+__all__ = ["MODEL_TYPE", "check_described", "check_layers", "load", "save"]
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 MODEL_TYPE = "lcconformer"
@@ -42,6 +42,22 @@ def check_layers(config: ConformerConfig, tensors: int) -> None:
         raise ValueError(f"they ask for {layers} layers, it has {tensors} tensors")
 
 
+def check_described(name: str, encoder: LayerStack, otherwise: str = "") -> None:
+    """Check that an encoder has the tensors that its configuration says.
+
+    Raises:
+        ValueError: it has others; the message begins with ``name`` and offers to ``otherwise``.
+    """
+    with torch.device("meta"):
+        expected = type(encoder)(encoder.config).state_dict()  # type: ignore[call-arg]
+    wrong = differences({key: Entry(x.dtype, tuple(x.shape)) for key, x in encoder.state_dict().items()}, expected)
+    if wrong:
+        raise ValueError(
+            f"{name}: the {type(encoder).__name__} is not what its config describes ({_few(wrong)}): undo what changed its "
+            "modules (merge adapters, remove parametrisations)" + (f", or {otherwise}" if otherwise else "")
+        )
+
+
 def save(encoder: LayerStack, directory: str | os.PathLike[str]) -> Path:
     """Write an encoder to a directory, which is made; returns it.
 
@@ -52,14 +68,7 @@ def save(encoder: LayerStack, directory: str | os.PathLike[str]) -> Path:
     directory, state = Path(directory), encoder.state_dict()
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"save_pretrained: {directory} is a file; give the path of a directory")
-    with torch.device("meta"):
-        expected = type(encoder)(encoder.config).state_dict()  # type: ignore[call-arg]
-    wrong = differences({name: Entry(x.dtype, tuple(x.shape)) for name, x in state.items()}, expected)
-    if wrong:
-        raise ValueError(
-            f"save_pretrained: the {type(encoder).__name__} is not what its config describes ({_few(wrong)}): undo what "
-            "changed its modules (merge adapters, remove parametrisations), or save its state_dict yourself"
-        )
+    check_described("save_pretrained", encoder, "save its state_dict yourself")
     text = encoder.config.to_json()
     content = {"model_type": MODEL_TYPE, "architectures": [type(encoder).__name__], **json.loads(text)}
     # the name of the configuration is replaced right after that of the weights, both are written by then

@@ -558,6 +558,7 @@ ROWS, ON_ROWS = "csrc/cpu/simd/rows.cpp", "tests/extension/test_cpu_rows.py"
 PRODUCT = "csrc/cpu/simd/product.h"
 POOL, ON_POOL = "csrc/cpu/pool.cpp", "tests/extension/test_cpu_pool.py"
 DROPOUT = "csrc/cpu/simd/dropout.h"
+CONVERT, ON_CONVERT = "csrc/cpu/simd/convert.cpp", "tests/extension/test_cpu_convert.py"
 
 # tested at the level that every processor has
 CXX = (
@@ -756,6 +757,20 @@ CXX = (
         "pthread_atfork(nullptr, nullptr, renew);",
         "",
         f"{ON_POOL}::test_a_child_of_fork_has_threads_of_its_own",
+    ),
+    Mutation(
+        "pool: helpers wake up on the caller's core",
+        POOL,
+        "        CPU_CLR(own, &cores);\n",
+        "",
+        f"{ON_POOL}::test_helpers_wake_up_on_other_cores_than_the_caller_s",
+    ),
+    Mutation(
+        "convert: elements of the last register left out",
+        CONVERT,
+        "i < end; i += W",
+        "i + W <= end; i += W",
+        f"{ON_CONVERT}::test_sizes_and_threads[of0-to1-40001-generic]",
     ),
     Mutation(
         "rows: chunks of the hidden layer not added",

@@ -59,8 +59,27 @@ def test_drop_in():
     assert "transformers: 2 layers accelerated" in out
 
 
+def test_share_a_trained_encoder():
+    """Fine-tuning brings the error down at every depth, and increments of low rank start and end nearer."""
+    out = run("share_a_trained_encoder").splitlines()
+    errors = [[float(x) for x in line.partition(":")[2].split()] for line in out if "error by depth" in line]
+    assert [len(e) for e in errors] == [4] * 4
+    average, fitted, low_rank, low_rank_fitted = errors
+    assert all(after < 0.7 * before for after, before in zip(fitted, average))
+    assert all(after < 0.7 * before for after, before in zip(low_rank_fitted, low_rank))
+    assert low_rank[-1] < average[-1]
+    assert low_rank_fitted[-1] < fitted[-1]
+
+
 def test_every_example_is_tested():
-    tested = {"adding_an_op", "drop_in", "pretrain_and_probe", "recognise_phones", "serving_with_exit_rule"}
+    tested = {
+        "adding_an_op",
+        "drop_in",
+        "pretrain_and_probe",
+        "recognise_phones",
+        "serving_with_exit_rule",
+        "share_a_trained_encoder",
+    }
     assert {p.stem for p in EXAMPLES.glob("*.py")} == tested
 
 

@@ -52,7 +52,7 @@ def test_the_readme_shows_each_step_after_pretraining(text):
     ("marker", "ends"),
     [
         ("<!-- demo command -->", "python -m lcconformer demo"),
-        ("<!-- test command -->", 'pytest -n auto --dist loadfile -m "not slow"'),
+        ("<!-- test command -->", 'pytest -n auto --dist worksteal -m "not slow"'),
     ],
 )
 def test_commands_stand_behind_their_markers(text, marker, ends):

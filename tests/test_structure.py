@@ -29,7 +29,7 @@ ROOMS = (
     ("lcconformer.stack", "lcconformer.pretrained"),
     ("lcconformer.loop",),
     ("lcconformer.streaming", "lcconformer.encoder"),
-    ("lcconformer.conformer", "lcconformer.interop", "lcconformer.auto"),
+    ("lcconformer.conformer", "lcconformer.conversion", "lcconformer.interop", "lcconformer.auto"),
     ("lcconformer",),
     ("lcconformer.data",),
     ("lcconformer.ssl",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -85,6 +86,7 @@ def test_every_test_has_a_limit(pytestconfig: pytest.Config) -> None:
     assert pytestconfig.pluginmanager.hasplugin("timeout"), "pip install 'lcconformer[test]'"
     assert pytestconfig.getini("timeout") == "300"
     assert pytestconfig.getini("timeout_method") == "thread"
+    assert 0 < float(pytestconfig.getini("faulthandler_timeout")) < float(pytestconfig.getini("timeout"))
 
 
 def test_a_test_that_no_signal_reaches_ends(tmp_path: Path) -> None:
@@ -102,3 +104,24 @@ def test_a_test_that_no_signal_reaches_ends(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "test_hangs" in done.stdout + done.stderr
     assert "Timeout" in done.stdout + done.stderr
+
+
+def test_a_hang_under_xdist_is_shown_and_the_rest_runs(tmp_path: Path) -> None:
+    (tmp_path / "test_hang.py").write_text(
+        "import time, pytest\n"
+        "@pytest.mark.parametrize('number', range(6))\n"
+        "def test_some(number):\n"
+        "    time.sleep(200 * (number == 4))\n"
+    )
+    (tmp_path / "test_other.py").write_text("def test_other():\n    pass\n")
+    command = re.search(r"pytest (-n auto \S+ \S+)", (ROOT / "README.md").read_text())
+    assert command is not None
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, *command[1].split(),
+         "-o", "timeout=4", "-o", "faulthandler_timeout=2", "-p", "no:cacheprovider", tmp_path],
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "1 failed, 6 passed" in done.stdout
+    assert "test_some[4]" in done.stdout
+    assert 'test_hang.py", line 4 in test_some' in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.metadata
 import io
@@ -117,6 +118,24 @@ def test_script_drops_out_in_training_alone() -> None:
     assert not torch.equal(program(*given)[0], program(*given)[0])
     program.eval()
     assert torch.equal(program(*given)[0], program(*given)[0])
+
+
+def test_script_of_an_encoder_is_refused() -> None:
+    """Alone and within a model; the module is as it was, and a trace, which the message names, still works."""
+    encoder = ConformerEncoder(BASE).eval()
+    given = batch(2, 9, 16)
+    want = encoder(*given)[0]
+    for module in (encoder, nn.Sequential(encoder), nn.ModuleDict({"encoder": encoder})):
+        with pytest.raises(NotImplementedError, match=r"torch\.jit\.script cannot compile.*use torch\.jit\.trace"):
+            torch.jit.script(module)
+    assert torch.equal(encoder(*given)[0], want)
+    torch.testing.assert_close(traced(encoder, given)(*given)[0], want, rtol=1e-4, atol=1e-5)
+
+
+def test_script_of_a_copied_conformer() -> None:
+    module = Conformer(16, 2, 24, 2, 5).eval()
+    given = batch(2, 9, 16)
+    assert_same(torch.jit.script(copy.deepcopy(module))(*given), module(*given), False)
 
 
 def traced(module: nn.Module, example: tuple) -> torch.jit.ScriptModule:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,8 @@ from ..core.timing import MAX_ROUNDS, MIN_ROUNDS, Timing
 from ..reports.table import grid, number
 
 __all__ = ["compare", "install"]
+
+_PATIENCE = 60.0  # seconds from the last request to the end of a worker, before it is aborted
 
 
 def _git(*arguments: str, cwd: Path) -> str:
@@ -81,7 +84,11 @@ def _worker(site: Path, case: Case) -> Iterator[Callable[[], float]]:
     finally:
         requests.close()
         answers.close()
-        process.wait()
+        try:
+            process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)
+            process.wait()
 
 
 def compare(ref: str, cases: Sequence[Case], seconds: float | None, rounds: int | None) -> int:

@@ -6,12 +6,14 @@ makes one call for each line and answers with its milliseconds.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import sys
 import time
 
 
 def main() -> None:
+    faulthandler.enable()  # a process that hangs is aborted, and shows where it was
     case = json.loads(sys.stdin.readline())
     import torch
 

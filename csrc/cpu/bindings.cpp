@@ -45,6 +45,11 @@ void check(const char* kernel, const S& args) {
     if (args.element == Element::float16) {
         throw std::invalid_argument(std::string(kernel) + ": element is float16; expected float32 or bfloat16");
     }
+    if constexpr (std::is_same_v<S, Convert>) {
+        if (args.to_element == Element::float16) {
+            throw std::invalid_argument("convert: to_element is float16; expected float32 or bfloat16");
+        }
+    }
     if constexpr (std::is_same_v<S, RowsForward>) {
         if (args.element == Element::bfloat16 && args.merge.panels && args.merge.inputs % 2) {
             throw std::invalid_argument(std::string(kernel) + ": merge has " + std::to_string(args.merge.inputs) +
@@ -294,6 +299,16 @@ void bind_rows(py::module_& m) {
         .optional<&Forward::eps>("eps");
 }
 
+void bind_convert(py::module_& m) {
+    Arguments<Convert>(m, "Convert", "Arguments of convert")
+        .required<&Convert::element>("element")
+        .required<&Convert::to_element>("to_element")
+        .required<&Convert::size>("size")
+        .required<&Convert::threads>("threads")
+        .required<&Convert::from>("from_")
+        .required<&Convert::to>("to");
+}
+
 }  // namespace
 
 void bind(py::module_& m) {
@@ -316,6 +331,7 @@ void bind(py::module_& m) {
     bind_residual_layer_norm(m);
     bind_feed_forward(m);
     bind_rows(m);
+    bind_convert(m);
 #define LCC_BIND(kernel, Args)                           \
     bind_launch<Args>(m, #kernel, [](const Args& args) { \
         check(#kernel, args);                            \

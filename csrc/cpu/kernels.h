@@ -188,6 +188,14 @@ struct RowsForward {
     int threads;  // branch and out have rows up to a multiple of kTileRows
 };
 
+struct Convert {  // to = from, rounded to nearest
+    Element element, to_element;
+    int64_t size;  // elements
+    const void* from;
+    void* to;
+    int threads;
+};
+
 // kernel, struct of its arguments
 #define LCC_KERNELS(KERNEL)                                                 \
     KERNEL(relpos_attention_forward, RelposAttentionForward)                \
@@ -201,7 +209,8 @@ struct RowsForward {
     KERNEL(feed_forward_activation_backward, FeedForwardActivationBackward) \
     KERNEL(feed_forward_residual_forward, FeedForwardResidualForward)       \
     KERNEL(feed_forward_residual_backward, FeedForwardResidualBackward)     \
-    KERNEL(rows_forward, RowsForward)
+    KERNEL(rows_forward, RowsForward)                                       \
+    KERNEL(convert, Convert)
 
 struct Kernels {
 #define LCC_MEMBER(kernel, Arguments) void (*kernel)(const Arguments&);

@@ -10,16 +10,18 @@ from typing import Any
 from torch import nn
 
 from ..plain import altered
-from . import espnet, torchaudio, transformers
+from . import espnet, lucidrains, nemo, torchaudio, transformers
 from .accelerated import AcceleratedLayer, accelerated_class
 from .adapter import Unsupported, need
 
-__all__ = ["AccelerationReport", "accelerate", "restore"]
+__all__ = ["AccelerationReport", "accelerate", "class_for", "qualified_name", "restore"]
 
 _MODELS = "transformers.models."
 _PEERS: dict[str, type[AcceleratedLayer]] = {
     "torchaudio.models.conformer.ConformerLayer": torchaudio.TorchaudioLayer,
     "espnet.nets.pytorch_backend.conformer.encoder_layer.EncoderLayer": espnet.ESPnetLayer,
+    "conformer.conformer.ConformerBlock": lucidrains.LucidrainsLayer,
+    "nemo.collections.asr.parts.submodules.conformer_modules.ConformerLayer": nemo.NemoLayer,
     f"{_MODELS}wav2vec2_conformer.modeling_wav2vec2_conformer.Wav2Vec2ConformerEncoderLayer": (
         transformers.Wav2Vec2ConformerLayer
     ),
@@ -77,15 +79,15 @@ def _listed(names: Sequence[str]) -> str:
 def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
     """Compute the Conformer layers of a loaded model by our kernels, in place.
 
-    Served are torchaudio's Conformer, ESPnet's with relative positions ("latest"), and transformers' Wav2Vec2Conformer,
-    Wav2Vec2Bert, SeamlessM4T (both versions) and Parakeet.  The layers stay the objects they were, with their modules,
-    parameters, hooks, modes and names, so that optimizers, PEFT, checkpoints and ``save_pretrained`` see no difference; only
-    their class gets another ``forward``.
+    Served are torchaudio's Conformer, ESPnet's with relative positions ("latest"), NeMo's ("rel_pos"), that of the package
+    ``conformer`` (lucidrains), and transformers' Wav2Vec2Conformer, Wav2Vec2Bert, SeamlessM4T (both versions) and Parakeet.
+    The layers stay the objects they were, with their modules, parameters, hooks, modes and names, so that optimizers, PEFT,
+    checkpoints and ``save_pretrained`` see no difference; only their class gets another ``forward``.
 
     Results agree with the peer's within float tolerance (frames of padding may differ), in evaluation and in training:
     dropout where the peer has it, and BatchNorm statistics as the peer takes them, over the padding too.  Where ours cannot
-    stand in, the peer's own forward runs: masks of anything but padding at the end of each utterance, attention weights
-    that are asked for, submodules that were replaced.
+    stand in, the peer's own forward runs: masks of anything but padding at the end of each utterance, caches of streaming,
+    attention weights that are asked for, submodules that were replaced.
 
     Args:
         model: model that contains such layers at any depth, or is one.
@@ -109,7 +111,7 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
             continue
         name = path or type(module).__qualname__
         try:
-            classes[id(module)] = module, _class_for(module)
+            classes[id(module)] = module, class_for(module)
             accelerated.append(name)
         except Unsupported as reason:
             kept.append((name, str(reason)))
@@ -135,12 +137,12 @@ def restore(model: nn.Module) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _qualified(cls: type) -> str:
+def qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _is_conformer_layer(module: nn.Module) -> bool:
-    names = [_qualified(cls) for cls in type(module).__mro__]
+    names = [qualified_name(cls) for cls in type(module).__mro__]
     if isinstance(module, AcceleratedLayer) or names[0].startswith("lcconformer."):
         return False
     return (
@@ -150,14 +152,14 @@ def _is_conformer_layer(module: nn.Module) -> bool:
     )
 
 
-def _class_for(module: nn.Module) -> type[nn.Module]:
-    """Return the class that accelerates a layer."""
+def class_for(module: nn.Module) -> type[nn.Module]:
+    """Return the class that accelerates a layer; raise :class:`~.adapter.Unsupported` where there is none."""
     kind = type(module)
-    mixin = _PEERS.get(_qualified(kind))
+    mixin = _PEERS.get(qualified_name(kind))
     if mixin is None:
-        bases = [cls.__qualname__ for cls in kind.__mro__[1:] if _qualified(cls) in _PEERS]
+        bases = [cls.__qualname__ for cls in kind.__mro__[1:] if qualified_name(cls) in _PEERS]
         why = f"a subclass of {bases[0]} may compute something else" if bases else "no adapter for this layer"
-        raise Unsupported(f"{_qualified(kind)}: {_WHY_NOT.get(kind.__qualname__, why)}")
+        raise Unsupported(f"{qualified_name(kind)}: {_WHY_NOT.get(kind.__qualname__, why)}")
     need("forward" not in vars(module), "its forward was replaced by another tool")
     cls = accelerated_class(kind, mixin)
     layer: Any = module

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from . import engine, layer
-from .adapter import need
+from .adapter import Unsupported, need
 from .keys import Key
 
 __all__ = ["AcceleratedLayer", "accelerated_class"]
@@ -40,6 +40,14 @@ class AcceleratedLayer(nn.Module):
     def parts(self) -> layer.Parts | None:
         """Return the layer's modules in their present modes; None where calling them may add something."""
         raise NotImplementedError
+
+    def heads_and_position(self) -> tuple[int, str]:
+        """Return ``num_heads`` and ``position`` of the configuration that describes the layer.
+
+        Raises:
+            Unsupported: no configuration does.
+        """
+        raise Unsupported("no configuration describes this layer")
 
     def run(self, parts: layer.Parts, x: Tensor, lengths: Tensor | None, heads: int, position: str | None) -> Tensor:
         """Run the layer on ``x [B, T, D]``; ``position`` None: as no engine has it."""

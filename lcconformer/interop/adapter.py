@@ -66,11 +66,11 @@ def untouched(modules: Iterable[tuple[nn.Module, type[nn.Module]]]) -> bool:
     return readable(()) and not any(altered(module, "", (cls,)) for module, cls in modules)
 
 
-def check_convolutions(pointwise1: Any, depthwise: Any, pointwise2: Any, *, causal: bool = False) -> None:
-    """Check that the three convolutions are what their names say; a causal one is padded by its layer."""
+def check_convolutions(pointwise1: Any, depthwise: Any, pointwise2: Any, *, padded: bool = False) -> None:
+    """Check that the three convolutions are what their names say; the input of the depthwise one may come ``padded``."""
     for conv, name in ((pointwise1, "pointwise"), (depthwise, "depthwise"), (pointwise2, "pointwise")):
         (kernel,) = conv.kernel_size
-        padding: set[Any] = {(0,)} if causal and name == "depthwise" else {(kernel // 2,), "same"}
+        padding: set[Any] = {(0,)} if padded and name == "depthwise" else {(kernel // 2,), "same"}
         same = conv.stride == (1,) and conv.dilation == (1,) and conv.padding in padding and kernel % 2 == 1
         need(
             same and conv.padding_mode == "zeros",
@@ -147,34 +147,36 @@ def lengths_of_padding(mask: Tensor, *, keep: bool = False) -> Tensor:
     return _paddings.get(mask, keep, find)
 
 
-def lengths_of_scores_mask(mask: Tensor, batch: int, *, queries: bool) -> Tensor:
-    """Return the lengths ``[B]`` int64 of a mask of scores ``[B or 1, 1, T or 1, T]``: bool (True: attend) or additive.
+def lengths_of_scores_mask(mask: Tensor, batch: int, *, queries: bool, keep: bool = True) -> Tensor:
+    """Return the lengths ``[B]`` int64 of a mask of scores: bool or additive.
 
     Args:
-        mask: the mask.
+        mask: ``[B or 1, 1, T or 1, T]`` or, without the axis of heads, ``[B or 1, T or 1, T]``.
         batch: B.
         queries: rows of padding frames are masked as well.
+        keep: true in a bool mask means to attend, otherwise to leave out.
 
     Raises:
         NotPadding: as for :func:`lengths_of_padding`.
     """
 
     def find() -> Tensor:
-        if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[0] not in (1, batch):
+        scores = mask[:, 0] if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == 1 else mask
+        if not isinstance(scores, Tensor) or scores.dim() != 3 or scores.shape[0] not in (1, batch):
             raise NotPadding
-        if mask.dtype == torch.bool:
-            keep = mask[:, 0]
+        if scores.dtype == torch.bool:
+            attended = scores if keep else ~scores
         else:
-            keep = mask[:, 0] == 0
+            attended = scores == 0
             # a bias that neither keeps nor excludes a score is no mask
-            _insist((keep | (mask[:, 0] < -1e4)).all())
-        lengths = keep.any(1).sum(-1)
-        frames = frame_mask(lengths, keep.shape[-1])  # [B, T]
+            _insist((attended | (scores < -1e4)).all())
+        lengths = attended.any(1).sum(-1)
+        frames = frame_mask(lengths, attended.shape[-1])  # [B, T]
         expected = frames[:, None] & frames[:, :, None] if queries else frames[:, None]
-        _insist((keep == expected).all())
+        _insist((attended == expected).all())
         return lengths.expand(batch)
 
-    return _masks.get(mask, ("scores", batch, queries), find) if isinstance(mask, Tensor) else find()
+    return _masks.get(mask, ("scores", batch, queries, keep), find) if isinstance(mask, Tensor) else find()
 
 
 def are_sinusoids(table: Tensor) -> bool:

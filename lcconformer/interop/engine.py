@@ -21,7 +21,7 @@ from ..plain import NORMS, PLAIN, altered
 from .keys import Key, from_peer
 from .layer import Parts
 
-__all__ = ["run"]
+__all__ = ["layer_config", "run"]
 
 # whose parameters are read: plain modules, and torch's attention with its projection
 _READ = PLAIN | {nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear}
@@ -50,14 +50,16 @@ def run(
     """
     if not (_evaluates(parts) and _serves(x)) or _records(module, x):
         return None
-    config = _config(parts, heads, position)
+    if lengths is not None and parts.conv.masked and type(parts.conv.depthwise_norm) is nn.GroupNorm:
+        return None  # the kernels leave padding out of its statistics
+    config = layer_config(parts, heads, position)
     packed, frames = _kept.get(module), x.shape[0] * x.shape[1]
     if config is None:
         return None
     epsilon = _epsilon(parts.conv.depthwise_norm)
     if packed is None or not packed.holds(config, epsilon, complete=frames >= weights.COMPLETE):
         _kept.pop(module, None)
-        if not _readable(module, _READ | parts.layer_norms):
+        if not _readable(module, _READ | parts.layer_norms | {parts.conv.depthwise_class}):
             return None
         packed = _kept[module] = _Packed(module, keys, config, epsilon)
     with torch.no_grad():
@@ -87,14 +89,16 @@ def _records(module: nn.Module, x: Tensor) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters()))
 
 
-def _config(parts: Parts, heads: int, position: str) -> ConformerConfig | None:
+def layer_config(parts: Parts, heads: int, position: str) -> ConformerConfig | None:
     """Return the settings of the layer; None if ours have none like it."""
     ffn1, conv, ffn2 = parts.ffn1, parts.conv, parts.ffn2
     norms: list[Any] = [ffn1.norm, parts.attention_norm, conv.norm, ffn2.norm, parts.norm]
+    depthwise: Any = conv.depthwise
     depthwise_norm: Any = conv.depthwise_norm
     matrices: list[Any] = [ffn1.up, ffn1.down, ffn2.up, ffn2.down]
-    up, depthwise = matrices[0], conv.depthwise
-    if any(type(m) is not nn.Linear or m.bias is None for m in matrices) or type(depthwise) is not nn.Conv1d:
+    up = matrices[0]
+    known: list[tuple[Any, type]] = [*((m, nn.Linear) for m in matrices), (depthwise, conv.depthwise_class)]
+    if any(type(module) is not kind for module, kind in known) or any(m.bias is None for m in matrices):
         return None
     if any(type(norm) not in parts.layer_norms or norm.eps != norms[0].eps for norm in norms):
         return None
@@ -115,6 +119,7 @@ def _config(parts: Parts, heads: int, position: str) -> ConformerConfig | None:
         conv_bias=depthwise.bias is not None,
         convolution_first=parts.convolution_first,
         layer_norm_eps=norms[0].eps,
+        activation=conv.activation,
         padding="masked" if conv.masked else "peer",
     )
 

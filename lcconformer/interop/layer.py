@@ -19,8 +19,6 @@ from ..plain import LAYER_NORM, LINEAR, NORMS, altered, readable
 
 __all__ = ["Convolution", "FeedForward", "Parts", "probability", "run"]
 
-_CONVOLUTION = frozenset({nn.Conv1d})
-
 
 class FeedForward(NamedTuple):
     """A half-step feed-forward: its modules, and the probabilities of dropout inside of and on the branch."""
@@ -40,8 +38,9 @@ class Convolution(NamedTuple):
         masked: frames beyond the lengths are zeroed in front of the depthwise convolution.
         causal: the depthwise convolution sees no later frames.
         on: dropout on the output.
+        depthwise_class: class of the depthwise convolution, which computes what ``nn.Conv1d`` with this padding does.
 
-    A BatchNorm in training takes the statistics of all frames, padding included, as every peer does.
+    A BatchNorm in training and a GroupNorm take the statistics of all frames, padding included, as every peer does.
     """
 
     norm: nn.Module
@@ -53,6 +52,7 @@ class Convolution(NamedTuple):
     masked: bool
     causal: bool
     on: float
+    depthwise_class: type[nn.Module] = nn.Conv1d
 
 
 class Parts(NamedTuple):
@@ -122,11 +122,11 @@ def _feed_forward(parts: FeedForward, x: Tensor, norms: frozenset[type[nn.Module
     )
 
 
-def _plain(convolution: Any) -> bool:
-    if type(convolution) is not nn.Conv1d:
+def _plain(convolution: Any, kind: type[nn.Module] = nn.Conv1d) -> bool:
+    if type(convolution) is not kind:
         return False
     usual = (convolution.stride, convolution.dilation, convolution.padding_mode) == ((1,), (1,), "zeros")
-    return usual and not altered(convolution, "", _CONVOLUTION)
+    return usual and not altered(convolution, "", (kind,))
 
 
 def _pointwise(module: Any, x: Tensor) -> Tensor:
@@ -144,12 +144,12 @@ def _convolve(parts: Convolution, h: Tensor, lengths: Tensor | None) -> Tensor:
     y = _pointwise(parts.pointwise1, h)  # [B, T, 2D]
     frames = y.shape[1]
     batch = type(norm) is nn.BatchNorm1d and norm.training
-    if lengths is not None and batch:
+    if lengths is not None and (batch or type(norm) is nn.GroupNorm):
         # zeros leave the GLU as zeros, and the frames count in the statistics
         y = y.masked_fill(~frame_mask(lengths, frames)[..., None], 0.0)
         lengths = None
     ahead = depthwise.kernel_size[0] // 2 if parts.causal else 0
-    if not _plain(depthwise) or not readable((frozenset(NORMS),), norm):
+    if not _plain(depthwise, parts.depthwise_class) or not readable((frozenset(NORMS),), norm):
         return _pointwise(parts.pointwise2, _called(parts, y, lengths, ahead))
     if ahead:
         # a causal convolution is a centred one, half a kernel later

@@ -99,6 +99,10 @@ class TorchaudioLayer(AcceleratedLayer):
             convolution_first=bool(layer.convolution_first),
         )
 
+    def heads_and_position(self) -> tuple[int, str]:
+        attention: Any = self.self_attn
+        return attention.num_heads, "none"
+
     def _attend(self, h: Tensor, lengths: Tensor | None) -> Tensor:
         attention: Any = self.self_attn
         qkv = F.linear(h, attention.in_proj_weight, attention.in_proj_bias)

@@ -129,7 +129,7 @@ class _Wav2Vec2Layer(AcceleratedLayer):
     def check_structure(self) -> None:
         layer: Any = self
         conv = layer.conv_module
-        check_convolutions(conv.pointwise_conv1, conv.depthwise_conv, conv.pointwise_conv2, causal=self.causal)
+        check_convolutions(conv.pointwise_conv1, conv.depthwise_conv, conv.pointwise_conv2, padded=self.causal)
         check_norms(layer)
         check_activations(layer.ffn1.intermediate_act_fn, layer.ffn2.intermediate_act_fn, conv.activation)
         _check_implementation(layer.self_attn, *self.implementations)
@@ -258,6 +258,12 @@ class Wav2Vec2ConformerLayer(_Wav2Vec2Layer):
 
     masked = False
 
+    def heads_and_position(self) -> tuple[int, str]:
+        attention: Any = self.self_attn
+        kind = attention.position_embeddings_type
+        need(kind in ("relative", None), f"position_embeddings_type {kind!r}; expected 'relative' or None")
+        return attention.num_heads, kind or "none"
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -381,6 +387,10 @@ class ParakeetLayer(AcceleratedLayer):
         # within the branch alone: Parakeet drops nothing on residual branches
         inside = module.activation_dropout if module.training else 0.0
         return FeedForward(norm, module.linear1, module.linear2, activation, inside, 0.0)
+
+    def heads_and_position(self) -> tuple[int, str]:
+        attention: Any = self.self_attn
+        return attention.config.num_attention_heads, "relative"
 
     def _dropped(self) -> float:
         attention: Any = self.self_attn

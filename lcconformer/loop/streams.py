@@ -14,7 +14,7 @@ from lcconformer.ops.registry import Choice, note
 from lcconformer.stack import LayerStack
 
 from . import weights
-from .inference import OP, Launch, Loop
+from .inference import OP, Launch, Loop, convert
 from .weights import PackedLayer
 
 __all__ = ["run"]
@@ -39,7 +39,7 @@ def run(
         loop.blocks = Remembered(chunking, lengths, seen, past)
         loop.step(layer)
         after.append(loop.blocks.past)
-    return loop.x.to(x.dtype), after
+    return (loop.x if x.dtype == torch.float32 else convert(loop.x, x.dtype)), after
 
 
 class _Streams(Loop):

@@ -53,3 +53,28 @@ def test_a_child_of_fork_has_threads_of_its_own():
         child.join(120)
         assert child.exitcode == 0, "the child hangs, or failed"
         assert queue.get() == (True, 3)
+
+
+def _cores_of_helpers(queue, v) -> None:
+    run(v, PARTS, threads=3)
+    before = set(os.listdir("/proc/self/task")) - {str(os.getpid())}
+    time.sleep(0.05)  # they sleep by now
+    run(v, PARTS, threads=3)
+    queue.put([sorted(os.sched_getaffinity(int(helper))) for helper in before])
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux")
+@pytest.mark.skipif(len(getattr(os, "sched_getaffinity", set)(0)) < 2, reason="needs two cores")
+def test_helpers_wake_up_on_other_cores_than_the_caller_s():
+    v = make(203, 24, 300, 40)
+    with kernels(None, 1):
+        fork = multiprocessing.get_context("fork")
+        queue = fork.SimpleQueue()
+        child = fork.Process(target=_cores_of_helpers, args=(queue, v), daemon=True)
+        child.start()
+        child.join(120)
+        assert child.exitcode == 0, "the child hangs, or failed"
+        first, second = queue.get()
+    assert first == second
+    assert len(first) == len(os.sched_getaffinity(0)) - 1
+    assert set(first) < os.sched_getaffinity(0)

@@ -873,7 +873,8 @@ def test_no_peer_is_imported():
 
     code = (
         "import sys, lcconformer, torch.nn as nn; lcconformer.accelerate(nn.Linear(1, 1));"
-        "print([n for n in ('transformers', 'torchaudio', 'espnet', 'speechbrain', 'nemo') if n in sys.modules])"
+        "peers = 'transformers', 'torchaudio', 'espnet', 'conformer', 'einops', 'speechbrain', 'nemo';"
+        "print([n for n in peers if n in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert run.stdout.strip() == "[]"

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from lcconformer import ConformerConfig, ConformerEncoder, backend, engine
-from lcconformer.loop import training
+from lcconformer.loop import inference, training
 
 BASE = ConformerConfig(d_model=16, num_heads=2, ffn_dim=24, num_layers=2, conv_kernel_size=5, dropout=0.0)
 
@@ -277,3 +277,22 @@ def test_auto_trains_on_the_engine_where_it_is_no_slower(device, names, taken):
     """Measured on the CPU kernels; on a GPU by the number of kernels launched (test_training_cost.py)."""
     x, kernels = SimpleNamespace(device=torch.device(device)), SimpleNamespace(names=names)
     assert (training.slower(x, kernels) == []) == taken
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512", "own", "frames", "taken"),
+    [
+        (True, True, torch.bfloat16, 193, False),
+        (True, True, torch.bfloat16, 192, True),
+        (False, True, torch.bfloat16, 12_000, True),
+        (False, True, torch.float32, 193, False),
+        (False, True, torch.float32, 192, True),
+        (False, False, torch.float32, 12_000, True),
+    ],
+)
+def test_auto_evaluates_bfloat16_on_the_engine_where_it_is_no_slower(amx, avx512, own, frames, taken, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(inference.weights, "product_dtype", lambda x: own)
+    assert (inference.slower(torch.empty(1, frames, 2, dtype=torch.bfloat16)) == []) == taken
+    assert inference.slower(torch.empty(1, frames, 2)) == []

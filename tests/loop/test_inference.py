@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lcconformer import Conformer, ConformerConfig, ConformerEncoder, backend, engine, extension
 from lcconformer.loop import weights
@@ -332,11 +333,14 @@ def test_refuses_other_backends_and_dtypes():
 
 
 def test_bfloat16_is_left_to_the_modules_where_they_are_faster(monkeypatch):
+    """By processor and products: test_choice.py."""
     encoder = make_encoder().bfloat16()
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert not runs_the_engine(encoder, torch.randn(1, 400, 24).bfloat16())
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert runs_the_engine(encoder, torch.randn(1, 40, 24).bfloat16())
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert runs_the_engine(encoder, torch.randn(1, 400, 24).bfloat16())
 
 
 def test_products_are_in_bfloat16_where_the_processor_has_them(monkeypatch):
@@ -369,3 +373,31 @@ def test_gradients_come_from_elsewhere():
     encoder(x)[0].square().sum().backward()
     assert x.grad.abs().sum() > 0
     assert not encoder(x.detach())[0].requires_grad
+
+
+class _Large(TorchDispatchMode):
+    """Operators of PyTorch that compute as many elements as it takes for its threads to join in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.numel() > 1 << 15:
+            self.names.add(func.overloadpacket.__name__)
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_of_openmp_sleep_on(dtype):
+    """They would spin for milliseconds on the cores of the kernels' own threads."""
+    encoder = make_encoder().to(dtype)
+    x = torch.randn(4, 400, 24).to(dtype)
+    with torch.no_grad(), engine("loop"):
+        expected = encoder(x)[0]
+        with _Large() as large:
+            found = encoder(x)[0]
+    assert torch.equal(found, expected)
+    assert large.names
+    assert large.names <= {"empty", "empty_like", "view", "slice", "unflatten", "detach", "alias"}

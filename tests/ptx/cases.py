@@ -14,7 +14,7 @@ def attention(d: int, dtype: str, t: int = 67, **more: Any) -> Case:
     return {"op": "relpos_attention", "b": 2, "t": t, "h": 1, "d": d, "dtype": dtype, "lengths": [t, t // 2], **more}
 
 
-def convolution(norm: str, c: int, dtype: str, t: int = 261, k: int = 31, **more: Any) -> Case:
+def convolution(norm: str, c: int, dtype: str, t: int = 67, k: int = 31, **more: Any) -> Case:
     lengths = [t] if t > 100 else [t, t // 2]
     return {"op": "glu_depthwise_conv", "b": len(lengths), "t": t, "c": c, "k": k, "norm": norm, "dtype": dtype,
             "lengths": lengths, **more}  # fmt: skip
@@ -76,13 +76,14 @@ def all_cases(arch: int) -> Iterator[Case]:
         for d in (200, 512, 768, 1100):
             yield residual(d, dtype, dropout=0.3)
         yield feed_forward(dtype, 5, d=300)
-        yield convolution("none", 200, dtype)
+        # chunks of 23 frames, two steps and a tail
+        yield convolution("none", 200, dtype, programs=6)
         for c in (200, 512, 1000, 1500):
-            yield convolution("layer", c, dtype, k=31)
+            yield convolution("layer", c, dtype, programs=6)
     yield from chain_cases()
     yield {"op": "accumulate", "parts": 13, "dtype": "fp32"}
     for k in (7, 63):
-        yield convolution("layer", 200, "bf16", t=67, k=k)
+        yield convolution("layer", 200, "bf16", k=k)
     yield attention(64, "bf16", 1)
     yield attention(64, "fp16", 131)
     yield attention(64, "fp32", 37, tf32=True)
@@ -94,10 +95,10 @@ def all_cases(arch: int) -> Iterator[Case]:
                 yield feed_forward("bf16", 83, products=index, norm=norm, dropout=dropout)
     yield feed_forward("fp16", 83, products=0, norm=False)
     yield feed_forward("fp16", 37, products=0, norm=True)
-    yield convolution("group", 68, "fp32", t=67)
+    yield convolution("group", 68, "fp32")
     for norm in ("none", "batch", "batch-training", "group"):
         c, k = (68, 7) if norm == "none" else (200, 31)
-        yield convolution(norm, c, "bf16", t=67, k=k)
+        yield convolution(norm, c, "bf16", k=k)
 
 
 def quick_cases() -> Iterator[Case]:
@@ -125,7 +126,8 @@ def cuda_cases() -> Iterator[Case]:
 
 
 SHOWN = (
-    "t", "d", "f", "c", "k", "dtype", "norm", "dropout", "packed", "tf32", "products", "epilogue", "two", "many",
+    "t", "d", "f", "c", "k", "dtype", "norm", "dropout", "packed", "tf32", "products", "programs", "epilogue", "two",
+    "many",
 )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ from triton.compiler.compiler import make_backend
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from lcconformer.kernels import glu_depthwise_conv, glu_depthwise_conv_backward
 from lcconformer.kernels.common import TRITON_DTYPE, AotConfig, dropout_scale, dropout_threshold
 from lcconformer.kernels.report import configs, kernel_modules
 
@@ -374,7 +375,7 @@ def call(case: Mapping[str, Any], function: Callable, dtype: torch.dtype, rounde
 
 @contextlib.contextmanager
 def settings(case: Mapping[str, Any]) -> Iterator[None]:
-    """TF32, the product kernels of the feed-forward, and a fixed seed, as the case asks."""
+    """TF32, the product kernels of the feed-forward, programs of the convolution and a fixed seed, as the case asks."""
     if case["op"] in chain.KERNELS:
         with chain.settings(case), torch.no_grad():
             yield
@@ -397,6 +398,12 @@ def settings(case: Mapping[str, Any]) -> Iterator[None]:
                 return products.CONFIGS[product][min(case["products"], len(products.CONFIGS[product]) - 1)]
 
             stack.enter_context(mock.patch.object(products, "choice", choice))
+        if "programs" in case:
+            # chunks of several steps, as long utterances have them
+            chunks_of = glu_depthwise_conv.chunks_of
+            fewer = lambda b, t, _, least: chunks_of(b, t, case["programs"], least)  # noqa: E731
+            for module in (glu_depthwise_conv, glu_depthwise_conv_backward):
+                stack.enter_context(mock.patch.object(module, "chunks_of", fewer))
         yield
 
 

@@ -215,45 +215,53 @@ class Shared:
 
 
 class Machine:
-    """Some blocks of a launch, in lockstep; ``run`` until all their threads have returned."""
+    """So many blocks of a launch, in lockstep: ``run`` them until all their threads have returned, then the next."""
 
     def __init__(
         self,
         program: Program,
         grid: Sequence[int],
-        blocks: np.ndarray,
+        blocks: int,
         params: Sequence[bytes],
         memory: Memory,
         dynamic: int,
     ):
-        self.program, self.memory, self.blocks = program, memory, len(blocks)
-        self.threads = program.threads
+        self.program, self.memory, self.grid, self.blocks = program, memory, grid, blocks
+        self.threads, self.dynamic, self.granule = program.threads, dynamic, granule_of(program)
         self.n = n = self.blocks * self.threads
         self.warps = -(-self.threads // WARP)
         if self.threads % WARP:
             raise Fault(f"{self.threads} threads are not whole warps")
         self.all, self.thread = np.arange(n), np.arange(n) % self.threads
         self.warp, self.block, self.lane = self.all // WARP, self.all // self.threads, self.all % WARP
-        self.shared = Shared(self.blocks, self.warps, program.static + dynamic, granule_of(program))
         # parameters one behind the other, where `program` says
         self.params = np.zeros(program.param_bytes, U8)
         for (name, size), raw in zip(program.params, params, strict=True):
             self.params[program.param_at[name] :][:size] = np.frombuffer(raw, U8)
+        # arrays of threads; an instruction puts a new one in a place and never writes into one
         self.R: list[Any] = []
+        self.blank: list[Any] = []  # what the places hold before a run
+        self.unset: dict[np.dtype, np.ndarray] = {}
         self.index: dict[Any, int] = {}
-        zero = np.zeros(n, U32)
-        x, y, z = (blocks // grid[0] ** 0 % grid[0], blocks // grid[0] % grid[1], blocks // (grid[0] * grid[1]))
-        values = {
-            "%tid.x": self.thread,
-            "%ntid.x": zero + U32(self.threads),
-            "%laneid": self.lane,
-            "%warpid": self.thread // WARP,
-        }
-        values |= {f"%ctaid.{a}": np.repeat(v, self.threads) for a, v in zip("xyz", (x, y, z))}
-        values |= {f"%nctaid.{a}": zero + U32(v) for a, v in zip("xyz", grid)}
         for name in sorted(SPECIAL):
             self.index[name] = len(self.R)
-            self.R.append(values.get(name, zero + U32(name.startswith("%ntid"))).astype(U32))
+            self.R.append(None)
+            self.blank.append(None)
+        # what runs each instruction, known once it has been reached
+        self.code: list[tuple[Callable[[Any], Any], bool] | None] = [None] * len(program.code)
+
+    def start(self, blocks: np.ndarray) -> None:
+        """Before anything has run, in the blocks of these numbers."""
+        n, x = self.n, self.grid[0]
+        place = {"x": blocks % x, "y": blocks // x % self.grid[1], "z": blocks // (x * self.grid[1])}
+        values: dict[str, Any] = {"%tid.x": self.thread, "%laneid": self.lane, "%warpid": self.thread // WARP}
+        values |= {f"%ntid.{a}": np.full(n, self.threads if a == "x" else 1) for a in "xyz"}
+        values |= {f"%ctaid.{a}": np.repeat(v, self.threads) for a, v in place.items()}
+        values |= {f"%nctaid.{a}": np.full(n, v) for a, v in zip("xyz", self.grid)}
+        self.R[:] = self.blank
+        for name in SPECIAL:
+            self.R[self.index[name]] = values[name].astype(U32) if name in values else np.zeros(n, U32)
+        self.shared = Shared(self.blocks, self.warps, self.program.static + self.dynamic, self.granule)
         # copies and products on their way, [threads] or [warpgroups] each with the number of its group
         self.copies: list[dict[str, Any]] = []
         self.copy_group = np.zeros(n, np.int64)
@@ -269,9 +277,6 @@ class Machine:
         self.parked: dict[int, np.ndarray] = {}
         self.alive = np.ones(n, bool)
         self.steps = 0
-        from .instructions import decode
-
-        self.code = [decode(self, instruction) for instruction in program.code]
 
     # --- running
 
@@ -279,6 +284,8 @@ class Machine:
         self.groups[pc] = self.groups[pc] | mask if pc in self.groups else mask
 
     def run(self) -> None:
+        from .instructions import decode
+
         code, end, text = self.code, len(self.code), ""
         try:
             with np.errstate(all="ignore"):
@@ -297,7 +304,10 @@ class Machine:
                     inside = None if lanes is None or not (self.alive & ~mask).any() else mask
                     while pc < end:
                         self.pc, self.steps = pc, self.steps + 1
-                        step, beyond = code[pc]
+                        known = code[pc]
+                        if known is None:
+                            known = code[pc] = decode(self, self.program.code[pc])
+                        step, beyond = known
                         moved = step(lanes if beyond else inside)
                         if moved is not None:  # a branch that all take: where to; a split: -1
                             pc = moved
@@ -325,7 +335,11 @@ class Machine:
             self.index[key] = len(self.R)
             width = self.program.registers[key]
             # of what is never written, as of what only some threads write, the others read NaN
-            self.R.append(np.full(self.n, False if width.kind == "b" else ~width.type(0)))
+            if width not in self.unset:
+                self.unset[width] = np.full(self.n, False if width.kind == "b" else ~width.type(0))
+                self.unset[width].flags.writeable = False
+            self.R.append(self.unset[width])
+            self.blank.append(self.unset[width])
         return self.index[key]
 
     def find(self, name: str, scope: tuple[int, ...]) -> tuple[int, np.dtype] | None:
@@ -552,8 +566,12 @@ def launch(
     total = grid[0] * grid[1] * grid[2]
     conflicts: dict[str, list[int]] = {}
     at_once = max(1, lanes // program.threads)
+    machine = None
     for start in range(0, total, at_once):
-        machine = Machine(program, grid, np.arange(start, min(start + at_once, total)), params, memory, dynamic)
+        blocks = np.arange(start, min(start + at_once, total))
+        if machine is None or machine.blocks != len(blocks):
+            machine = Machine(program, grid, len(blocks), params, memory, dynamic)
+        machine.start(blocks)
         machine.shared.unset_is_nan = unset_is_nan
         machine.run()
         for text, seen in machine.shared.conflicts.items():

@@ -122,13 +122,12 @@ struct Walk {
 
 // panels (and rows, if asked for) of all positions of each head
 template <class T, class Arguments>
-void pack_positions(const Arguments& a, const Sizes& s, float* panels, float* rows) {
-#pragma omp parallel for num_threads(a.threads)
-    for (int64_t h = 0; h < a.heads; h++) {
+void pack_positions(const Arguments& a, const Sizes& s, bool own_threads, float* panels, float* rows) {
+    parallel_for(a.threads, own_threads, a.heads, [&](int, int64_t h) {
         const T* pos = static_cast<const T*>(a.pos) + h * a.pos_head_stride;
         pack_panels(pos, a.pos_frame_stride, 2 * s.T - 1, s.shift, s, panels + h * s.positions * s.D);
         if (rows) pack_rows(pos, a.pos_frame_stride, 2 * s.T - 1, s, rows + (h * s.positions + s.shift) * s.row);
-    }
+    });
 }
 
 template <class T>
@@ -202,7 +201,7 @@ void forward(const RelposAttentionForward& a) {
     const float* position_panels = a.pos_panels;
     if (a.pos) {
         float* panels = positions.take(a.heads * s.positions * s.D);
-        pack_positions<T>(a, s, panels, nullptr);
+        pack_positions<T>(a, s, a.own_threads, panels, nullptr);
         position_panels = panels;
     }
 
@@ -365,7 +364,7 @@ void backward(const RelposAttentionBackward& a) {
     Scratch positions(a.pos ? a.heads * s.positions * (s.D + s.row) + 32 : 0);
     float* position_panels = a.pos ? positions.take(a.heads * s.positions * s.D) : nullptr;
     float* position_rows = a.pos ? positions.take(a.heads * s.positions * s.row) : nullptr;
-    if (a.pos) pack_positions<T>(a, s, position_panels, position_rows);
+    if (a.pos) pack_positions<T>(a, s, false, position_panels, position_rows);
 
     // a part is a run of utterances that share one sum of dpos, du and dv_bias; their number depends on the sizes alone
     int64_t parts = imin(a.batch, cdiv(32, a.heads)), each = cdiv(a.batch, parts);
@@ -423,8 +422,8 @@ void relpos_attention_backward(const RelposAttentionBackward& a) {
 void relpos_attention_pack_positions(const RelposAttentionPackPositions& a) {
     Sizes s(a.frames, a.head_dim);
     memset(a.pos_panels, 0, a.heads * s.positions * s.D * sizeof(float));
-    a.element == Element::bfloat16 ? pack_positions<bf16>(a, s, a.pos_panels, nullptr)
-                                   : pack_positions<float>(a, s, a.pos_panels, nullptr);
+    a.element == Element::bfloat16 ? pack_positions<bf16>(a, s, true, a.pos_panels, nullptr)
+                                   : pack_positions<float>(a, s, true, a.pos_panels, nullptr);
 }
 int64_t relpos_attention_position_floats(int64_t frames, int64_t head_dim) {
     return Sizes(frames, head_dim).positions * head_dim;

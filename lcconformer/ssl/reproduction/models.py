@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ...config import ConformerConfig
+from ...depth import DepthSampler
 from ...encoder import ConformerEncoder
 
 __all__ = ["MODELS", "Model", "count_parameters"]
@@ -27,7 +28,7 @@ class Model:
         changes: fields of the configuration that differ.
         equal: what a control has in common with C: ``"parameters"``: narrower layers of its own, as many parameters;
             ``"compute"``: fewer layers, as many as C runs on average.
-        equal_time: take so many steps that all of them together run as many loops as those of C.
+        equal_loops: name of a model; its loops, over all steps, are as many.  Empty: as many steps as C.
     """
 
     name: str
@@ -35,7 +36,7 @@ class Model:
     depth: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     equal: str = ""
-    equal_time: bool = False
+    equal_loops: str = ""
 
     def encoder(self, base: ConformerConfig) -> ConformerConfig:
         """Configuration of this model, where ``base`` is that of C."""
@@ -48,8 +49,10 @@ class Model:
 
     def steps(self, steps: int, base: ConformerConfig) -> int:
         """Number of steps of this model where C takes ``steps``."""
-        loops = (base.num_layers + 1) / (2 * base.num_layers)
-        return max(1, round(loops * steps)) if self.equal_time else steps
+        if not self.equal_loops:
+            return steps
+        other, own = (DepthSampler(depth, base.num_layers) for depth in (MODELS[self.equal_loops].depth, self.depth))
+        return max(1, round(steps * other.mean_depth() / own.mean_depth()))
 
 
 _UNSHARED, _FILM = {"sharing": "none"}, {"conditioning": ("film",)}
@@ -59,8 +62,9 @@ MODELS: dict[str, Model] = {
         Model("A", "a layer of its own per depth, all loops in each step: the conventional model", "fixed", _UNSHARED),
         Model("B", "one shared layer, all loops in each step", "fixed"),
         Model("C", "one shared layer, a uniformly random number of loops in each step: the paper", "uniform"),
+        Model("C-time", "C with as many loops in all its steps as A", "uniform", equal_loops="A"),
         Model("D", "C with sandwich steps (deepest, shallowest, random) and FiLM by depth", "sandwich", _FILM),
-        Model("D-time", "D with as many loops in all its steps as C", "sandwich", _FILM, equal_time=True),
+        Model("D-time", "D with as many loops in all its steps as C", "sandwich", _FILM, equal_loops="C"),
         Model("sandwich", "C with sandwich steps", "sandwich"),
         Model("film", "C with FiLM by depth", "uniform", _FILM),
         Model("narrow", "control: A with narrower layers, as many parameters as C", "fixed", _UNSHARED, "parameters"),

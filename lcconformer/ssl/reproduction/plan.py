@@ -86,7 +86,7 @@ PRESETS: dict[str, Preset] = {
         {
             "tasks": _PHONES,
             "augment": AugmentSettings(frequency_width=10),
-            "steps": 700,
+            "steps": 2000,
             "batch_seconds": 30.0,
             "warmup": 0.08,
         },

@@ -494,8 +494,8 @@ def _choice(data: _Data, page: Page) -> None:
         "A depth for each seed. Depths are chosen on the validation speakers, errors are those of the test speakers."
     )
     differences = []
-    for first, second in (("A", "B"), ("A", "C"), ("C", "D"), ("C", "D-time"), ("C", "sandwich"), ("C", "film"),
-                          ("narrow", "C"), ("shallow", "C"), ("dropped", "C")):  # fmt: skip
+    for first, second in (("A", "B"), ("A", "C"), ("A", "C-time"), ("C", "D"), ("C", "D-time"), ("C", "sandwich"),
+                          ("C", "film"), ("narrow", "C"), ("shallow", "C"), ("dropped", "C")):  # fmt: skip
         for name in data.metrics:
             found = _difference(data.of("scratch", first), data.of("scratch", second), name)
             if found is not None:

@@ -11,12 +11,13 @@ import torch
 from lcconformer.bench.gpu.driver import plan
 
 SCRIPT = Path(__file__).parents[3] / "bench" / "gpu.sh"
+PAPER = SCRIPT.with_name("paper.sh")
 
 
-def gpu_sh(*arguments: object, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+def gpu_sh(*arguments: object, timeout: float = 60, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHON": sys.executable}
     command = ["bash", str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=timeout)
 
 
 def test_gpu_script_is_bash():
@@ -28,6 +29,28 @@ def test_gpu_script_asks_for_a_folder():
         done = gpu_sh(*arguments)
         assert done.returncode == 2
         assert "usage: bash bench/gpu.sh OUT [PHASES]" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("-h", "1-5"), ("out", "--plan"), ("--planned",), ("--plan", "-x")])
+def test_gpu_script_refuses_unknown_options(arguments, tmp_path):
+    done = gpu_sh(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    unknown = next(a for i, a in enumerate(arguments) if a.startswith("-") and not (i == 0 and a == "--plan"))
+    assert done.stderr.startswith(f"unknown option {unknown}; usage: bash bench/gpu.sh OUT [PHASES]")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("DATA", "--help"), ("DATA", "out", "-1")])
+def test_paper_script_refuses_unknown_options(arguments, tmp_path):
+    (tmp_path / "DATA").mkdir()
+    (tmp_path / "DATA" / "ls_dev20.zip").touch()
+    done = subprocess.run(
+        ["bash", PAPER, *arguments], cwd=tmp_path, env={**os.environ, "PYTHON": "false"}, capture_output=True, text=True,
+        timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"unknown option {arguments[-1]}; usage: bash bench/paper.sh DATA OUT [SECONDS]")
+    assert [p.name for p in tmp_path.iterdir()] == ["DATA"]
 
 
 def test_gpu_script_prints_its_plan():

@@ -20,6 +20,21 @@ def test_a_worker_that_dies_is_an_error(tmp_path):
         pass
 
 
+def test_a_worker_that_does_not_end_is_aborted_and_shows_where_it_is(tmp_path, monkeypatch, capfd):
+    (tmp_path / "lcconformer.py").write_text(
+        "import atexit, time, torch\n"
+        "atexit.register(time.sleep, 200)\n"
+        "def ConformerConfig(**_): ...\n"
+        "class ConformerEncoder(torch.nn.Module):\n"
+        "    def __init__(self, _): super().__init__()\n"
+        "    def forward(self, x, depth): return (x,)\n"
+    )
+    monkeypatch.setattr(compare, "_PATIENCE", 1.0)
+    with compare._worker(tmp_path, Case("inference", 1, 8, d_model=32, layers=2, depth=2)) as call:
+        assert call() >= 0
+    assert "Fatal Python error: Aborted" in capfd.readouterr().err
+
+
 def test_both_commits_are_timed_in_turn():
     order = []
     calls = {name: lambda name=name: (order.append(name), 1.0)[1] for name in ("new", "old")}

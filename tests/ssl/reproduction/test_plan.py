@@ -40,6 +40,8 @@ def test_models_differ_from_c_in_what_they_say() -> None:
     # sandwich steps run all N loops; (N + 1) / 2 are those of C
     assert MODELS["D"].steps(600, BASE) == 600
     assert MODELS["D-time"].steps(600, BASE) * n == 600 * (n + 1) / 2
+    # all loops of A, (N + 1) / 2 of them in a step
+    assert MODELS["C-time"].steps(700, BASE) * (n + 1) / 2 == 700 * n
 
 
 def test_a_key_is_that_of_what_decides_the_numbers(spoken) -> None:
