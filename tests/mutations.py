@@ -1032,6 +1032,14 @@ CUDA_OF_ATTENTION = (
         f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-65]",
     ),
     Mutation(
+        "next tile copied before every warp has read the last",
+        CUDA_ATTENTION,
+        "        __syncthreads();  // the tile is there, and the one before has been read by every warp\n"
+        "        if (left > kKeys) copy_tile(tile + 1);\n",
+        "        if (left > kKeys) copy_tile(tile + 1);\n        __syncthreads();\n",
+        f"{ON_CUDA_ATTENTION}::test_lengths[emulated-lengths0]",
+    ),
+    Mutation(
         "next tile copied over this one",
         CUDA_ATTENTION,
         "const int stage = tile % kRelposStages * kTile;",
@@ -1096,6 +1104,20 @@ CUDA_OF_ATTENTION = (
     ),
 )
 
+SCHEDULER, ON_EMULATOR = "csrc/emulation/scheduler.h", "tests/extension/test_emulator.py"
+ON_LANDING = f"{ON_EMULATOR}::test_a_copy_reads_its_source_at_a_random_step_before_its_wait"
+
+EMULATOR = (
+    Mutation("copies land only at their wait", SCHEDULER, "        land_copies();\n", "", ON_LANDING),
+    Mutation(
+        "copies land at once",
+        SCHEDULER,
+        "step_ + 1 + delays_() % longest",
+        "step_ + 1 + 0 * longest",
+        ON_LANDING,
+    ),
+)
+
 REGISTRY = "lcconformer/ops/registry.py"
 ON_INFO, ON_POLICY = "tests/test_info.py", "tests/test_policy.py"
 
@@ -1123,7 +1145,7 @@ DISPATCH = (
     ),
 )
 
-MUTATIONS = (*TRITON, *CXX, *CUDA, *CUDA_OF_ATTENTION, *DISPATCH)
+MUTATIONS = (*TRITON, *CXX, *CUDA, *CUDA_OF_ATTENTION, *EMULATOR, *DISPATCH)
 
 
 # pytest, and then where the package came from: behind the copy an editable install of the checkout lies in wait

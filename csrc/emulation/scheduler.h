@@ -2,9 +2,13 @@
 //
 // A thread runs until it waits (barrier, warp operation, grid barrier) or reaches an atomic; then a seeded random
 // choice says who runs next. So what a kernel leaves to luck shows: a missing barrier reads poison or an old value, a
-// barrier that some thread never reaches leaves nobody to run and is reported by block, thread, file and line. A touch
-// of shared memory that an asynchronous copy is on its way to is reported, too, whatever the schedule. Two blocks are
-// resident at a time, or all of them under a cooperative launch.
+// barrier that some thread never reaches leaves nobody to run and is reported by block, thread, file and line. Two
+// blocks are resident at a time, or all of them under a cooperative launch.
+//
+// An asynchronous copy poisons what it goes to when it is issued, and reads its source and lands at a random step of
+// the schedule: at the latest when its thread waits for it. The steps are drawn by a generator of their own, from the
+// same seed. Until that wait a touch of what it goes to is reported, even where it has landed already; of the other
+// threads, until the barrier after the wait.
 #pragma once
 
 #include <sys/mman.h>
@@ -28,6 +32,7 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -75,11 +80,18 @@ struct Block;
 struct Fiber;
 
 constexpr size_t kCopy = 16;  // bytes of an asynchronous copy
+constexpr int kDelays = 17;   // powers of two: it takes 2^16 steps at most
 
 struct Copy {
     void* to;
     const void* from;  // null: zeros
     uint64_t group;
+    bool landed = false;
+    void land() {
+        if (landed) return;
+        from == nullptr ? std::memset(to, 0, kCopy) : std::memcpy(to, from, kCopy);
+        landed = true;
+    }
 };
 
 // Sixteen bytes of shared memory that `owner` copies: nobody may touch them until it has waited, the others until the
@@ -87,7 +99,7 @@ struct Copy {
 struct Copied {
     Place place;
     const Fiber* owner;
-    bool landed;
+    bool waited;
 };
 
 struct Fiber {
@@ -96,11 +108,11 @@ struct Fiber {
     uint3 thread;
     int rank = 0;  // of the thread in its block
     bool done = false;
-    Place waits;               // empty: can run
-    Lanes lanes{};             // what each lane brought to the last warp operation
-    int pieces = 0;            // of dynamic shared memory taken so far
-    std::vector<Copy> copies;  // on their way
-    uint64_t copy_group = 0;   // of the copies to come
+    Place waits;                                // empty: can run
+    Lanes lanes{};                              // what each lane brought to the last warp operation
+    int pieces = 0;                             // of dynamic shared memory taken so far
+    std::vector<std::shared_ptr<Copy>> copies;  // not waited for
+    uint64_t copy_group = 0;                    // of the copies to come
     std::vector<Access> accesses;
     void* stack = nullptr;
     void* fake_stack = nullptr;  // of AddressSanitizer
@@ -135,7 +147,7 @@ struct Block {
 class Grid {
    public:
     Grid(uint3 grid, uint3 block, size_t shared, bool cooperative, unsigned seed, std::function<void()> body)
-        : grid_(grid), block_(block), shared_(shared), cooperative_(cooperative), random_(seed),
+        : grid_(grid), block_(block), shared_(shared), cooperative_(cooperative), random_(seed), delays_(~seed),
           body_(std::move(body)) {}
 
     ~Grid() {
@@ -173,6 +185,7 @@ class Grid {
     void wait(Place place);
     void wake(Fiber& fiber);
     void finish();
+    void land_copies();
     [[noreturn]] void deadlock() const;
     [[noreturn]] void fail(const std::string& why) const;
     static std::string name(const Fiber& fiber);
@@ -182,10 +195,12 @@ class Grid {
     uint3 grid_, block_;
     size_t shared_;
     bool cooperative_;
-    std::mt19937 random_;
+    std::mt19937 random_, delays_;  // who runs next; how long copies take
     std::function<void()> body_;
     std::vector<std::unique_ptr<Block>> resident_;
     std::vector<Fiber*> runnable_;
+    uint64_t step_ = 0;
+    std::multimap<uint64_t, std::shared_ptr<Copy>> landings_;  // by step
     std::vector<void*> stacks_, free_stacks_;
     Fiber* running_ = nullptr;
     ucontext_t scheduler_;
@@ -241,6 +256,7 @@ inline void Grid::run() {
             current() = outer;
             deadlock();
         }
+        land_copies();
         std::swap(runnable_[random_() % runnable_.size()], runnable_.back());
         Fiber* fiber = runnable_.back();
         runnable_.pop_back();
@@ -363,7 +379,7 @@ inline void Grid::barrier(Place place) {
     if (++block.at_barrier == static_cast<int>(block.fibers.size())) {
         block.at_barrier = 0;
         for (auto i = block.copied.begin(); i != block.copied.end();) {
-            i = i->second.landed ? block.copied.erase(i) : std::next(i);
+            i = i->second.waited ? block.copied.erase(i) : std::next(i);
         }
         for (Fiber& fiber : block.fibers) wake(fiber);
         return yield();  // the last to arrive need not be the first to go on
@@ -459,36 +475,51 @@ inline void Grid::shared_access(Place place, const void* address, size_t offset,
     // a copy begins at a multiple of kCopy, and no access is longer
     void* first = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(address) / kCopy * kCopy);
     const auto found = copied.find(first);
-    if (found == copied.end() || (found->second.landed && found->second.owner == running_)) return;
+    if (found == copied.end() || (found->second.waited && found->second.owner == running_)) return;
     std::ostringstream why;
     const Copied& copy = found->second;
     why << name(*running_) << " is in " << place.what << " at " << place.file << ":" << place.line
         << " where the copy at line " << copy.place.line << " of " << name(*copy.owner)
-        << (copy.landed ? " has landed, with no barrier since then" : " is on its way");
+        << (copy.waited ? " has landed, with no barrier since then" : " is on its way");
     fail(why.str());
 }
 
-// Poison until it lands, which it does as late as can be: when its thread waits for it.
 inline void Grid::copy(Place place, void* to, size_t offset, const void* from) {
     if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % kCopy != 0) {
         fail(name(*running_) + " copies from or to a misaligned address at line " + std::to_string(place.line));
     }
+#if defined(__SANITIZE_ADDRESS__)
+    // here, where the place is known: when it lands another thread may be running
+    if (from != nullptr && __asan_region_is_poisoned(const_cast<void*>(from), kCopy) != nullptr) {
+        fail(name(*running_) + " copies from outside of an array at line " + std::to_string(place.line));
+    }
+#endif
     shared_access(place, to, offset, kCopy);
     std::memset(to, kPoison, kCopy);
-    running_->copies.push_back({to, from, running_->copy_group});
+    running_->copies.push_back(std::make_shared<Copy>(Copy{to, from, running_->copy_group}));
     running_->block->copied[to] = {place, running_, false};
+    // of every order of magnitude alike: between a copy and its wait a kernel takes ten steps or ten thousand
+    const uint64_t longest = uint64_t{1} << delays_() % kDelays;
+    landings_.emplace(step_ + 1 + delays_() % longest, running_->copies.back());
     yield();
+}
+
+inline void Grid::land_copies() {
+    ++step_;
+    for (; !landings_.empty() && landings_.begin()->first <= step_; landings_.erase(landings_.begin())) {
+        landings_.begin()->second->land();
+    }
 }
 
 inline void Grid::wait_for_copies(uint64_t pending) {
     auto& copies = running_->copies;
-    const auto landed = std::remove_if(copies.begin(), copies.end(), [&](const Copy& c) {
-        if (c.group + pending >= running_->copy_group) return false;
-        c.from == nullptr ? std::memset(c.to, 0, kCopy) : std::memcpy(c.to, c.from, kCopy);
-        running_->block->copied.at(c.to).landed = true;
+    const auto waited = std::remove_if(copies.begin(), copies.end(), [&](const auto& copy) {
+        if (copy->group + pending >= running_->copy_group) return false;
+        copy->land();
+        running_->block->copied.at(copy->to).waited = true;
         return true;
     });
-    copies.erase(landed, copies.end());
+    copies.erase(waited, copies.end());
     yield();
 }
 

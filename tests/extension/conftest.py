@@ -106,3 +106,12 @@ class Worker:
             self.process.kill()
             self.process.communicate()
             self.process = None
+
+
+@pytest.fixture(scope="module")
+def worker(request, emulated_module, gxx, tmp_path_factory):
+    """``worker(**case)`` -> the answer of the test module's ``cases``, run as a program on the emulated kernels."""
+    command = [sys.executable, request.module.cases.__file__, str(emulated_module)]
+    worker = Worker(command, sanitizer_environment(gxx), tmp_path_factory.mktemp("emulated") / "stderr.txt")
+    yield worker
+    worker.close()

@@ -143,6 +143,61 @@ void copies_in_two_groups(float* out) {
     out[blockIdx.x * kThreads + i] = rotated(i) + third + rows.load<float>(8 * i + 7) - 7.0f;
 }
 
+// tiles of sixteen bytes a thread through a ring of two stages; each thread reads what one of another warp copied
+template <bool kTooEarly>
+void ring_of_copies(float* out) {
+    constexpr int kTiles = 5, kStage = 4 * kThreads;
+    alignas(16) static const float source[kTiles][4] = {{1.0f}, {2.0f}, {4.0f}, {8.0f}, {16.0f}};
+    lcc::SharedMemory shared;
+    const lcc::Shared ring = shared.take(2 * kStage);
+    const int i = threadIdx.x, other = (i + 32) % kThreads;
+    const auto copy_tile = [&](int tile) {
+        if (tile < kTiles) lcc::copy_async(ring, tile % 2 * kStage + 4 * i, source[tile], true);
+        lcc::commit_copies();
+    };
+    float sum = 0.0f;
+    copy_tile(0);
+    for (int tile = 0; tile < kTiles; ++tile) {
+        lcc::wait_for_copies<0>();
+        if (kTooEarly) copy_tile(tile + 1);  // where another warp may still read the tile before
+        __syncthreads();
+        if (!kTooEarly) copy_tile(tile + 1);
+        sum += ring.load<float>(tile % 2 * kStage + 4 * other);
+    }
+    out[blockIdx.x * kThreads + i] = rotated(i) + sum - 31.0f;
+}
+
+// a thread's source changes from 0 to 1 between its copy and the wait
+alignas(16) float changing[4 * kThreads];
+void copy_of_what_changes(float* out) {
+    lcc::SharedMemory shared;
+    const lcc::Shared rows = shared.take(4 * kThreads);
+    const int i = threadIdx.x, next = (i + 1) % kThreads;
+    lcc::copy_async(rows, 4 * i, changing + 4 * i, true);
+    lcc::commit_copies();
+    __syncthreads();
+    changing[4 * next] = 1.0f;
+    __syncthreads();
+    lcc::wait_for_copies<0>();
+    out[i] = rows.load<float>(4 * i);
+}
+
+// prints what each thread has got
+int run_copy_of_what_changes() {
+    std::vector<float> out(kThreads, -2.0f);
+    lcc::emulate("case", copy_of_what_changes, dim3(1), dim3(kThreads), 4 * kThreads * sizeof(float), false,
+                 out.data());
+    for (const float x : out) std::printf("%g ", x);
+    return 0;
+}
+
+void copy_from_past_the_end(float* out) {
+    lcc::SharedMemory shared;
+    lcc::copy_async(shared.take(4 * kThreads), 4 * threadIdx.x, out + kBlocks * kThreads, true);
+    lcc::commit_copies();
+    lcc::wait_for_copies<0>();
+}
+
 // A [16, 32] B [32, 16] of small integers by each warp: A as the manual lays out fragments, B from rows of n or,
 // kTransposed, transposed, from rows of n
 template <class T, bool kTransposed>
@@ -295,6 +350,10 @@ int main(int, char** argv) {
         {"copy_without_barrier", run_copies<'b'>},
         {"copy_into_what_is_read", run_copies<'r'>},
         {"copy_left_on_its_way", run_copies<'e'>},
+        {"copy_from_past_the_end", [] { return run(copy_from_past_the_end, 4 * kThreads * sizeof(float), false); }},
+        {"copy_of_what_changes", run_copy_of_what_changes},
+        {"ring_of_copies", [] { return run(ring_of_copies<false>, 8 * kThreads * sizeof(float), false); }},
+        {"ring_copied_to_too_early", [] { return run(ring_of_copies<true>, 8 * kThreads * sizeof(float), false); }},
         {"products_of_float16", run_products<__half, false>},
         {"products_of_bfloat16", run_products<__nv_bfloat16, false>},
         {"transposed_products_of_float16", run_products<__half, true>},

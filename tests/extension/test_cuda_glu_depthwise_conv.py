@@ -5,7 +5,6 @@ The same grid twice: emulated on the CPU, under sanitizers and in random schedul
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
@@ -15,19 +14,10 @@ from lcconformer.ops.glu_depthwise_conv import Traits
 from lcconformer.ops.glu_depthwise_conv import cuda as glue
 
 from . import cases_glu_depthwise_conv as cases
-from .conftest import Worker, sanitizer_environment
 
 FRAMES = (1, 7, 63, 65, 127, 203)
 WIDTHS = (1, 3, 31, 63)
 DTYPES = ("float32", "float16", "bfloat16")
-
-
-@pytest.fixture(scope="session")
-def worker(emulated_module, gxx, tmp_path_factory):
-    log = tmp_path_factory.mktemp("emulated") / "stderr.txt"
-    worker = Worker([sys.executable, cases.__file__, str(emulated_module)], sanitizer_environment(gxx), log)
-    yield worker
-    worker.close()
 
 
 @pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])

@@ -5,7 +5,6 @@ The same grid twice: emulated on the CPU, under sanitizers and in random schedul
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
@@ -15,18 +14,9 @@ from lcconformer.ops.relpos_attention import RelposAttention, Traits
 from lcconformer.ops.relpos_attention import cuda as glue
 
 from . import cases_relpos_attention as cases
-from .conftest import Worker, sanitizer_environment
 
 FRAMES = (1, 7, 63, 65, 127, 203)
 DTYPES = ("float16", "bfloat16")
-
-
-@pytest.fixture(scope="session")
-def worker(emulated_module, gxx, tmp_path_factory):
-    log = tmp_path_factory.mktemp("emulated") / "stderr.txt"
-    worker = Worker([sys.executable, cases.__file__, str(emulated_module)], sanitizer_environment(gxx), log)
-    yield worker
-    worker.close()
 
 
 @pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])

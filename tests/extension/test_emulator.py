@@ -26,6 +26,7 @@ def run_case(gxx):
     "case",
     [
         "barriers", "warp_operations", "atomics", "grid_barrier", "copies", "copies_in_two_groups",
+        "ring_of_copies",
         "products_of_float16", "products_of_bfloat16", "transposed_products_of_float16", "transposed_products_of_bfloat16",
     ],
 )  # fmt: skip
@@ -63,6 +64,13 @@ def test_the_seed_chooses_the_schedule(run_case):
     orders = [run_case("order", seed).stdout for seed in SEEDS]
     assert len(set(orders)) == len(orders)
     assert run_case("order", 0).stdout == orders[0]
+
+
+def test_a_copy_reads_its_source_at_a_random_step_before_its_wait(run_case):
+    seen = [run_case("copy_of_what_changes", seed).stdout.split() for seed in range(20)]
+    assert all(len(of_threads) == 96 and {*of_threads} <= {"0", "1"} for of_threads in seen)
+    assert {of_threads[0] for of_threads in seen} == {"0", "1"}  # one copy, by the schedule
+    assert run_case("copy_of_what_changes", 0).stdout.split() == seen[0]
 
 
 @pytest.mark.parametrize("case", ["missing_barrier_before_read", "missing_barrier_before_write"])
@@ -103,6 +111,8 @@ def test_a_misaligned_load_is_caught(run_case):
         ("copy_without_commit", r"is in load at .* is on its way"),
         ("copy_without_barrier", r"is in load at .*(has landed, with no barrier since then|is on its way)"),
         ("copy_into_what_is_read", r"is in load at .*(has landed, with no barrier since then|is on its way)"),
+        ("ring_copied_to_too_early", r"is in load at .*cases.cpp:\d+ where the copy at line \d+ of .* is on its way"),
+        ("copy_from_past_the_end", r"copies from outside of an array at line \d+"),
         ("copy_left_on_its_way", r"returns before its copies have landed"),
         ("shared_too_small", r"takes 4194304 bytes of dynamic shared memory; the launch gave 1024"),
         ("shared_beyond_device", r"more than 99 KiB"),
