@@ -76,8 +76,11 @@ def check(assert_close):
         t = inputs[0].shape[1]
         cancels = (dout.double() * inputs[2].double()).sum(-1).abs().max() * inputs[1].abs().max() if t == 1 else 0.0
         for i, name in enumerate(("out", *(f"d{n}" for n in NAMES))):
-            score_gradient = name not in ("out", "dv")
-            assert_close(name, got[i], ref[i], low[i], 2 if i == 0 else 3, float(cancels) * score_gradient)
+            rounds_as = float(cancels) * (name not in ("out", "dv"))
+            if name == "dv_bias":
+                # the difference of the column sums of dq and of du, which may be many times larger
+                rounds_as = max(rounds_as, (ref[i].abs().max() + ref[i - 1].abs().max()).item())
+            assert_close(name, got[i], ref[i], low[i], 2 if i == 0 else 3, rounds_as)
 
     return compare
 
