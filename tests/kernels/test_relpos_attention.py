@@ -76,11 +76,8 @@ def check(assert_close):
         t = inputs[0].shape[1]
         cancels = (dout.double() * inputs[2].double()).sum(-1).abs().max() * inputs[1].abs().max() if t == 1 else 0.0
         for i, name in enumerate(("out", *(f"d{n}" for n in NAMES))):
-            rounds_as = float(cancels) * (name not in ("out", "dv"))
-            if name == "dv_bias":
-                # the difference of the column sums of dq and of du, which may be many times larger
-                rounds_as = max(rounds_as, (ref[i].abs().max() + ref[i - 1].abs().max()).item())
-            assert_close(name, got[i], ref[i], low[i], 2 if i == 0 else 3, rounds_as)
+            score_gradient = name not in ("out", "dv")
+            assert_close(name, got[i], ref[i], low[i], 2 if i == 0 else 3, float(cancels) * score_gradient)
 
     return compare
 
@@ -169,8 +166,9 @@ def test_strides(check):
 
 
 def test_a_gradient_that_is_one_number_everywhere(check):
-    inputs, _ = make_inputs(1, 40, 2, 16, torch.float32)
-    check(inputs, torch.ones((), device=DEVICE).expand(1, 40, 2, 16))
+    # dv_bias is the small difference of large sums: two utterances and eight heads, for eager's error in a few numbers is luck
+    inputs, _ = make_inputs(2, 40, 8, 16, torch.float32)
+    check(inputs, torch.ones((), device=DEVICE).expand(2, 40, 8, 16))
 
 
 def test_last_dimension_strided(check):
