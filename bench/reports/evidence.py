@@ -36,12 +36,14 @@ _PLACES = (
     ("executed", re.compile(r"^tests\.ptx\.test_kernels\.")),
     ("compiled", re.compile(r"^tests\.(kernels\.test_(report|specialisations)|extension\.test_resources)\.")),
     ("emulated", re.compile(r"^tests\.extension\..*emulated")),
-    ("interpreted", re.compile(r"^tests\.kernels\.")),
+    ("interpreted", re.compile(r"^tests\.(kernels\.|loop\.test_chain\.)")),
     ("reference", re.compile(r"^tests\.ops\.")),
 )
 _LARGEST_REPORT = 1 << 23  # bytes; the elements may take 30 times as much
-# covers the kernels of every op
-_ALL_OPS = re.compile(r"\.test_report\.test_budgets\b")
+# the chain's kernels (lcconformer.loop.chain) are not ops: products, LayerNorm and convolution of inference, and their loop
+ROWS = (*OPS, "chain")
+# covers every kernel
+_ALL = re.compile(r"\.test_report\.test_budgets\b")
 
 
 def load(path: Path = EVIDENCE) -> dict[str, dict[str, dict[str, Any]]]:
@@ -77,7 +79,7 @@ def record_report(
         origin: commit, date and machine of the run; None for this commit, today and this machine.
 
     Raises:
-        ValueError: the file is no such report, or none of its tests that ran is about an op.
+        ValueError: the file is no such report, or none of its tests that ran is about an op or the chain.
     """
     cases = list(read_report(report).iter("testcase"))
     counts: dict[tuple[str, str], dict[str, int]] = {}
@@ -89,13 +91,13 @@ def record_report(
         outcome = "passed"
         for child in case:
             outcome = {"failure": "failed", "error": "failed", "skipped": "skipped"}.get(child.tag, outcome)
-        for op in OPS if _ALL_OPS.search(name) else [op for op in OPS if op in name]:
+        for op in ROWS if _ALL.search(name) else [op for op in ROWS if op in name]:
             count = counts.setdefault((op, step), {"passed": 0, "failed": 0, "skipped": 0})
             count[outcome] += 1
     # a step whose tests were all skipped proves nothing
     counts = {key: count for key, count in counts.items() if count["passed"] + count["failed"]}
     if not counts:
-        raise ValueError(f"evidence: no test in {report} ran that is about an op ({', '.join(OPS)})")
+        raise ValueError(f"evidence: no test in {report} ran that is about {', '.join(ROWS)}")
     found = load(path)
     origin = origin or _origin("cuda" if gpu else "cpu")
     for (op, step), count in counts.items():
@@ -132,7 +134,7 @@ def table(path: Path = EVIDENCE) -> str:
     found = load(path)
     if not found:
         return "no evidence is recorded; run pytest --junitxml F and python -m lcconformer.bench.reports.evidence F"
-    lines = [[op, *(_cell(found.get(op, {}).get(step)) for step in STEPS)] for op in OPS]
+    lines = [[op, *(_cell(found.get(op, {}).get(step)) for step in STEPS)] for op in ROWS]
     origins = sorted(
         {
             f"{e['date']} {e['commit']} on {e['machine']}: {step}"
@@ -140,7 +142,7 @@ def table(path: Path = EVIDENCE) -> str:
             for step, e in steps.items()
         }
     )
-    return grid(["op", *STEPS], lines) + "\n" + "\n".join(origins)
+    return grid(["kernels", *STEPS], lines) + "\n" + "\n".join(origins)
 
 
 def _cell(entry: dict[str, Any] | None) -> str:

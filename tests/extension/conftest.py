@@ -33,29 +33,37 @@ def gxx() -> str:
 
 
 def build(name: str, units: Sequence[tuple[Path, Sequence[str]]], link: Sequence[str], gxx: str) -> Path:
-    """Compile (source, flags) units and link them; reused while no source under csrc or here has changed."""
-    texts = [
-        p for folder in (CSRC, HERE) for p in sorted(folder.rglob("*")) if p.suffix in (".cpp", ".cu", ".cuh", ".h")
-    ]
-    key = hashlib.sha256(repr((units, link, sys.version)).encode())
-    for path in texts:
-        key.update(path.read_bytes())
-    folder = ROOT / "build" / "emulation" / key.hexdigest()[:16]
-    target = folder / name
-    if target.exists():
-        return target
+    """Compile (source, flags) units and link them; what a file and the headers say decides whether it is compiled again."""
+    headers = hashlib.sha256(repr((LANGUAGE, sys.version)).encode())
+    for folder in (CSRC, HERE):
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".h", ".cuh"):
+                headers.update(path.read_bytes())
+    folder = ROOT / "build" / "emulation"
     folder.mkdir(parents=True, exist_ok=True)
-    objects = [str(folder / f"{number}.o") for number in range(len(units))]
-    running = []
-    for (source, flags), out in zip(units, objects):
-        command = [gxx, *LANGUAGE, *flags, f"-I{CSRC}", "-x", "c++", "-c", source, "-o", out]
-        running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-    errors = "".join(process.communicate()[1] for process in running)
-    assert not any(process.returncode for process in running), errors
-    part = folder / f"{name}.part"
-    subprocess.run([gxx, "-fsanitize=address,undefined", *objects, *link, "-o", part], check=True)
-    os.replace(part, target)
+    objects, running = [], []
+    for source, flags in units:
+        key = hashlib.sha256(headers.digest() + repr((source, flags)).encode() + source.read_bytes())
+        out = folder / f"{source.stem}-{key.hexdigest()[:16]}.o"
+        objects.append(str(out))
+        if not out.exists():
+            command = [gxx, *LANGUAGE, *flags, f"-I{CSRC}", "-x", "c++", "-c", source, "-o", _part(out)]
+            running.append((out, subprocess.Popen(command, stderr=subprocess.PIPE, text=True)))
+    errors = "".join(process.communicate()[1] for _, process in running)
+    assert not any(process.returncode for _, process in running), errors
+    for out, _ in running:
+        os.replace(_part(out), out)
+    target = folder / hashlib.sha256(repr((objects, link)).encode()).hexdigest()[:16] / name
+    if not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        subprocess.run([gxx, "-fsanitize=address,undefined", *objects, *link, "-o", _part(target)], check=True)
+        os.replace(_part(target), target)
     return target
+
+
+def _part(out: Path) -> Path:
+    """Where this process writes ``out`` before it is whole: others may build the same."""
+    return out.with_name(f"{out.name}.{os.getpid()}")
 
 
 @pytest.fixture(scope="session")

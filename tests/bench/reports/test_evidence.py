@@ -10,6 +10,9 @@ CASES = {
     "tests.kernels.test_report.test_shipped[relpos_attention-90]": "compiled",
     "tests.extension.test_cuda_glu_depthwise_conv.test_odd_shapes[emulated-3-7]": "emulated",
     "tests.ptx.test_kernels.test_shipped[residual_layer_norm-sm90-t=19-d=512-bf16]": "executed",
+    "tests.ptx.test_kernels.test_shipped[chain_depthwise-sm80-c=200-layer-bf16]": "executed",
+    "tests.loop.test_chain.test_every_depth[batch]": "interpreted",
+    "tests.loop.test_graphs.test_chain": None,
     "tests.ptx.test_interpreter.test_feed_forward": None,
     "tests.test_config.test_feed_forward": None,
     "tests.kernels.test_common.test_launch": None,
@@ -42,6 +45,8 @@ def test_places_decide_the_step(report, tmp_path):
         ("relpos_attention", "compiled"),
         ("residual_layer_norm", "executed"),
         ("glu_depthwise_conv", "emulated"),
+        ("chain", "executed"),
+        ("chain", "interpreted"),
     }
     assert evidence.load(table) == found
 
@@ -50,7 +55,7 @@ def test_a_test_of_all_kernels_counts_for_every_op(report, tmp_path):
     found = evidence.record_report(
         report({"tests.kernels.test_report.test_budgets[90]": "passed"}), path=tmp_path / "e.json"
     )
-    assert {op: list(entries) for op, entries in found.items()} == {op: ["compiled"] for op in OPS}
+    assert {op: list(entries) for op, entries in found.items()} == {op: ["compiled"] for op in (*OPS, "chain")}
 
 
 def test_outcomes_are_counted_and_other_steps_stay(report, tmp_path):
@@ -74,7 +79,7 @@ def test_a_gpu_run_is_one_step(report, tmp_path):
 
 
 def test_skipped_tests_prove_nothing(report, tmp_path):
-    with pytest.raises(ValueError, match=r"no test in .* ran that is about an op"):
+    with pytest.raises(ValueError, match=r"no test in .* ran that is about relpos_attention"):
         evidence.record_report(report({"tests.ops.test_feed_forward.test_a": "skipped"}), path=tmp_path / "e.json")
 
 
