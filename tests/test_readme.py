@@ -1,5 +1,6 @@
 """The Python of the README and of the documentation runs as written; commands are where CI looks; links lead somewhere."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from lcconformer import ConformerConfig
 from lcconformer.ssl import FeatureSettings, ObjectiveSettings, PretrainingModel, save_checkpoint
+from lcconformer.ssl.demo.summary import format_results, percent
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -46,6 +48,32 @@ def test_the_readme_shows_each_step_after_pretraining(text):
     code = "".join(python_blocks(README))
     for name in ("load_model(", ".hidden_states(", "ExitRule(", ".adaptive(", "torch.export.export("):
         assert name in code
+
+
+def test_the_demo_is_quoted_from_its_results(text):
+    results = json.loads((ROOT / "bench/results/demo/results.json").read_text())
+    printed = format_results(results).split("\nloss:")[0].splitlines()
+    assert len(printed) > 20
+    assert [line for line in printed if line.rstrip() not in text] == []
+    smallest = results["smallest_depth"]["linear"]
+    for said in (
+        f"{results['parameters']['ratio']:.2f}x fewer in the [demo",
+        f"saved {percent(results['saving']['time_saved'])} of\n  the demo's training time",
+        f"{smallest['depth']} of {results['setup']['config']['num_layers']} loops are within 1% of the best",
+        f"for {percent(smallest['time_saved'])} less inference time",
+    ):
+        assert said in text
+
+
+def test_the_gain_in_speed_is_quoted_from_the_table(text):
+    """The least and the largest factor of each mode; the table itself is generated from rows."""
+    said = []
+    for mode in ("inference", "training"):
+        table = text[text.index(f"\n| {mode} |") :].split("\n\n")[0]
+        factors = [float(x) for x in re.findall(r" \| ([\d.]+)x \| [\d.]+x \|$", table, re.M)]
+        assert len(factors) > 2
+        said.append(f"{min(factors):.1f} to {max(factors):.1f} times")
+    assert f"inference is {said[0]} and training {said[1]} as fast as" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(
