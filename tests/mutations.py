@@ -993,7 +993,7 @@ CUDA_OF_ATTENTION = (
         "second rows not a block further back",
         CUDA_ATTENTION,
         "s[n][2 + i] = skew.own[i] ? last[2 + i] : older[i];",
-        "s[n][2 + i] = skew.own[i] ? now[2 + i] : last[2 + i];",
+        "s[n][2 + i] = skew.own[i] ? now[2 + i] : (static_cast<void>(older), last[2 + i]);",
         f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-63]",
     ),
     Mutation(
