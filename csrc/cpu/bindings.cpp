@@ -50,6 +50,17 @@ void check(const char* kernel, const S& args) {
             throw std::invalid_argument("convert: to_element is float16; expected float32 or bfloat16");
         }
     }
+    if constexpr (std::is_same_v<S, RelposAttentionForward> || std::is_same_v<S, RelposAttentionPackPositions>) {
+        if (args.products == Element::float16) {
+            throw std::invalid_argument(std::string(kernel) + ": products is float16; expected float32 or bfloat16");
+        }
+    }
+    if constexpr (std::is_same_v<S, RelposAttentionForward>) {
+        if (args.products == Element::bfloat16 && args.element != Element::bfloat16) {
+            throw std::invalid_argument(std::string(kernel) +
+                                        ": products is bfloat16 and element float32; expected both bfloat16");
+        }
+    }
     if constexpr (std::is_same_v<S, RowsForward>) {
         if (args.element == Element::bfloat16 && args.merge.panels && args.merge.inputs % 2) {
             throw std::invalid_argument(std::string(kernel) + ": merge has " + std::to_string(args.merge.inputs) +
@@ -117,6 +128,7 @@ void bind_relpos_attention(py::module_& m) {
     add_relpos_attention(forward);
     forward.optional<&Forward::lse>("lse")
         .optional<&Forward::pos_panels>("pos_panels")
+        .optional<&Forward::products>("products")
         .optional<&Forward::own_threads>("own_threads");
 
     using Backward = RelposAttentionBackward;
@@ -141,11 +153,15 @@ void bind_relpos_attention(py::module_& m) {
         .required<&Pack::pos>("pos")
         .required<&Pack::pos_frame_stride>("pos_frame_stride")
         .required<&Pack::pos_head_stride>("pos_head_stride")
-        .required<&Pack::pos_panels>("pos_panels");
+        .required<&Pack::pos_panels>("pos_panels")
+        .required<&Pack::products>("products");
     m.def(
-        "relpos_attention_position_floats",
-        [](int64_t frames, int64_t head_dim) { return kernels().relpos_attention_position_floats(frames, head_dim); },
-        "Floats of one head's pos_panels at the SIMD level in use.", py::arg("frames"), py::arg("head_dim"));
+        "relpos_attention_position_size",
+        [](Element products, int64_t frames, int64_t head_dim) {
+            return kernels().relpos_attention_position_size(products, frames, head_dim);
+        },
+        "Elements of one head's pos_panels at the SIMD level in use.", py::arg("products"), py::arg("frames"),
+        py::arg("head_dim"));
 }
 
 template <class S>

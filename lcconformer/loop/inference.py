@@ -2,9 +2,9 @@
 five kernels a loop on packed weights (:mod:`.weights`).
 
 On the CPU a loop is five kernels in buffers made once per call: rows (feed-forward, norm, projection), attention, rows,
-convolution, rows.  The residual stream, norms, scores and sums are float32 whatever the dtype of the stack; the matrices of a
-bfloat16 stack are multiplied in bfloat16 where the processor has instructions for it, else in float32.  A frame gets the same
-bits in any batch.  The kernels run on threads of their own (csrc/cpu/pool.h).
+convolution, rows.  The residual stream, norms, softmax and sums are float32 whatever the dtype of the stack; the products of a
+bfloat16 stack, with its matrices and in attention, are those of bfloat16 where the processor has instructions for it, else of
+float32.  A frame gets the same bits in any batch.  The kernels run on threads of their own (csrc/cpu/pool.h).
 """
 
 from __future__ import annotations
@@ -234,6 +234,7 @@ class Loop:
             cu_seqlens=pointer(self.ends),
             out=pointer(self.branch),
             pos_panels=pointer(panels),
+            products=self.common["element"],
             own_threads=True,
         )
         yield self.cpu.relpos_attention_forward, args

@@ -166,7 +166,9 @@ class PackedLayer:
             return kept[2]
         rows = self.positions(frames)
         width = self.attention.pos.columns // self.heads
-        panels = rows.new_empty(self.heads * cpu.relpos_attention_position_floats(frames, width))
+        products = common(self.attention.qkv.panels)["element"]
+        size = self.heads * cpu.relpos_attention_position_size(products, frames, width)
+        panels = rows.new_empty(size, dtype=self.dtype)
         args = cpu.RelposAttentionPackPositions(
             **common(rows),
             frames=frames,
@@ -176,6 +178,7 @@ class PackedLayer:
             pos_frame_stride=rows.stride(0),
             pos_head_stride=width,
             pos_panels=pointer(panels),
+            products=products,
         )
         cpu.relpos_attention_pack_positions(args)
         self._panels = (frames, level, panels)
