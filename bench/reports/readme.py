@@ -58,7 +58,7 @@ def runtimes_section(results: Path = RESULTS) -> str:
     ]
     for d_model, layers in sorted({(r.d_model, r.layers) for r in found.rows}):
         members = [r for r in found.rows if (r.d_model, r.layers, r.depth) == (d_model, layers, layers)]
-        lines += ["", *_runtimes_table(f"d = {d_model}, N = {layers}", members)]
+        lines += ["", *_runtimes_table(f"d = {d_model}, N = {layers}", [r for r in members if not r.beside])]
     return "\n".join(lines)
 
 
@@ -115,7 +115,7 @@ def _machine(path: Path, found: Results) -> str:
         f"([rows](bench/results/{where})). Median ms; the last columns say how many times as fast lcconformer is."
     ]
     for mode in ("inference", "training"):
-        rows = [r for r in found.rows if r.mode == mode and r.depth == r.layers]
+        rows = [r for r in found.rows if r.mode == mode and r.depth == r.layers and not r.beside]
         if rows:
             lines += ["", *_table(mode, rows)]
     return "\n".join(lines)

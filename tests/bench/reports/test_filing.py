@@ -109,6 +109,33 @@ def test_rows_against_runtimes_have_a_table_of_their_own(place):
         assert text.endswith("<!-- runtimes:end -->\n\ntail\n")
 
 
+def test_rows_beside_other_work_are_kept_apart(place):
+    path, write = place
+    same = dict(device="cpu", name="A CPU, 2 threads", batch=1)
+    write(
+        [
+            row("eager", 4.0, **same),
+            row("lcconformer", 2.0, "cpu", **same),
+            row("lcconformer", 9.0, "cpu", beside="2", **same),
+            row("lcconformer", 1.0, "cpu", beside="torch", **same),
+        ]
+    )
+    file(path)
+    text = (path / "README.md").read_text()
+    assert "| B=1 T=400 d=256 N=12 bfloat16 | 4.00 | - | - | - | - | **2.00** (cpu) | 2.00x | 2.00x |" in text
+    filed = Results(path / "results/a-cpu-2-threads/2026-01-02-abc123.json")
+    assert [r.beside for r in filed.rows] == ["", "", "2", "torch"]
+
+
+def test_older_rows_do_not_say_what_ran_beside_them():
+    older = dataclasses.asdict(row("eager", 4.0))
+    del older["beside"]
+    assert Row.from_json(older) == row("eager", 4.0)
+    del older["depth"]
+    with pytest.raises(ValueError, match="missing or unknown fields: depth"):
+        Row.from_json(older)
+
+
 def test_op_rows_and_gpu_tests_become_evidence(place):
     path, write = place
     write([row("lcconformer", 2.0, "triton", mode="feed_forward:forward")])
