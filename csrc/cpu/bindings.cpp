@@ -2,12 +2,14 @@
 
 #include <pybind11/stl.h>
 
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "arguments.h"
 #include "cpu/kernels.h"
+#include "cpu/pool.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -325,6 +327,36 @@ void bind_convert(py::module_& m) {
         .required<&Convert::to>("to");
 }
 
+// Kernels of inference in their order, with copies of their arguments: one call for all of them.
+class Sequence {
+   public:
+    template <class Args>
+    void append(const char* name, const Args& args, void (*Kernels::*kernel)(const Args&)) {
+        check(name, args);
+        launches_.push_back([args, kernel] { (kernels().*kernel)(args); });
+    }
+    void run() const {
+        for (const auto& launch : launches_) launch();
+    }
+
+   private:
+    std::vector<std::function<void()>> launches_;
+};
+
+void bind_sequence(py::module_& m) {
+    py::class_<Sequence> sequence(m, "Sequence", "Kernels in their order: append(args) for each, then run()");
+    sequence.def(py::init<>());
+#define LCC_APPEND(kernel, Args)                                                                          \
+    sequence.def(                                                                                         \
+        "append", [](Sequence& self, const Args& args) { self.append(#kernel, args, &Kernels::kernel); }, \
+        py::arg("args"), py::pos_only());
+    LCC_APPEND(rows_forward, RowsForward)
+    LCC_APPEND(relpos_attention_forward, RelposAttentionForward)
+    LCC_APPEND(glu_depthwise_conv_forward, GluDepthwiseConvForward)
+#undef LCC_APPEND
+    sequence.def("run", &Sequence::run, py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 void bind(py::module_& m) {
@@ -338,6 +370,9 @@ void bind(py::module_& m) {
             return fingerprint(reinterpret_cast<const Bytes*>(parts), n, complete);
         },
         "A number that changes with n tensors, given as the address of n pairs (address, bytes) of int64.");
+    m.def("wake_helpers", &wake_helpers,
+          "Wake the threads of the inference kernels, for a launch that is about to come.",
+          py::call_guard<py::gil_scoped_release>());
     m.attr("PANEL_COLUMNS") = kPanelColumns;
     m.attr("TILE_ROWS") = kTileRows;
 
@@ -355,6 +390,7 @@ void bind(py::module_& m) {
     });
     LCC_KERNELS(LCC_BIND)
 #undef LCC_BIND
+    bind_sequence(m);
 }
 
 }  // namespace lcc::cpu

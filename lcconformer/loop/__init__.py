@@ -27,6 +27,7 @@ from lcconformer.stack import LayerStack
 from . import captured, inference, modules, training
 from .captured import captured_training
 from .kernels import explain_ops
+from .watch import watch
 
 __all__ = [
     "ENGINES",
@@ -135,8 +136,9 @@ def decide(
         kernels, changeable = training.kernels_or_reasons(stack, x, explaining)
         slower = training.slower(x, kernels)
     else:
-        chosen += inference.chosen(stack, x, packed)
-        changeable = inference.reasons(stack, x)
+        layers = watch(stack)
+        chosen += inference.chosen(stack, layers, x, packed)
+        changeable = inference.reasons(layers, x)
         slower = inference.slower(x)
     against = (*chosen, *changeable, *(slower if want == "auto" else ()))
     if against:

@@ -111,10 +111,10 @@ RightPairs panels_from(const bf16* panels, int64_t column, const Sizes& s) {
 Right rows_from(const float* rows, int64_t row, const Sizes& s) { return {rows + row * s.row, s.row, W}; }
 RightPairs rows_from(const bf16* pairs, int64_t row, const Sizes& s) { return {pairs + row * s.row, 2 * s.row, 2 * W}; }
 
-// (x_i + bias) * factor of the queries of a block; rows from m on are zero
+// (x_i + bias) * factor of the queries of a block, and zeros to the end of the last tile
 template <class T, class P>
 void load_queries(const T* x, int64_t stride, int64_t m, const float* bias, float factor, const Sizes& s, P* out) {
-    for (int64_t i = 0; i < M; i++)
+    for (int64_t i = 0; i < round_up(m, kTileRows); i++)
         for (int64_t d = 0; d < s.row; d += W) {
             vec q = i < m ? load_at(x + i * stride, d, s.D) : vec{};
             if (bias && i < m) q += load_at(bias, d, s.D);
@@ -190,7 +190,7 @@ void forward_block(const RelposAttentionForward& a, const Sizes& s, const Uttera
     float factor = s.scale * kLog2E;
     load_queries(q, a.q.frame_stride, m, a.u ? a.u + h * s.D : nullptr, factor, s, content);
     if (position_panels) load_queries(q, a.q.frame_stride, m, a.v_bias + h * s.D, factor, s, position);
-    memset(output, 0, M * s.row * sizeof(float));
+    memset(output, 0, round_up(m, kTileRows) * s.row * sizeof(float));
     float highest[M], total[M];
     for (int64_t i = 0; i < M; i++) {
         highest[i] = -INFINITY;
@@ -260,7 +260,7 @@ void forward(const RelposAttentionForward& a) {
     int64_t panel_floats = Scratch::padded(s.keys * depth<P>(s) * sizeof(P) / sizeof(float));
     int64_t row_floats = Scratch::padded(s.keys * s.row * sizeof(P) / sizeof(float));
     int64_t thread_memory = panel_floats + row_floats + Scratch::padded(Block<P>::size(s));
-    Scratch scratch(a.threads * thread_memory);
+    Scratch scratch(a.threads * thread_memory, Fill::anything);
     float* memory = scratch.take(a.threads * thread_memory);
     parallel_for(a.threads, a.own_threads, a.batch * a.heads * pieces, [&](int slot, int64_t unit) {
         float* own = memory + slot * thread_memory;

@@ -133,7 +133,7 @@ void forward(const RowsForward& a) {
     int64_t blocks = imin(tiles, round_up(cdiv(a.rows, kBlockRows), a.threads));
     int64_t most = cdiv(tiles, imax(1, blocks)) * kTileRows;
     int64_t thread_memory = Scratch::padded(Buffers<T>::size(most, row));
-    Scratch scratch(a.threads * thread_memory);
+    Scratch scratch(a.threads * thread_memory, Fill::anything);
     float* memory = scratch.take(a.threads * thread_memory);
     parallel_for(a.threads, true, blocks, [&](int slot, int64_t b) {
         Buffers<T> buffers(memory + slot * thread_memory, most, row);
