@@ -24,10 +24,9 @@ from lcconformer.ops.registry import Choice, forced_backend, strict
 from lcconformer.packing import Packing
 from lcconformer.stack import LayerStack
 
-from . import captured, inference, modules, training
+from . import captured, inference, modules, training, watch
 from .captured import captured_training
 from .kernels import explain_ops
-from .watch import watch
 
 __all__ = [
     "ENGINES",
@@ -136,7 +135,7 @@ def decide(
         kernels, changeable = training.kernels_or_reasons(stack, x, explaining)
         slower = training.slower(x, kernels)
     else:
-        layers = watch(stack)
+        layers = watch.watch(stack)
         chosen += inference.chosen(stack, layers, x, packed)
         changeable = inference.reasons(layers, x)
         slower = inference.slower(x)
