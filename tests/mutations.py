@@ -794,6 +794,13 @@ CXX = (
         f"{ON_POOL}::test_helpers_wake_up_on_other_cores_than_the_caller_s",
     ),
     Mutation(
+        "pool: helpers that are woken go on sleeping",
+        POOL,
+        "calls_ != calls || fresh()",
+        "fresh()",
+        f"{ON_POOL}::test_helpers_are_woken_ahead_of_work",
+    ),
+    Mutation(
         "convert: elements of the last register left out",
         CONVERT,
         "i < end; i += W",
