@@ -132,10 +132,6 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     beside: contextlib.AbstractContextManager = contextlib.nullcontext()
     if args.contention is not None:
-        if args.json is not None:
-            raise ValueError(
-                "bench: --contention with --json, whose rows would not say what ran beside them; leave one out"
-            )
         beside = neighbours(parse_contention(args.contention), torch.get_num_threads())
         print(f"beside {args.contention} (--contention)")
     with beside:
@@ -182,6 +178,7 @@ def _timed(args: argparse.Namespace, todo: list[Case]) -> int:
                     depths=args.depths,
                     seconds=seconds,
                     rounds=args.rounds,
+                    beside=args.contention or "",
                     step=step,
                     say=bar.write,
                 )

@@ -66,12 +66,18 @@ def _engine(device: torch.device, dtype: torch.dtype, training: bool) -> dict[st
     return {**row, "engine": engine, "against": list(explanation.against)}
 
 
+def _instructions() -> str:
+    """What the processor multiplies with, such as ``"AVX512, AVX512-BF16, AMX"``."""
+    bfloat16, tiles = torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported()
+    return ", ".join([torch.backends.cpu.get_cpu_capability(), *["AVX512-BF16"] * bfloat16, *["AMX"] * tiles])
+
+
 def _devices() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [
         {
             "device": "cpu",
             "name": f"{platform.machine()}, cores: {os.cpu_count()}, threads: {torch.get_num_threads()}",
-            "vector": torch.backends.cpu.get_cpu_capability(),
+            "vector": _instructions(),
         }
     ]
     for i in range(torch.cuda.device_count()):

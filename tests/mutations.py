@@ -612,6 +612,34 @@ CXX = (
         f"{ON_CPU_ATTENTION}::test_odd_lengths[7-generic]",
     ),
     Mutation(
+        "attention by pairs: the value after an odd last one is read",
+        CPU_ATTENTION,
+        "i + 1 < n ? (uvec)load_at",
+        "true ? (uvec)load_at",
+        f"{ON_CPU_ATTENTION}::test_padding_never_leaks_by_pairs[generic]",
+    ),
+    Mutation(
+        "attention by pairs: the second value of a pair twice",
+        CPU_ATTENTION,
+        "(vec)(low >> 16 | high)",
+        "(vec)(high >> 16 | high)",
+        f"{ON_CPU_ATTENTION}::test_odd_lengths_by_pairs[7-generic]",
+    ),
+    Mutation(
+        "attention by pairs: last of an odd number of weights left out",
+        CPU_ATTENTION,
+        "cdiv(n, kStep<P>), weights",
+        "n / kStep<P>, weights",
+        f"{ON_CPU_ATTENTION}::test_odd_lengths_by_pairs[7-generic]",
+    ),
+    Mutation(
+        "attention by pairs: last of an odd number of columns left out",
+        CPU_ATTENTION,
+        "steps = cdiv(s.D, kStep<P>)",
+        "steps = s.D / kStep<P>",
+        f"{ON_CPU_ATTENTION}::test_head_widths_by_pairs[33-generic]",
+    ),
+    Mutation(
         "convolution: GLU ignores lengths",
         CPU_CONVOLUTION,
         "if (t < 0 || t >= strip.real) {",
@@ -764,6 +792,13 @@ CXX = (
         "        CPU_CLR(own, &cores);\n",
         "",
         f"{ON_POOL}::test_helpers_wake_up_on_other_cores_than_the_caller_s",
+    ),
+    Mutation(
+        "pool: helpers that are woken go on sleeping",
+        POOL,
+        "calls_ != calls || fresh()",
+        "fresh()",
+        f"{ON_POOL}::test_helpers_are_woken_ahead_of_work",
     ),
     Mutation(
         "convert: elements of the last register left out",

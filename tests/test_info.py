@@ -9,6 +9,7 @@ import torch
 
 from lcconformer import ConformerConfig, ConformerEncoder, backend, engine, info, loop, ops
 from lcconformer.__main__ import main
+from lcconformer.info import collect
 from lcconformer.ops import registry
 from lcconformer.ops.samples import TRAITS, Sizes
 
@@ -123,3 +124,14 @@ def test_evidence(capsys, monkeypatch):
     monkeypatch.setattr(evidence, "table", lambda: "op  reference")
     assert main(["info", "--evidence"]) == 0
     assert capsys.readouterr().out == "op  reference\n"
+
+
+@pytest.mark.parametrize(
+    ("bfloat16", "tiles", "said"),
+    [(False, False, "AVX512"), (True, False, "AVX512, AVX512-BF16"), (True, True, "AVX512, AVX512-BF16, AMX")],
+)
+def test_says_what_the_processor_multiplies_with(monkeypatch, bfloat16, tiles, said):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bfloat16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    assert collect()["devices"][0]["vector"] == said

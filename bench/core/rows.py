@@ -35,6 +35,8 @@ class Row:
         peak_memory_mb: peak memory of one call.
         tflops, gb_per_s, percent_of_roofline: by the minimum work of :mod:`~lcconformer.bench.core.roofline`.
         speedup_vs_eager: ratio of the medians of the same rounds.
+        beside: what else ran on the cores, as ``--contention`` names it: a number of busy threads, or ``"torch"``; empty:
+            nothing.
     """
 
     provider: str
@@ -60,11 +62,12 @@ class Row:
     gb_per_s: float
     percent_of_roofline: float
     speedup_vs_eager: float | None
+    beside: str = ""
 
     def key(self) -> tuple:
         """Identity of the measurement: rows with equal keys measured the same thing."""
         names = ("provider", "backend", "mode", "batch", "frames", "d_model", "layers", "depth", "dtype", "device_name")
-        return (*(getattr(self, n) for n in names), self.commit)
+        return (*(getattr(self, n) for n in names), self.commit, self.beside)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Row:
@@ -74,8 +77,8 @@ class Row:
             ValueError: fields are missing or unknown.
         """
         expected = {f.name for f in fields(cls)}
-        if set(value) != expected:
-            wrong = ", ".join(sorted(expected ^ set(value)))
+        wrong = ", ".join(sorted((expected ^ set(value)) - (expected & {"beside"})))  # older files lack it
+        if wrong:
             raise ValueError(f"bench: a result row has missing or unknown fields: {wrong}")
         return cls(**value)
 

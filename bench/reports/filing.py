@@ -1,4 +1,5 @@
-"""File results as ``bench/results/<machine>/<date>-<commit>.json`` and refresh everything generated from them."""
+"""File results as ``bench/results/<machine>/<date>-<commit>.json`` (against inference runtimes, ``runtimes-<date>...``) and
+refresh everything generated from them."""
 
 from __future__ import annotations
 
@@ -19,14 +20,16 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def file_results(source: Path, results: Path = RESULTS, readme_file: Path = readme.README) -> int:
+def file_results(
+    source: Path, results: Path = RESULTS, readme_file: Path = readme.README, engines_file: Path = readme.ENGINES
+) -> int:
     """File a result file, or the folder that ``bench/gpu.sh`` wrote.
 
     Args:
         source: a file written by ``--json``, or a folder with ``bench.json`` and, from a GPU, ``gpu_tests.xml``,
             ``machine.json``, ``kernels.json`` and ``profiles.json``.
         results: folder to file them in.
-        readme_file: README whose generated part is refreshed.
+        readme_file, engines_file: README and page about engines whose generated parts are refreshed.
 
     Returns:
         The exit status, 0.
@@ -48,14 +51,17 @@ def file_results(source: Path, results: Path = RESULTS, readme_file: Path = read
     for name in sorted({row.device_name for row in found.rows}):
         members = [row for row in found.rows if row.device_name == name]
         for commit in sorted({row.commit for row in members}):
-            target = results / slug(name) / f"{found.date[:10]}-{commit}.json"
+            against = "runtimes-" if any(row.provider in readme.RUNTIMES for row in members) else ""
+            target = results / slug(name) / f"{against}{found.date[:10]}-{commit}.json"
             filed = Results(target)
             filed.date = found.date
             filed.ceilings |= {k: v for k, v in found.ceilings.items() if k.startswith(name)}
             filed.skipped = found.skipped
             filed.add([row for row in members if row.commit == commit])
-            goals.write(filed, target.with_name("goals.md"))
-            print(f"filed {len(filed.rows)} rows: {target}\n{goals.table(filed.rows)}")
+            print(f"filed {len(filed.rows)} rows: {target}")
+            if not against:
+                goals.write(filed, target.with_name("goals.md"))
+                print(goals.table(filed.rows))
         constants = source / "machine.json"
         if source.is_dir() and constants.exists():
             values = read_json(constants)
@@ -71,6 +77,6 @@ def file_results(source: Path, results: Path = RESULTS, readme_file: Path = read
         origin = {"commit": row.commit, "date": found.date[:10], "machine": row.device_name}
         record_report(report, gpu=True, path=evidence, origin=origin)
     if readme_file.exists():
-        readme.refresh(readme_file, results)
+        readme.refresh(readme_file, engines_file, results)
         print(f"refreshed {readme_file}")
     return 0

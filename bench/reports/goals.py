@@ -53,7 +53,7 @@ class Goal:
             r
             for r in rows
             if (r.mode, r.batch, r.frames, r.d_model, r.layers, r.dtype, r.device) == case and r.depth == r.layers
-            if r.peak_memory_mb or not self.memory
+            if (r.peak_memory_mb or not self.memory) and not r.beside
         ]
         ours, theirs = (
             min((r for r in members if r.provider == name), key=lambda r: r.median_ms, default=None)

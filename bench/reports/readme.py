@@ -1,4 +1,7 @@
-"""Generate the README's performance section from result files: ``python -m lcconformer.bench.reports.readme``."""
+"""Generate the tables of the README and of docs/engines.md from result files: ``python -m lcconformer.bench.reports.readme``.
+
+``<date>-<commit>.json`` has rows of PyTorch's implementations, ``runtimes-<date>-<commit>.json`` those of inference runtimes.
+"""
 
 from __future__ import annotations
 
@@ -12,26 +15,78 @@ from ..core.rows import Results, Row
 from . import RESULTS
 from .table import number
 
-__all__ = ["README", "refresh", "section"]
+__all__ = ["ENGINES", "README", "RUNTIMES", "refresh", "runtimes_section", "section"]
 
 README = RESULTS.parents[1] / "README.md"
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+ENGINES = README.parent / "docs" / "engines.md"
+RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 # columns of the table; all do the same maths but torchaudio, which has no relative positions
 COLUMNS = ("eager", "sdpa", "compile", "transformers", "torchaudio")
 
 
-def refresh(readme: Path = README, results: Path = RESULTS) -> None:
-    """Rewrite the text between the markers of a README.
+def refresh(readme: Path = README, engines: Path = ENGINES, results: Path = RESULTS) -> None:
+    """Rewrite the text between the markers of a README and of the page about engines.
 
     Raises:
-        ValueError: the file has no markers.
+        ValueError: a file lacks markers.
     """
-    text = readme.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"bench: {readme} lacks the lines {BEGIN} and {END}; add them where the section belongs")
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    write_atomically(readme, f"{head}{BEGIN}\n{section(results)}\n{END}{tail}")
+    _rewrite(readme, "bench", section(results))
+    for page in (readme, engines):
+        _rewrite(page, "runtimes", runtimes_section(results))
+
+
+def _rewrite(page: Path, name: str, section: str) -> None:
+    text, begin, end = page.read_text(), f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if begin not in text or end not in text:
+        raise ValueError(f"bench: {page} lacks the lines {begin} and {end}; add them where the section belongs")
+    head, _, rest = text.partition(begin)
+    _, _, tail = rest.partition(end)
+    write_atomically(page, f"{head}{begin}\n{section}\n{end}{tail}")
+
+
+def runtimes_section(results: Path = RESULTS) -> str:
+    """Markdown of the latest rows against inference runtimes: a table for each width and number of layers."""
+    files = [(path, Results(path)) for path in sorted(results.glob("*/runtimes-*.json"))]
+    if not files:
+        return "No results are filed yet."
+    path, found = max(files, key=lambda file: file[1].date)
+    first = found.rows[0]
+    versions = ", ".join(f"{said} {first.versions[name]}" for name, said in RUNTIMES.items() if name in first.versions)
+    lines = [
+        f"**{first.device_name}**, {found.date[:10]}, commit {first.commit}, {versions} "
+        f"(`bench/results/{path.parent.name}/{path.name}`). Median ms; x: how many times as fast as the faster runtime."
+    ]
+    for d_model, layers in sorted({(r.d_model, r.layers) for r in found.rows}):
+        members = [r for r in found.rows if (r.d_model, r.layers, r.depth) == (d_model, layers, layers)]
+        lines += ["", *_runtimes_table(f"d = {d_model}, N = {layers}", [r for r in members if not r.beside])]
+    return "\n".join(lines)
+
+
+def _runtimes_table(title: str, rows: Sequence[Row]) -> list[str]:
+    columns: list[
+        tuple[str | None, str, str]
+    ] = []  # (provider, dtype, title); without a provider: how many times as fast
+    for dtype in ("float32", "bfloat16"):
+        there = [name for name in RUNTIMES if any((r.provider, r.dtype) == (name, dtype) for r in rows)]
+        if there:
+            columns += [(name, dtype, f"{RUNTIMES[name]} {dtype}") for name in there]
+            columns += [("lcconformer", dtype, f"lcconformer {dtype}"), (None, dtype, "x")]
+    lines = [
+        "| " + " | ".join([title, *(said for _, _, said in columns)]) + " |",
+        "|---|" + "---:|" * len(columns),
+    ]
+    for batch, frames in dict.fromkeys((r.batch, r.frames) for r in rows):
+        ms = {(r.provider, r.dtype): r.median_ms for r in rows if (r.batch, r.frames) == (batch, frames)}
+        cells = [f"{batch} x {frames}"]
+        for provider, dtype, _ in columns:
+            ours = ms.get(("lcconformer", dtype))
+            best = min((ms[name, dtype] for name in RUNTIMES if (name, dtype) in ms), default=None)
+            if provider is not None:
+                cells.append(number(ms.get((provider, dtype))))
+            else:
+                cells.append("-" if ours is None or best is None else f"**{best / ours:.2f}**")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def section(results: Path = RESULTS) -> str:
@@ -60,7 +115,7 @@ def _machine(path: Path, found: Results) -> str:
         f"([rows](bench/results/{where})). Median ms; the last columns say how many times as fast lcconformer is."
     ]
     for mode in ("inference", "training"):
-        rows = [r for r in found.rows if r.mode == mode and r.depth == r.layers]
+        rows = [r for r in found.rows if r.mode == mode and r.depth == r.layers and not r.beside]
         if rows:
             lines += ["", *_table(mode, rows)]
     return "\n".join(lines)

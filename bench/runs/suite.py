@@ -83,6 +83,7 @@ def run_case(
     depths: Sequence[int] = (),
     seconds: float = 3.0,
     rounds: int | None = None,
+    beside: str = "",
     step: Callable[[str], None] = lambda text: None,
     say: Callable[[str], None] = print,
 ) -> list[Row]:
@@ -97,6 +98,7 @@ def run_case(
         results: takes rows and reasons.
         depths: further depths of lcconformer, with a row each.
         seconds, rounds: see :func:`~lcconformer.bench.core.timing.time_interleaved`.
+        beside: what else runs on the cores, for the rows.
         step: called with a description of each step: one per provider and depth, and one for the timing.
         say: called with a line for everything that is skipped, wrong or failed.
     """
@@ -117,7 +119,7 @@ def run_case(
                 memory[label] = _peak_memory(runner)
                 first |= time_interleaved({label: runner}, case.device, 0.0, MIN_ROUNDS if case.device == "cuda" else 1)
                 ready[label] = runner
-                results.add([_row(runner, first[label], memory[label], _eager(ready, first), ceilings)])
+                results.add([_row(runner, first[label], memory[label], _eager(ready, first), ceilings, beside)])
             except Skip as skip:
                 if results.skip(str(provider), str(case), str(skip)):
                     say(f"skipped  {provider}: {skip}")
@@ -133,7 +135,7 @@ def run_case(
     apart = any(runner.provider.foreign for runner in ready.values())
     timings = time_interleaved(ready, case.device, seconds, rounds, apart=apart)
     eager = _eager(ready, timings)
-    rows = [_row(runner, timings[label], memory[label], eager, ceilings) for label, runner in ready.items()]
+    rows = [_row(runner, timings[label], memory[label], eager, ceilings, beside) for label, runner in ready.items()]
     results.add(rows)
     ready.clear()
     if "torch._dynamo" in sys.modules:
@@ -156,7 +158,9 @@ def _peak_memory(runner: Runner) -> float | None:
     return None if unknown else peak_memory_mb(runner, runner.case.device)
 
 
-def _row(runner: Runner, timing: Timing, memory: float | None, eager: float | None, ceilings: Ceilings) -> Row:
+def _row(
+    runner: Runner, timing: Timing, memory: float | None, eager: float | None, ceilings: Ceilings, beside: str
+) -> Row:
     case, provider = runner.case, runner.provider
     seconds = timing.median / 1e3
     tokens = case.batch * case.frames
@@ -185,4 +189,5 @@ def _row(runner: Runner, timing: Timing, memory: float | None, eager: float | No
         gb_per_s=needed.bytes / seconds / 1e9,
         percent_of_roofline=100 * floor_ms(needed, ceilings) / timing.median,
         speedup_vs_eager=None if eager is None else eager / timing.median,
+        beside=beside,
     )

@@ -2,12 +2,14 @@
 
 #include <pybind11/stl.h>
 
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "arguments.h"
 #include "cpu/kernels.h"
+#include "cpu/pool.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -48,6 +50,17 @@ void check(const char* kernel, const S& args) {
     if constexpr (std::is_same_v<S, Convert>) {
         if (args.to_element == Element::float16) {
             throw std::invalid_argument("convert: to_element is float16; expected float32 or bfloat16");
+        }
+    }
+    if constexpr (std::is_same_v<S, RelposAttentionForward> || std::is_same_v<S, RelposAttentionPackPositions>) {
+        if (args.products == Element::float16) {
+            throw std::invalid_argument(std::string(kernel) + ": products is float16; expected float32 or bfloat16");
+        }
+    }
+    if constexpr (std::is_same_v<S, RelposAttentionForward>) {
+        if (args.products == Element::bfloat16 && args.element != Element::bfloat16) {
+            throw std::invalid_argument(std::string(kernel) +
+                                        ": products is bfloat16 and element float32; expected both bfloat16");
         }
     }
     if constexpr (std::is_same_v<S, RowsForward>) {
@@ -117,6 +130,7 @@ void bind_relpos_attention(py::module_& m) {
     add_relpos_attention(forward);
     forward.optional<&Forward::lse>("lse")
         .optional<&Forward::pos_panels>("pos_panels")
+        .optional<&Forward::products>("products")
         .optional<&Forward::own_threads>("own_threads");
 
     using Backward = RelposAttentionBackward;
@@ -141,11 +155,15 @@ void bind_relpos_attention(py::module_& m) {
         .required<&Pack::pos>("pos")
         .required<&Pack::pos_frame_stride>("pos_frame_stride")
         .required<&Pack::pos_head_stride>("pos_head_stride")
-        .required<&Pack::pos_panels>("pos_panels");
+        .required<&Pack::pos_panels>("pos_panels")
+        .required<&Pack::products>("products");
     m.def(
-        "relpos_attention_position_floats",
-        [](int64_t frames, int64_t head_dim) { return kernels().relpos_attention_position_floats(frames, head_dim); },
-        "Floats of one head's pos_panels at the SIMD level in use.", py::arg("frames"), py::arg("head_dim"));
+        "relpos_attention_position_size",
+        [](Element products, int64_t frames, int64_t head_dim) {
+            return kernels().relpos_attention_position_size(products, frames, head_dim);
+        },
+        "Elements of one head's pos_panels at the SIMD level in use.", py::arg("products"), py::arg("frames"),
+        py::arg("head_dim"));
 }
 
 template <class S>
@@ -309,6 +327,36 @@ void bind_convert(py::module_& m) {
         .required<&Convert::to>("to");
 }
 
+// Kernels of inference in their order, with copies of their arguments: one call for all of them.
+class Sequence {
+   public:
+    template <class Args>
+    void append(const char* name, const Args& args, void (*Kernels::*kernel)(const Args&)) {
+        check(name, args);
+        launches_.push_back([args, kernel] { (kernels().*kernel)(args); });
+    }
+    void run() const {
+        for (const auto& launch : launches_) launch();
+    }
+
+   private:
+    std::vector<std::function<void()>> launches_;
+};
+
+void bind_sequence(py::module_& m) {
+    py::class_<Sequence> sequence(m, "Sequence", "Kernels in their order: append(args) for each, then run()");
+    sequence.def(py::init<>());
+#define LCC_APPEND(kernel, Args)                                                                          \
+    sequence.def(                                                                                         \
+        "append", [](Sequence& self, const Args& args) { self.append(#kernel, args, &Kernels::kernel); }, \
+        py::arg("args"), py::pos_only());
+    LCC_APPEND(rows_forward, RowsForward)
+    LCC_APPEND(relpos_attention_forward, RelposAttentionForward)
+    LCC_APPEND(glu_depthwise_conv_forward, GluDepthwiseConvForward)
+#undef LCC_APPEND
+    sequence.def("run", &Sequence::run, py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 void bind(py::module_& m) {
@@ -322,6 +370,9 @@ void bind(py::module_& m) {
             return fingerprint(reinterpret_cast<const Bytes*>(parts), n, complete);
         },
         "A number that changes with n tensors, given as the address of n pairs (address, bytes) of int64.");
+    m.def("wake_helpers", &wake_helpers,
+          "Wake the threads of the inference kernels, for a launch that is about to come.",
+          py::call_guard<py::gil_scoped_release>());
     m.attr("PANEL_COLUMNS") = kPanelColumns;
     m.attr("TILE_ROWS") = kTileRows;
 
@@ -339,6 +390,7 @@ void bind(py::module_& m) {
     });
     LCC_KERNELS(LCC_BIND)
 #undef LCC_BIND
+    bind_sequence(m);
 }
 
 }  // namespace lcc::cpu

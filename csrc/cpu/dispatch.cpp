@@ -5,12 +5,12 @@
 #include "cpu/kernels.h"
 
 #define LCC_DECLARE(kernel, Arguments) void kernel(const Arguments&);
-#define LCC_DECLARE_LEVEL(level)                                \
-    namespace lcc::cpu {                                        \
-    namespace level {                                           \
-    LCC_KERNELS(LCC_DECLARE)                                    \
-    int64_t relpos_attention_position_floats(int64_t, int64_t); \
-    }                                                           \
+#define LCC_DECLARE_LEVEL(level)                                       \
+    namespace lcc::cpu {                                               \
+    namespace level {                                                  \
+    LCC_KERNELS(LCC_DECLARE)                                           \
+    int64_t relpos_attention_position_size(Element, int64_t, int64_t); \
+    }                                                                  \
     }
 
 LCC_DECLARE_LEVEL(generic)
@@ -31,13 +31,13 @@ struct Level {
 
 #define LCC_NAME(kernel, Arguments) kernel,
 // the functions of a level in the order of Kernels
-#define LCC_TABLE(level)                     \
-    Kernels table_of_##level() {             \
-        using namespace level;               \
-        return {                             \
-            LCC_KERNELS(LCC_NAME)            \
-            relpos_attention_position_floats \
-        };                                   \
+#define LCC_TABLE(level)                   \
+    Kernels table_of_##level() {           \
+        using namespace level;             \
+        return {                           \
+            LCC_KERNELS(LCC_NAME)          \
+            relpos_attention_position_size \
+        };                                 \
     }
 
 LCC_TABLE(generic)

@@ -46,7 +46,9 @@ struct RelposAttention {
 
 // lse may be null: not wanted
 struct RelposAttentionForward : RelposAttention {
-    const float* pos_panels;   // pos as relpos_attention_pack_positions leaves it, instead of pos
+    const void* pos_panels;  // pos as relpos_attention_pack_positions leaves it, instead of pos
+    // of the operands of the three products, summed up in float32; bfloat16 with elements of bfloat16 alone
+    Element products = Element::float32;
     bool own_threads = false;  // for a call between others of ours alone: the threads of pool.h instead of OpenMP's
 };
 
@@ -61,7 +63,8 @@ struct RelposAttentionPackPositions {
     int64_t frames, heads, head_dim;  // T, H, D
     const void* pos;                  // [2T-1, H, D]
     int64_t pos_frame_stride, pos_head_stride;
-    float* pos_panels;  // [H, relpos_attention_position_floats(T, D)]
+    void* pos_panels;  // [H, relpos_attention_position_size(products, T, D)] of `products`
+    Element products;  // of the attention that they are for
     int threads;
 };
 
@@ -216,7 +219,8 @@ struct Kernels {
 #define LCC_MEMBER(kernel, Arguments) void (*kernel)(const Arguments&);
     LCC_KERNELS(LCC_MEMBER)
 #undef LCC_MEMBER
-    int64_t (*relpos_attention_position_floats)(int64_t frames, int64_t head_dim);  // of one head's pos_panels
+    // elements of one head's pos_panels
+    int64_t (*relpos_attention_position_size)(Element products, int64_t frames, int64_t head_dim);
 };
 
 const Kernels& kernels();

@@ -69,6 +69,15 @@ class Pool {
         }
     }
 
+    void wake() {
+        std::unique_lock<std::mutex> only(caller_, std::try_to_lock);
+        if (sleeping_.load() == 0 || !only.owns_lock()) return;
+        leave_this_core();
+        std::lock_guard<std::mutex> lock(mutex_);
+        calls_++;
+        work_.notify_all();
+    }
+
    private:
     // gate_: helpers at work on the job, in the bits below kOpen; whether more may join; the job's number
     static constexpr uint64_t kOpen = uint64_t{1} << 15, kEpoch = uint64_t{1} << 16;
@@ -114,9 +123,11 @@ class Pool {
         for (;;) {
             if (!spin(fresh)) {
                 std::unique_lock<std::mutex> lock(mutex_);
+                const uint64_t calls = calls_;
                 sleeping_++;
-                work_.wait(lock, fresh);
+                work_.wait(lock, [&] { return calls_ != calls || fresh(); });
                 sleeping_--;
+                if (!fresh()) continue;  // spin for it
             }
             uint64_t gate = gate_.load();
             if ((gate & kOpen) == 0 || !gate_.compare_exchange_strong(gate, gate + 1)) continue;
@@ -145,6 +156,7 @@ class Pool {
 
     std::mutex mutex_;  // of those who sleep
     std::condition_variable work_, done_;
+    uint64_t calls_ = 0;  // of wake
     std::atomic<int> sleeping_{0};
 };
 
@@ -153,16 +165,22 @@ Pool* pool;
 // A child of fork has the memory, but none of the threads: it gets a pool of its own, and leaves the old one as it is.
 void renew() { pool = new Pool; }
 
-}  // namespace
-
-void run_chunks(int threads, int64_t n, void (*chunk)(const void*, int, int64_t), const void* context) {
+Pool& the_pool() {
     static const bool ready = [] {
         renew();
         pthread_atfork(nullptr, nullptr, renew);
         return true;
     }();
     (void)ready;
-    pool->run(threads, n, chunk, context);
+    return *pool;
 }
+
+}  // namespace
+
+void run_chunks(int threads, int64_t n, void (*chunk)(const void*, int, int64_t), const void* context) {
+    the_pool().run(threads, n, chunk, context);
+}
+
+void wake_helpers() { the_pool().wake(); }
 
 }  // namespace lcc::cpu

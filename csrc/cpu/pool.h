@@ -15,4 +15,7 @@ namespace lcc::cpu {
 // other.
 void run_chunks(int threads, int64_t n, void (*chunk)(const void* context, int slot, int64_t i), const void* context);
 
+// Helpers that sleep are woken, for work that is about to come.
+void wake_helpers();
+
 }  // namespace lcc::cpu

@@ -24,7 +24,7 @@ from lcconformer.ops.registry import Choice, forced_backend, strict
 from lcconformer.packing import Packing
 from lcconformer.stack import LayerStack
 
-from . import captured, inference, modules, training
+from . import captured, inference, modules, training, watch
 from .captured import captured_training
 from .kernels import explain_ops
 
@@ -135,8 +135,9 @@ def decide(
         kernels, changeable = training.kernels_or_reasons(stack, x, explaining)
         slower = training.slower(x, kernels)
     else:
-        chosen += inference.chosen(stack, x, packed)
-        changeable = inference.reasons(stack, x)
+        layers = watch.watch(stack)
+        chosen += inference.chosen(stack, layers, x, packed)
+        changeable = inference.reasons(layers, x)
         slower = inference.slower(x)
     against = (*chosen, *changeable, *(slower if want == "auto" else ()))
     if against:

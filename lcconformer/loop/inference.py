@@ -1,16 +1,17 @@
 """The inference engine: on a GPU a chain of kernels (:mod:`.chain`), or the modules, as CUDA graphs (:mod:`.graphs`); on a CPU
 five kernels a loop on packed weights (:mod:`.weights`).
 
-On the CPU a loop is five kernels in buffers made once per call: rows (feed-forward, norm, projection), attention, rows,
-convolution, rows.  The residual stream, norms, scores and sums are float32 whatever the dtype of the stack; the matrices of a
-bfloat16 stack are multiplied in bfloat16 where the processor has instructions for it, else in float32.  A frame gets the same
-bits in any batch.  The kernels run on threads of their own (csrc/cpu/pool.h).
+On the CPU a loop is five kernels in one call into C++: rows (feed-forward, norm, projection), attention, rows, convolution,
+rows.  Their buffers are made once per call, or, for few frames, kept for the next call of the same shape.  The residual
+stream, norms, softmax and sums are float32 whatever the dtype of the stack; the products of a bfloat16 stack, with its
+matrices and in attention, are those of bfloat16 where the processor has instructions for it, else of float32.  A frame gets
+the same bits in any batch.  The kernels run on threads of their own (csrc/cpu/pool.h).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -25,23 +26,25 @@ from lcconformer.stack import LayerStack
 
 from . import chain, graphs, weights
 from .kernels import explain_ops
-from .watch import watch
+from .watch import Watch
 from .weights import FeedForward, PackedLayer, padded_columns
 
-__all__ = ["OP", "Launch", "Loop", "chosen", "convert", "explain", "reasons", "run", "run_layer", "slower"]
+__all__ = ["OP", "Loop", "chosen", "convert", "explain", "reasons", "run", "run_layer", "slower"]
 
 OP = "shared_loop"
 
 _IN_BFLOAT16 = "cpu with products of bfloat16"
 _NO_BFLOAT16 = "this processor has no AVX512-BF16; the products are in float32"
 
-Launch = Callable[[Any], None]  # a kernel of csrc/cpu
+# frames of a batch up to which buffers and arguments are kept, and of how many shapes: making them took 4% of a call of 16
+# frames (bfloat16, EPYC 9004, two threads)
+_KEPT_FRAMES, _KEPT_SHAPES = 128, 4
 
 
-def chosen(stack: LayerStack, x: Tensor, packed: bool) -> list[str]:
+def chosen(stack: LayerStack, layers: Watch, x: Tensor, packed: bool) -> list[str]:
     """Return what rules this engine out and was chosen for its own sake: modes of the call, and the encoder's config."""
     found = []
-    if watch(stack).trains():
+    if layers.trains():
         found.append("a module is in training mode")
     if torch.is_autocast_enabled(x.device.type):
         found.append("autocast is on")
@@ -60,9 +63,8 @@ def chosen(stack: LayerStack, x: Tensor, packed: bool) -> list[str]:
     return found
 
 
-def reasons(stack: LayerStack, x: Tensor) -> list[str]:
+def reasons(layers: Watch, x: Tensor) -> list[str]:
     """Return what else keeps this engine from the loops of ``x [B, T, d_model]`` and could be changed; empty: nothing."""
-    layers = watch(stack)
     found = layers.changed() or layers.unfit(x.dtype)
     return found if x.device.type == "cuda" else found + cpu_reasons(x.device, x.dtype)
 
@@ -108,8 +110,17 @@ def run(
     if x.device.type == "cuda":
         return graphs.run(stack, x, padded(lengths), depth, return_hidden_states)
     note(Choice(OP, "cpu"))
+    if torch.get_num_threads() > 1:
+        # they wake up while the weights are compared
+        cpu_kernels().wake_helpers()
     layers = weights.packed(stack, depth, x.shape[0] * x.shape[1])
-    loop = Loop(stack.config, x, lengths, layers[0].dtype)
+    kept, key = layers[0].kept, _key(x, lengths)
+    loop = None if key is None else kept.pop(key, None)
+    if loop is None:
+        # buffers that are kept must be writable in calls that are not in inference mode, too
+        with torch.inference_mode(torch.is_inference_mode_enabled() and key is None):
+            loop = Loop(stack.config, x, lengths, layers[0].dtype)
+    loop.enter(x, lengths)
     outputs = []
     for k, layer in enumerate(layers):
         if stack.conditioning is not None:
@@ -117,14 +128,27 @@ def run(
         loop.step(layer)
         last = k == depth - 1
         if return_hidden_states or last:
-            outputs.append(loop.x if last and x.dtype == torch.float32 else convert(loop.x, x.dtype))
+            own = last and x.dtype == torch.float32 and key is None
+            outputs.append(loop.x if own else convert(loop.x, x.dtype))
+    if key is not None:
+        if len(kept) >= _KEPT_SHAPES:
+            kept.clear()
+        kept[key] = loop
     return outputs
+
+
+def _key(x: Tensor, lengths: Tensor | Packing | None) -> tuple | None:
+    """Return what buffers and arguments depend on beside the packed weights; None: they are not kept."""
+    if isinstance(lengths, Packing) or x.shape[0] * x.shape[1] > _KEPT_FRAMES:
+        return None
+    return (*x.shape, lengths is None, torch.get_num_threads(), cpu_kernels().simd_level())
 
 
 def run_layer(config: ConformerConfig, layer: PackedLayer, x: Tensor, lengths: Tensor | None) -> Tensor:
     """Run one packed layer on the CPU: float32 ``[B, T, d_model] -> [B, T, d_model]``."""
     note(Choice(OP, "cpu"))
     loop = Loop(config, x, lengths, layer.dtype)
+    loop.enter(x, lengths)
     loop.step(layer)
     return loop.x
 
@@ -133,15 +157,23 @@ def convert(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a contiguous copy of ``x``, float32 or bfloat16, in ``dtype``, likewise; made by the threads of the kernels."""
     x = x.contiguous()
     to = torch.empty_like(x, dtype=dtype)
+    _copy(x, to)
+    return to
+
+
+def _copy(x: Tensor, to: Tensor) -> None:
+    """Write ``x`` to ``to``, both contiguous."""
     cpu = cpu_kernels()
     cpu.convert(
         cpu.Convert(**common(x), to_element=common(to)["element"], size=x.numel(), from_=pointer(x), to=pointer(to))
     )
-    return to
 
 
 class Loop:
-    """The residual stream of one call, its buffers, and the kernels of each layer with their arguments."""
+    """The residual stream of a call, its buffers, and the kernels of each layer with their arguments.
+
+    :meth:`enter` starts a call; the inputs of all calls have one shape, and lengths or none.
+    """
 
     def __init__(
         self, config: ConformerConfig, x: Tensor, lengths: Tensor | Packing | None, dtype: torch.dtype
@@ -153,13 +185,12 @@ class Loop:
         def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="cpu")
 
-        self.x = convert(x, torch.float32)
-        self.lengths, self.ends, self.sizes = None, None, {"batch": b, "frames": t}
+        self.x = empty(b, t, d, dtype=torch.float32)
+        self.ends, self.sizes = None, {"batch": b, "frames": t}
+        self.lengths = empty(b, dtype=torch.int64) if isinstance(lengths, Tensor) else None
         if isinstance(lengths, Packing):
             self.ends = i64(lengths.cu_seqlens)
             self.sizes = {"batch": len(lengths.cu_seqlens) - 1, "frames": lengths.longest}
-        else:
-            self.lengths = i64(lengths)
         # the last tile of rows may reach beyond the last frame
         rows = b * t + cpu.TILE_ROWS
         self.wide = empty(rows, padded_columns(3 * d))  # queries, keys, values; or values and gates
@@ -168,19 +199,36 @@ class Loop:
             self.before_norm = empty(b, t, d)
             self.mean, self.var = empty(2, b, config.conv_norm_groups, dtype=torch.float32)
         self.common = common(self.branch)
-        self.launches: dict[int, list[tuple[Launch, Any]]] = {}  # of each layer, by its id
-        self.panels: list[Tensor | None] = []  # positions that launches hold the address of
+        self.steps: dict[int, list[Callable[[], None]]] = {}  # of each layer, by its id
+        self.panels: list[Tensor | None] = []  # positions that steps hold the address of
+
+    def enter(self, x: Tensor, lengths: Tensor | Packing | None) -> None:
+        """Take the input ``x [B, T, d_model]`` and the lengths of a call."""
+        _copy(x.contiguous(), self.x)
+        if self.lengths is not None and isinstance(lengths, Tensor):
+            self.lengths.copy_(lengths)
 
     def step(self, layer: PackedLayer) -> None:
         """Run one loop in place."""
-        launches = self.launches.get(id(layer))
-        if launches is None:
-            launches = self.launches[id(layer)] = list(self._launches(layer))
-        for kernel, args in launches:
-            kernel(args)
+        steps = self.steps.get(id(layer))
+        if steps is None:
+            steps = self.steps[id(layer)] = list(self._steps(layer))
+        for run in steps:
+            run()
 
-    def _launches(self, layer: PackedLayer) -> Iterator[tuple[Launch, Any]]:
-        """Yield the kernels of one loop in order, each with its arguments."""
+    def _steps(self, layer: PackedLayer) -> Iterator[Callable[[], None]]:
+        """Yield what makes one loop: kernels that follow one another are one call."""
+        for by_python, parts in groupby(self._parts(layer), callable):
+            if by_python:
+                yield from parts
+                continue
+            sequence = self.cpu.Sequence()
+            for args in parts:
+                sequence.append(args)
+            yield sequence.run
+
+    def _parts(self, layer: PackedLayer) -> Iterator[Any]:
+        """Yield the parts of one loop in order: arguments of a kernel, or a function that takes none."""
         attention, conv, ffn1, ffn2 = layer.attention, layer.conv, layer.ffn1, layer.ffn2
         middle = [
             (attention.norm, attention.qkv, self._attention, attention.out),
@@ -195,11 +243,11 @@ class Loop:
         yield from second(layer)
         yield self._rows(ffn2, merge=next_merge.args, norm=layer.norm.args)
 
-    def _rows(self, ffn: FeedForward | None = None, **parts: Any) -> tuple[Launch, Any]:
+    def _rows(self, ffn: FeedForward | None = None, **parts: Any) -> Any:
         _, _, d = self.x.shape
         if ffn is not None:
             parts |= {"hidden_norm": ffn.norm.args, "up": ffn.up.args, "down": ffn.down.args}
-        args = self.cpu.RowsForward(
+        return self.cpu.RowsForward(
             **self.common,
             rows=self.x.shape[0] * self.x.shape[1],
             columns=d,
@@ -210,16 +258,15 @@ class Loop:
             eps=self.config.layer_norm_eps,
             **parts,
         )
-        return self.cpu.rows_forward, args
 
-    def _attention(self, layer: PackedLayer) -> Iterator[tuple[Launch, Any]]:
+    def _attention(self, layer: PackedLayer) -> Iterator[Any]:
         b, t, d = self.x.shape
         h, pitch, attention = self.config.num_heads, self.wide.stride(0), layer.attention
         panels = layer.position_panels(self.sizes["frames"])
         self.panels.append(panels)
         strides = {"batch_stride": t * pitch, "frame_stride": pitch, "head_stride": d // h}
         q, k, v = (self.cpu.Heads(data=pointer(self.wide, i * d), **strides) for i in range(3))
-        args = self.cpu.RelposAttentionForward(
+        yield self.cpu.RelposAttentionForward(
             **self.common,
             **self.sizes,
             heads=h,
@@ -234,11 +281,11 @@ class Loop:
             cu_seqlens=pointer(self.ends),
             out=pointer(self.branch),
             pos_panels=pointer(panels),
+            products=self.common["element"],
             own_threads=True,
         )
-        yield self.cpu.relpos_attention_forward, args
 
-    def _convolutions(self, layer: PackedLayer) -> Iterator[tuple[Launch, Any]]:
+    def _convolutions(self, layer: PackedLayer) -> Iterator[Any]:
         b, t, d = self.x.shape
         x, out = self.wide[: b * t, : 2 * d], self.branch[: b * t]
         if self.ends is None:
@@ -250,14 +297,14 @@ class Loop:
             if first < end:
                 yield self._convolution(layer, x[None, first:end], out[None, first:end], None)
 
-    def _convolution(self, layer: PackedLayer, x: Tensor, out: Tensor, lengths: Tensor | None) -> tuple[Launch, Any]:
-        """Return the kernel from ``x [B, T, 2 d_model]`` to ``out [B, T, d_model]``, contiguous."""
+    def _convolution(self, layer: PackedLayer, x: Tensor, out: Tensor, lengths: Tensor | None) -> Any:
+        """Return the arguments of the kernel from ``x [B, T, 2 d_model]`` to ``out [B, T, d_model]``, contiguous."""
         config, conv, (batch, frames, d) = self.config, layer.conv, out.shape
         norm = conv.depthwise_norm
         statistics = {}
         if config.conv_norm == "group":
             statistics = {"y": pointer(self.before_norm), "mean": pointer(self.mean), "var": pointer(self.var)}
-        args = self.cpu.GluDepthwiseConvForward(
+        return self.cpu.GluDepthwiseConvForward(
             **self.common,
             batch=batch,
             frames=frames,
@@ -279,4 +326,3 @@ class Loop:
             own_threads=True,
             **statistics,
         )
-        return self.cpu.glu_depthwise_conv_forward, args

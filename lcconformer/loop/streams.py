@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from lcconformer.ops.registry import Choice, note
 from lcconformer.stack import LayerStack
 
 from . import weights
-from .inference import OP, Launch, Loop, convert
+from .inference import OP, Loop, convert
 from .weights import PackedLayer
 
 __all__ = ["run"]
@@ -32,6 +33,7 @@ def run(
     note(Choice(OP, "cpu"))
     layers = weights.packed(stack, len(pasts), x.shape[0] * x.shape[1])
     loop = _Streams(stack.config, x, layers[0].dtype)
+    loop.enter(x, None)
     after = []
     for k, (layer, past) in enumerate(zip(layers, pasts, strict=True)):
         if stack.conditioning is not None:
@@ -60,11 +62,11 @@ class _Streams(Loop):
         b, q, d = self.x.shape
         self.branch[: b * q].view(b, q, d).copy_(y)
 
-    def _attention(self, layer: PackedLayer) -> Iterator[tuple[Launch, Any]]:
-        yield self._attend, layer
+    def _attention(self, layer: PackedLayer) -> Iterator[Any]:
+        yield functools.partial(self._attend, layer)
 
-    def _convolutions(self, layer: PackedLayer) -> Iterator[tuple[Launch, Any]]:
-        yield self._convolve, layer
+    def _convolutions(self, layer: PackedLayer) -> Iterator[Any]:
+        yield functools.partial(self._convolve, layer)
 
     def _attend(self, layer: PackedLayer) -> None:
         d = self.x.shape[2]
@@ -80,6 +82,5 @@ class _Streams(Loop):
         d = self.x.shape[2]
         y, lengths = self.blocks.extend(self._read(2 * d))
         out = y.new_empty(*y.shape[:2], d)
-        kernel, args = self._convolution(layer, y, out, lengths)
-        kernel(args)
+        self.cpu.glu_depthwise_conv_forward(self._convolution(layer, y, out, lengths))
         self._write(out[:, self.blocks.chunking.reach :])

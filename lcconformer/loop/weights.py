@@ -142,6 +142,8 @@ class PackedLayer:
     norm: Affine
     heads: int
     dtype: torch.dtype
+    # what calls of few frames work in, kept by the engine for their next: inference.Loop by shape
+    kept: dict[tuple, Any] = field(default_factory=dict, repr=False)
     # grow-only: rows of positions Tmax-1 ... -(Tmax-1), [2 Tmax - 1, d_model padded]
     _positions: Tensor | None = field(default=None, repr=False)
     # of the latest T: (T, SIMD level, panels of each head)
@@ -166,7 +168,9 @@ class PackedLayer:
             return kept[2]
         rows = self.positions(frames)
         width = self.attention.pos.columns // self.heads
-        panels = rows.new_empty(self.heads * cpu.relpos_attention_position_floats(frames, width))
+        products = common(self.attention.qkv.panels)["element"]
+        size = self.heads * cpu.relpos_attention_position_size(products, frames, width)
+        panels = rows.new_empty(size, dtype=self.dtype)
         args = cpu.RelposAttentionPackPositions(
             **common(rows),
             frames=frames,
@@ -176,6 +180,7 @@ class PackedLayer:
             pos_frame_stride=rows.stride(0),
             pos_head_stride=width,
             pos_panels=pointer(panels),
+            products=products,
         )
         cpu.relpos_attention_pack_positions(args)
         self._panels = (frames, level, panels)
@@ -329,10 +334,10 @@ class _Packed:
         same = watch is self._watch and watch.state() == self._state
         return same and self._values.holds(complete)
 
-    def layer(self, stack: LayerStack, k: int) -> PackedLayer:
+    def layer(self, stack: LayerStack, k: int, apart: bool) -> PackedLayer:
         """Return the packed layer of loop ``k``: one per unique layer, or per loop where depths have weights of their own."""
         index = stack.layer_map[k]
-        key = (index, k if tells_depths_apart(stack.config) else -1)
+        key = (index, k if apart else -1)
         if key not in self.layers:
             self.layers[key] = pack(stack.layers[index], stack.overrides(k))
         return self.layers[key]
@@ -354,7 +359,8 @@ def packed(stack: LayerStack, depth: int, frames: int) -> list[PackedLayer]:
         forget(stack)
         if kept.cacheable:
             _kept[stack] = kept
-    return [kept.layer(stack, k) for k in range(depth)]
+    apart = tells_depths_apart(stack.config)
+    return [kept.layer(stack, k, apart) for k in range(depth)]
 
 
 def forget(stack: LayerStack) -> None:

@@ -106,7 +106,6 @@ def test_an_interruption_in_a_callback_is_not_lost(tmp_path):
         (["--layers", "-1"], "--layers is -1; expected an integer from 1"),
         (["--json", "."], "--json is ., which is a folder"),
         (["--contention", "many"], "--contention is 'many'; expected a number of busy threads, 1 to 1024, or torch"),
-        (["--contention", "1", "--json", "rows.json"], "rows would not say what ran beside them"),
         (["--plot", "/dev/null/x"], "is no folder that can be written to"),
     ],
 )

@@ -6,11 +6,12 @@ import multiprocessing
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
-from .cpu_kernels import kernels
+from .cpu_kernels import CPU, kernels
 from .test_cpu_rows import PARTS, make, run
 
 
@@ -78,3 +79,39 @@ def test_helpers_wake_up_on_other_cores_than_the_caller_s():
     assert first == second
     assert len(first) == len(os.sched_getaffinity(0)) - 1
     assert set(first) < os.sched_getaffinity(0)
+
+
+def _ran_for(queue, v, alone) -> None:
+    def nanoseconds() -> dict[str, int]:
+        threads = set(os.listdir("/proc/self/task")) - {str(os.getpid())}
+        return {t: int(Path(f"/proc/self/task/{t}/schedstat").read_text().split()[0]) for t in threads}
+
+    run(v, PARTS, threads=3)
+    longest = dict.fromkeys(nanoseconds(), 0)
+    for _ in range(20):
+        time.sleep(0.02)  # they sleep by now
+        before = nanoseconds()
+        CPU.wake_helpers()
+        time.sleep(0.02)
+        longest = {t: max(longest[t], now - before[t]) for t, now in nanoseconds().items()}
+    same = all(all(map(torch.equal, run(v, PARTS, threads=3), alone)) for _ in range(3))
+    queue.put((same, sorted(longest.values())))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason="reads how long threads ran as Linux counts it")
+def test_helpers_are_woken_ahead_of_work():
+    """They wait for it as they do after a kernel, 100 us long, and go back to sleep without any."""
+    v = make(203, 24, 300, 40)
+    CPU.wake_helpers()
+    with kernels(None, 1):
+        alone = run(v, PARTS, threads=3)
+        fork = multiprocessing.get_context("fork")
+        queue = fork.SimpleQueue()
+        child = fork.Process(target=_ran_for, args=(queue, v, alone), daemon=True)
+        child.start()
+        child.join(120)
+        assert child.exitcode == 0, "the child hangs, or failed"
+        same, longest = queue.get()
+    assert same
+    assert len(longest) == 2
+    assert 60_000 < longest[0] <= longest[1] < 10_000_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from lcconformer import ops
 from lcconformer.ops.dropout import dropout_seed
 from lcconformer.ops.relpos_attention import relpos_attention_reference
 from lcconformer.ops.relpos_attention.arguments import RelposAttention
-from lcconformer.ops.relpos_attention.cpu import forward
+from lcconformer.ops.relpos_attention.cpu import _inputs, forward
 
-from .cpu_kernels import FRAMES, LEVELS, kernels, run
+from .cpu_kernels import CPU, FRAMES, LEVELS, kernels, run
 from .dropout import keep_factor
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -165,3 +166,122 @@ def test_what_the_kernels_cannot_serve_is_said():
     inputs = make_inputs(1, 5, 1, 16)
     with kernels(), pytest.raises(NotImplementedError, match=r"dtype torch\.float64 is not one of float32, bfloat16"):
         ops.relpos_attention(*inputs)
+
+
+# --- the inference engine's products of bfloat16 ---------------------------------------------------------------------
+
+
+def by_pairs(inputs: list[Tensor | None], level=None, threads: int = 2, panels: bool = False, **options: Any) -> Tensor:
+    """The output, bfloat16, with products of bfloat16; with ``panels`` positions are packed beforehand, from float32."""
+    q, k, v, pos, u, v_bias = (x if x is None else x.bfloat16() for x in inputs)
+    u, v_bias = (x if x is None else x.float() for x in (u, v_bias))
+    products = CPU.Element.bfloat16
+    with kernels(level, threads):
+        arguments = _inputs(q, k, v, pos, u, v_bias, options.get("lengths"), options.get("cu_seqlens"), None, 0.0)
+        if panels:
+            t, h, d = arguments["frames"], *q.shape[-2:]
+            wide = pos.float()
+            packed = torch.full((h * CPU.relpos_attention_position_size(products, t, d),), torch.nan).bfloat16()
+            CPU.relpos_attention_pack_positions(
+                CPU.RelposAttentionPackPositions(
+                    element=CPU.Element.float32, products=products, frames=t, heads=h, head_dim=d, threads=threads,
+                    pos=wide.data_ptr(), pos_frame_stride=h * d, pos_head_stride=d, pos_panels=packed.data_ptr(),
+                )
+            )  # fmt: skip
+            arguments |= {"pos": 0, "pos_panels": packed.data_ptr()}
+        out = torch.full(q.shape, torch.nan, dtype=torch.bfloat16)
+        args = CPU.RelposAttentionForward(**arguments, products=products, own_threads=True, out=out.data_ptr())
+        CPU.relpos_attention_forward(args)
+    return out
+
+
+def check_by_pairs(assert_close, inputs: list[Tensor | None], level=None, **options) -> None:
+    rounded = [x if x is None else x.bfloat16() for x in inputs]
+    exact = [x if x is None else x.double() for x in rounded]
+    ref, low = (relpos_attention_reference(*x, **options) for x in (exact, rounded))
+    assert_close("out", by_pairs(inputs, level, **options), ref, low, 2)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("t", [*FRAMES, 190, 433])
+def test_odd_lengths_by_pairs(assert_close, level, t):
+    check_by_pairs(assert_close, make_inputs(3, t, 2, 16), level, lengths=torch.tensor([t, t // 2, 0]))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("d", [2, 16, 20, 33, 64, 128])
+def test_head_widths_by_pairs(assert_close, level, d):
+    check_by_pairs(assert_close, make_inputs(1, 61, 2, d), level)
+
+
+def test_products_by_pairs_are_those_of_float32_but_for_their_rounding():
+    """With inputs and weights that bfloat16 holds exactly, all that is rounded is the output."""
+    inputs = make_inputs(1, 150, 2, 16)
+    inputs[0].zero_(), inputs[4].zero_(), inputs[5].zero_()  # every weight is equal, a power of 2
+    inputs[2] = inputs[2].bfloat16().double()
+    lengths = torch.tensor([128])
+    out = by_pairs(inputs, lengths=lengths)
+    assert torch.allclose(out.double(), inputs[2][:, :128].mean(1, keepdim=True).expand_as(out), rtol=2**-8, atol=1e-7)
+
+
+def test_packed_utterances_by_pairs_are_each_alone(assert_close):
+    lengths, t = [50, 0, 7, 211], 220
+    inputs = [torch.randn(sum(lengths), 2, 16, dtype=torch.float64) for _ in range(3)] + make_inputs(1, t, 2, 16)[3:]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    check_by_pairs(assert_close, inputs, cu_seqlens=cu_seqlens)
+    whole, (first, end) = by_pairs(inputs, cu_seqlens=cu_seqlens), (50, 57)
+    alone = by_pairs([x[first:end] for x in inputs[:3]] + inputs[3:], cu_seqlens=torch.tensor([0, 7]))
+    assert torch.equal(whole[first:end], alone)
+
+
+def test_plain_attention_by_pairs(assert_close):
+    inputs = [*make_inputs(2, 70, 2, 16)[:3], None, None, None]
+    check_by_pairs(assert_close, inputs, lengths=torch.tensor([70, 31]))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_padding_never_leaks_by_pairs(level):
+    """An odd number of keys: the last one's neighbour in its pair is padding."""
+    inputs = make_inputs(2, 90, 2, 16)
+    lengths = torch.tensor([90, 41])
+    clean = by_pairs(inputs, level, lengths=lengths)
+    for x in inputs[:3]:
+        x[1, 41:] = float("nan")
+    dirty = by_pairs(inputs, level, lengths=lengths)
+    assert torch.equal(dirty[0], clean[0])
+    assert torch.equal(dirty[1, :41], clean[1, :41])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("d", [24, 33])
+def test_same_bits_by_pairs(level, d):
+    """On any number of threads, in any batch, with positions packed beforehand or not."""
+    inputs = make_inputs(3, 203, 2, d)
+    lengths = torch.tensor([203, 60, 111])
+    outs = [by_pairs(inputs, level, threads, panels, lengths=lengths) for threads in (1, 2, 5) for panels in (0, 1)]
+    assert all(torch.equal(outs[0], other) for other in outs[1:])
+    alone = by_pairs([x[1:2] for x in inputs[:3]] + inputs[3:], level, lengths=lengths[1:2])
+    assert torch.equal(outs[0][1:2], alone)
+
+
+def test_large_scores_stay_finite_by_pairs(assert_close):
+    inputs = make_inputs(1, 250, 1, 16)
+    inputs[0] *= 100
+    check_by_pairs(assert_close, inputs)
+
+
+@pytest.mark.parametrize(
+    ("element", "products", "said"),
+    [
+        ("float32", "bfloat16", "products is bfloat16 and element float32; expected both bfloat16"),
+        ("bfloat16", "float16", "products is float16; expected float32 or bfloat16"),
+    ],
+)
+def test_other_products_are_refused(element, products, said):
+    heads = CPU.Heads(data=64, batch_stride=0, frame_stride=0, head_stride=0)
+    args = CPU.RelposAttentionForward(
+        element=getattr(CPU.Element, element), products=getattr(CPU.Element, products), batch=0, frames=0, heads=0,
+        head_dim=0, total_frames=0, threads=1, q=heads, k=heads, v=heads, out=0,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=said):
+        CPU.relpos_attention_forward(args)

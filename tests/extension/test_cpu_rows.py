@@ -189,8 +189,10 @@ def test_packed_positions_give_the_same_bits():
             outs, lse = torch.full((2, b, t, h, d), torch.nan), torch.empty(h, b * t)
             args = CPU.RelposAttentionForward(**inputs, **position, out=outs[0].data_ptr(), lse=lse.data_ptr())
             CPU.relpos_attention_forward(args)
-            panels = torch.full((h * CPU.relpos_attention_position_floats(t, d),), torch.nan)
-            packed = CPU.RelposAttentionPackPositions(**sizes, **position, pos_panels=panels.data_ptr())
+            panels = torch.full((h * CPU.relpos_attention_position_size(CPU.Element.float32, t, d),), torch.nan)
+            packed = CPU.RelposAttentionPackPositions(
+                **sizes, **position, pos_panels=panels.data_ptr(), products=CPU.Element.float32
+            )
             CPU.relpos_attention_pack_positions(packed)
             # the same object, changed
             args.pos, args.pos_panels, args.lse, args.out = 0, panels.data_ptr(), 0, outs[1].data_ptr()

@@ -34,7 +34,7 @@ def sanitized_module(gxx: str) -> Path:
 
     python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", "-fvisibility=hidden"]
     units = [(source, python) for source in (HERE / "sanitized_cpu_module.cpp", CSRC / "cpu/bindings.cpp")]
-    units += [(CSRC / "cpu" / name, []) for name in ("dispatch.cpp", "fingerprint.cpp", "pool.cpp")]
+    units += [(CSRC / "cpu" / name, []) for name in ("dispatch.cpp", "fingerprint.cpp", "pool.cpp", "workspace.cpp")]
     for source in sorted(CSRC.glob("cpu/simd/*.cpp")):
         for level, flags in toolchain.simd_levels().items():
             units.append((source, [*SANITIZE, "-fopenmp", f"-DLCC_SIMD={level}", *flags]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
 
 import pytest
 import torch
@@ -76,7 +78,7 @@ OPTIONS: dict[str, dict] = {
 
 @pytest.mark.parametrize(("changes", "layers"), [({}, 1), ({"sharing": "none"}, 3), ({"conditioning": ("lora",)}, 3)])
 def test_arguments_are_made_once_for_each_layer(monkeypatch, changes, layers):
-    """And launched again in every loop of the layer."""
+    """And launched again in every loop of the layer; for few frames, in every call."""
     made: dict[str, int] = {}
 
     def count(name: str):
@@ -88,13 +90,94 @@ def test_arguments_are_made_once_for_each_layer(monkeypatch, changes, layers):
 
         return counted
 
-    encoder, x = make_encoder(**changes), torch.randn(1, 5, 24)
+    encoder, few, many = make_encoder(**changes), torch.randn(1, 5, 24), torch.randn(2, 90, 24)
     with torch.no_grad(), engine("loop"):
-        out = encoder(x)[0]
+        of_few, of_many = encoder(few)[0], encoder(many)[0]
         for name in ("RowsForward", "RelposAttentionForward", "GluDepthwiseConvForward"):
             monkeypatch.setattr(CPU, name, count(name))
-        assert torch.equal(encoder(x)[0], out)
+        assert torch.equal(encoder(few)[0], of_few)
+        assert not made
+        assert torch.equal(encoder(many)[0], of_many)
     assert made == {"RowsForward": 3 * layers, "RelposAttentionForward": layers, "GluDepthwiseConvForward": layers}
+
+
+def test_a_loop_is_one_call_into_cxx(monkeypatch):
+    ran = []
+
+    class Counted(CPU.Sequence):
+        def run(self):
+            ran.append(self)
+            super().run()
+
+    encoder, x = make_encoder(), torch.randn(2, 90, 24)
+    with torch.no_grad(), engine("loop"):
+        out = encoder(x)[0]
+        monkeypatch.setattr(CPU, "Sequence", Counted)
+        assert torch.equal(encoder(x)[0], out)
+    assert len(ran) == 3
+    assert len(set(map(id, ran))) == 1
+
+
+def test_a_call_of_few_frames_makes_no_tensor_but_its_output():
+    encoder, x = make_encoder(), torch.randn(1, 16, 24)
+
+    class Made(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), engine("loop"):
+        out = encoder(x)[0]
+        with Made() as made:
+            again = encoder(x)[0]
+    assert torch.equal(again, out)
+    assert made.names == ["empty_like"]
+
+
+def test_kept_buffers_serve_every_call_that_they_fit():
+    """Other values, lengths, shapes and modes in turn, and after an update; each as on buffers of its own."""
+    encoder = make_encoder(conv_norm="group", conditioning=("step",))
+    calls = []
+    for t in (5, 9, 5, 16, 3, 4, 2, 9):
+        x = torch.randn(2, t, 24)
+        calls += [(x, None), (x, torch.tensor([t, t // 2])), (x + 1, torch.tensor([1, t], dtype=torch.int32))]
+
+    def run(x, lengths, fresh):
+        if fresh:
+            encoder.forget_packed_weights()
+        return encoder(x, lengths)[0]
+
+    with engine("loop"):
+        for updated in (False, True):
+            for i, (x, lengths) in enumerate(calls):
+                with torch.inference_mode(i % 2 == 0), torch.no_grad():
+                    kept = run(x, lengths, False)
+                    before = kept.clone()
+                    again = run(x * 2, lengths, False)
+                    assert torch.equal(kept, before), "a result was written again"
+                with torch.no_grad():
+                    assert torch.equal(kept, run(x, lengths, True))
+                    assert torch.equal(again, run(x * 2, lengths, True))
+                    run(x, lengths, False)
+            if not updated:
+                with torch.no_grad():
+                    encoder.layers[0].norm.bias += 1.0
+
+
+def test_callers_at_once_have_buffers_of_their_own():
+    encoder = make_encoder()
+    inputs = [torch.randn(1, 16, 24) for _ in range(8)]
+
+    def call(i: int) -> bool:
+        with torch.no_grad(), engine("loop"):
+            return torch.equal(encoder(inputs[i % 8])[0], expected[i % 8])
+
+    with torch.no_grad(), engine("loop"):
+        expected = [encoder(x)[0] for x in inputs]
+    with ThreadPoolExecutor(4) as callers:
+        assert all(callers.map(call, range(400)))
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -186,10 +186,11 @@ void forward(const GluDepthwiseConvForward& a) {
     bool statistics = a.norm == Norm::batch || a.norm == Norm::group;
     int64_t thread_memory = Scratch::padded((s.halo_rows() + s.strip) * s.row + ChannelNorm::size(s));
     int64_t moments_size = statistics ? s.units * 2 * s.row : 0;
-    Scratch scratch(Scratch::padded((s.taps + 1) * s.row) + Scratch::padded(moments_size) + a.threads * thread_memory);
-    float* taps = scratch.take((s.taps + 1) * s.row);
+    Scratch shared(Scratch::padded((s.taps + 1) * s.row) + moments_size);
+    float* taps = shared.take((s.taps + 1) * s.row);
     float* bias = taps + s.taps * s.row;
-    float* moments = scratch.take(moments_size);
+    float* moments = shared.take(moments_size);
+    Scratch scratch(a.threads * thread_memory, Fill::anything);
     float* memory = scratch.take(a.threads * thread_memory);
     pack_taps(a, s, false, taps);
     if (a.bias) memcpy(bias, a.bias, s.C * sizeof(float));

@@ -1,10 +1,6 @@
 // Matrix products of blocks that lie in cache.
 #pragma once
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
 #include "vec.h"
 
 namespace lcc::cpu {
@@ -19,6 +15,12 @@ struct Right {  // row k, columns v * W ... (v+1) * W at data + k * row + v * gr
     const float* data;
     int64_t row, group;
 };
+
+// inputs that a product takes in one step
+constexpr int64_t step_of(const float*) { return 1; }
+constexpr int64_t step_of(const bf16*) { return 2; }
+template <class T>
+constexpr int64_t kStep = step_of((const T*)nullptr);
 
 struct Addend {  // row i at data + i * row; null: none
     // added at the end, not the start: the sums stay small, and so does their rounding
@@ -73,6 +75,9 @@ struct RightPairs {  // row k of pairs, columns v * W ... (v+1) * W at data + k 
     const bf16* data;
     int64_t row, group;
 };
+
+static inline Left left(const float* a, int64_t row) { return {a, row, 1}; }
+static inline LeftPairs left(const bf16* a, int64_t row) { return {a, row}; }
 
 // sums += the first of the pairs' products + the second, in float32
 static inline vec add_products(vec sums, uvec a, uvec b) {

@@ -8,6 +8,9 @@
 //
 // Queries are scaled by log2(e) / sqrt(D), so that scores are exponents of 2. Keys, values and positions are packed: as
 // panels of W columns, transposed, for products along D; as plain rows for products along keys or positions.
+//
+// The operands of the forward's products, P below, are float32 or, for inference, bfloat16; what is along the sum then
+// lies in pairs, see product.h. Scores, softmax and sums are float32 either way.
 #include "../kernels.h"
 #include "dropout.h"
 #include "memory.h"
@@ -63,29 +66,55 @@ void pack_rows(const T* x, int64_t stride, int64_t n, const Sizes& s, float* row
         for (int64_t d = 0; d < s.D; d += W) store(rows + i * s.row + d, load_at(x + i * stride, d, s.D));
 }
 
-// the same into panels: element (i, d) at panels[(i / W * D + d) * W + i % W], the rest of the last panel zero
-template <class T>
-void pack_panels(const T* x, int64_t stride, int64_t n, int64_t first, const Sizes& s, float* panels) {
-    for (int64_t i = 0; i < n; i++) {
-        float* column = panels + (first + i) / W * s.D * W + (first + i) % W;
+// the same in pairs of rows: element (i, d) at pairs[(i / 2 * s.row + d) * 2 + i % 2], zero beyond an odd last row
+void pack_rows(const bf16* x, int64_t stride, int64_t n, const Sizes& s, bf16* pairs) {
+    for (int64_t i = 0; i < n; i += 2)
         for (int64_t d = 0; d < s.D; d += W) {
-            float part[W];
+            uvec low = (uvec)load_at(x + i * stride, d, s.D);
+            uvec high = i + 1 < n ? (uvec)load_at(x + (i + 1) * stride, d, s.D) : uvec{};
+            store(reinterpret_cast<float*>(pairs + i * s.row + 2 * d), (vec)(low >> 16 | high));
+        }
+}
+
+// D as the sums of panels of P count it
+template <class P>
+int64_t depth(const Sizes& s) {
+    return round_up(s.D, kStep<P>);
+}
+
+// the same into panels: element (i, d) at panels[i / W * depth * W + (d / kStep * W + i % W) * kStep + d % kStep], the
+// rest of the last panel zero
+template <class T, class P>
+void pack_panels(const T* x, int64_t stride, int64_t n, int64_t first, const Sizes& s, P* panels) {
+    auto column = [&](int64_t i) { return panels + i / W * depth<P>(s) * W + i % W * kStep<P>; };
+    for (int64_t i = 0; i < n; i++) {
+        P* to = column(first + i);
+        for (int64_t d = 0; d < s.D; d += W, to += W * W) {
+            P part[W];
             store(part, load_at(x + i * stride, d, s.D));
-            for (int64_t l = 0; l < imin(W, s.D - d); l++) column[(d + l) * W] = part[l];
+            if (d + W <= s.D) {
+#pragma GCC unroll 16
+                for (int l = 0; l < W; l += kStep<P>) memcpy(to + l * W, part + l, kStep<P> * sizeof(P));
+            } else {
+                for (int64_t l = 0; l < s.D - d; l += kStep<P>) memcpy(to + l * W, part + l, kStep<P> * sizeof(P));
+            }
         }
     }
-    int64_t end = first + n;
-    for (int64_t i = end; i % W; i++)
-        for (int64_t d = 0; d < s.D; d++) panels[(i / W * s.D + d) * W + i % W] = 0.0f;
+    for (int64_t i = first + n; i % W; i++)
+        for (int64_t d = 0; d < depth<P>(s); d += kStep<P>) memset(column(i) + d * W, 0, kStep<P> * sizeof(P));
 }
 
 Right panels_from(const float* panels, int64_t column, const Sizes& s) { return {panels + column * s.D, W, s.D * W}; }
+RightPairs panels_from(const bf16* panels, int64_t column, const Sizes& s) {
+    return {panels + column * depth<bf16>(s), 2 * W, depth<bf16>(s) * W};
+}
 Right rows_from(const float* rows, int64_t row, const Sizes& s) { return {rows + row * s.row, s.row, W}; }
+RightPairs rows_from(const bf16* pairs, int64_t row, const Sizes& s) { return {pairs + row * s.row, 2 * s.row, 2 * W}; }
 
-// (x_i + bias) * factor of the queries of a block; rows from m on are zero
-template <class T>
-void load_queries(const T* x, int64_t stride, int64_t m, const float* bias, float factor, const Sizes& s, float* out) {
-    for (int64_t i = 0; i < M; i++)
+// (x_i + bias) * factor of the queries of a block, and zeros to the end of the last tile
+template <class T, class P>
+void load_queries(const T* x, int64_t stride, int64_t m, const float* bias, float factor, const Sizes& s, P* out) {
+    for (int64_t i = 0; i < round_up(m, kTileRows); i++)
         for (int64_t d = 0; d < s.row; d += W) {
             vec q = i < m ? load_at(x + i * stride, d, s.D) : vec{};
             if (bias && i < m) q += load_at(bias, d, s.D);
@@ -94,16 +123,17 @@ void load_queries(const T* x, int64_t stride, int64_t m, const float* bias, floa
 }
 
 // One block of queries walking along the keys.
+template <class P>
 struct Walk {
     const Sizes& s;
-    int64_t i0, m;                    // first query, number of queries
-    const float *content, *position;  // scaled queries with their biases, [M, s.row]
-    float* band;                      // [M, kPitch]
-    float* scores;                    // [M, N]
+    int64_t i0, m;                // first query, number of queries
+    const P *content, *position;  // scaled queries with their biases, [M, s.row]
+    float* band;                  // [M, kPitch]
+    float* scores;                // [M, N]
 
     // scores of the keys j0 ... j0+n-1, in exponents of 2; to be called for j0 = 0, N, 2N, ...
-    void scores_of(int64_t j0, int64_t n, const float* key_panels, const float* position_panels) {
-        int64_t groups = cdiv(n, W);
+    void scores_of(int64_t j0, int64_t n, const P* key_panels, const P* position_panels) {
+        int64_t groups = cdiv(n, W), steps = cdiv(s.D, kStep<P>);
         Addend shifted = {nullptr, 0};
         if (position_panels) {
             int64_t known = 0;
@@ -111,51 +141,69 @@ struct Walk {
                 known = M;
                 for (int64_t i = 0; i < m; i++) memcpy(band + i * kPitch, band + i * kPitch + N, M * sizeof(float));
             }
-            Right columns = panels_from(position_panels, s.first_position(i0, j0) + known, s);
-            product(m, (M - known) / W + groups, s.D, {position, s.row, 1}, columns, {nullptr, 0}, band + known,
-                    kPitch);
+            auto columns = panels_from(position_panels, s.first_position(i0, j0) + known, s);
+            Addend none = {nullptr, 0};
+            product(m, (M - known) / W + groups, steps, left(position, s.row), columns, none, band + known, kPitch);
             shifted = {band + M - 1, kPitch - 1};
         }
-        product(m, groups, s.D, {content, s.row, 1}, panels_from(key_panels, j0, s), shifted, scores, N);
+        product(m, groups, steps, left(content, s.row), panels_from(key_panels, j0, s), shifted, scores, N);
     }
 };
 
 // panels (and rows, if asked for) of all positions of each head
-template <class T, class Arguments>
-void pack_positions(const Arguments& a, const Sizes& s, bool own_threads, float* panels, float* rows) {
+template <class T, class P, class Arguments>
+void pack_positions(const Arguments& a, const Sizes& s, bool own_threads, P* panels, float* rows) {
     parallel_for(a.threads, own_threads, a.heads, [&](int, int64_t h) {
         const T* pos = static_cast<const T*>(a.pos) + h * a.pos_head_stride;
-        pack_panels(pos, a.pos_frame_stride, 2 * s.T - 1, s.shift, s, panels + h * s.positions * s.D);
+        pack_panels(pos, a.pos_frame_stride, 2 * s.T - 1, s.shift, s, panels + h * s.positions * depth<P>(s));
         if (rows) pack_rows(pos, a.pos_frame_stride, 2 * s.T - 1, s, rows + (h * s.positions + s.shift) * s.row);
     });
 }
 
-template <class T>
+// all that a caller keeps
+template <class T, class P>
+void pack_positions(const RelposAttentionPackPositions& a) {
+    Sizes s(a.frames, a.head_dim);
+    P* panels = static_cast<P*>(a.pos_panels);
+    memset(panels, 0, a.heads * s.positions * depth<P>(s) * sizeof(P));
+    pack_positions<T>(a, s, true, panels, nullptr);
+}
+
+// What a block of queries works in.
+template <class P>
+struct Block {
+    float *output, *band, *scores;  // [M, s.row], [M, kPitch], [M, N]
+    P *content, *position;          // [M, s.row]
+
+    static int64_t size(const Sizes& s) { return 3 * M * s.row + M * kPitch + M * N; }
+    Block(float* memory, const Sizes& s)
+        : output(memory), band(output + M * s.row), scores(band + M * kPitch),
+          content(reinterpret_cast<P*>(scores + M * N)), position(content + M * s.row) {}
+};
+
+template <class T, class P>
 void forward_block(const RelposAttentionForward& a, const Sizes& s, const Utterance& at, int64_t h, int64_t i0,
-                   const float* key_panels, const float* value_rows, const float* position_panels, float* memory) {
-    float* content = memory;
-    float* position = content + M * s.row;
-    float* output = position + M * s.row;
-    float* band = output + M * s.row;
-    float* scores = band + M * kPitch;
+                   const P* key_panels, const P* value_rows, const P* position_panels, const Block<P>& block) {
+    auto [output, band, scores, content, position] = block;
     int64_t m = imin(M, at.queries - i0), keys = at.keys;
     const T* q = at.head<T>(a.q, h) + i0 * a.q.frame_stride;
     float factor = s.scale * kLog2E;
     load_queries(q, a.q.frame_stride, m, a.u ? a.u + h * s.D : nullptr, factor, s, content);
     if (position_panels) load_queries(q, a.q.frame_stride, m, a.v_bias + h * s.D, factor, s, position);
-    memset(output, 0, M * s.row * sizeof(float));
+    memset(output, 0, round_up(m, kTileRows) * s.row * sizeof(float));
     float highest[M], total[M];
     for (int64_t i = 0; i < M; i++) {
         highest[i] = -INFINITY;
         total[i] = 0.0f;
     }
 
-    Walk walk = {s, i0, m, content, position, band, scores};
+    Walk<P> walk = {s, i0, m, content, position, band, scores};
     for (int64_t j0 = 0; j0 < keys; j0 += N) {
         int64_t n = imin(N, keys - j0), n_padded = round_up(n, W);
         walk.scores_of(j0, n, key_panels, position_panels);
         for (int64_t i = 0; i < m; i++) {
             float* row = scores + i * N;
+            P* weights = reinterpret_cast<P*>(row);  // in place
             for (int64_t j = n; j < n_padded; j++) row[j] = -INFINITY;
             vec row_max = load(row);
             for (int64_t j = W; j < n_padded; j += W) row_max = max(load(row + j), row_max);
@@ -168,22 +216,21 @@ void forward_block(const RelposAttentionForward& a, const Sizes& s, const Uttera
                     store(output + i * s.row + d, load(output + i * s.row + d) * shrink);
             }
             highest[i] = now;
+            uint16_t random[N + kDropoutPad];
+            if (a.dropout.seed)
+                random_row(random, n_padded, *a.dropout.seed, 0, (uint32_t)(at.b * a.heads + h), (uint32_t)(i0 + i),
+                           j0);
             vec sums = {};
             for (int64_t j = 0; j < n_padded; j += W) {
                 vec p = exp2(load(row + j) - now);
                 sums += p;
-                store(row + j, p);
+                if (a.dropout.seed) p *= dropout_factor(random + j, a.dropout);
+                store(weights + j, p);
             }
             total[i] += sum(sums);
-            if (a.dropout.seed) {
-                uint16_t random[N + kDropoutPad];
-                random_row(random, n_padded, *a.dropout.seed, 0, (uint32_t)(at.b * a.heads + h), (uint32_t)(i0 + i),
-                           j0);
-                for (int64_t j = 0; j < n_padded; j += W)
-                    store(row + j, load(row + j) * dropout_factor(random + j, a.dropout));
-            }
         }
-        product(m, s.row / W, n, {scores, N, 1}, rows_from(value_rows, j0, s), {output, s.row}, output, s.row);
+        auto weights = left(reinterpret_cast<const P*>(scores), N * sizeof(float) / sizeof(P));
+        product(m, s.row / W, cdiv(n, kStep<P>), weights, rows_from(value_rows, j0, s), {output, s.row}, output, s.row);
     }
 
     for (int64_t i = 0; i < m; i++) {
@@ -194,29 +241,32 @@ void forward_block(const RelposAttentionForward& a, const Sizes& s, const Uttera
     }
 }
 
-template <class T>
+template <class T, class P>
 void forward(const RelposAttentionForward& a) {
     Sizes s(a);
-    Scratch positions(a.pos ? a.heads * s.positions * s.D : 0);
-    const float* position_panels = a.pos_panels;
+    int64_t head_positions = s.positions * depth<P>(s);
+    Scratch positions(a.pos ? a.heads * head_positions : 0);
+    const P* position_panels = static_cast<const P*>(a.pos_panels);
     if (a.pos) {
-        float* panels = positions.take(a.heads * s.positions * s.D);
+        P* panels = reinterpret_cast<P*>(positions.take(a.heads * head_positions));
         pack_positions<T>(a, s, a.own_threads, panels, nullptr);
         position_panels = panels;
     }
 
     int64_t blocks = cdiv(s.T, M);
     // of query blocks: enough for all threads; each packs the keys for itself, and no result depends on their number
-    int64_t pieces = imin(blocks, cdiv(4 * a.threads, a.batch * a.heads));
+    int64_t pieces = imin(blocks, cdiv(2 * a.threads, a.batch * a.heads));
     int64_t each = cdiv(blocks, pieces);
-    int64_t block_memory = 3 * M * s.row + M * kPitch + M * N;
-    int64_t thread_memory = Scratch::padded(s.keys * s.D + s.keys * s.row + block_memory);
-    Scratch scratch(a.threads * thread_memory);
+    int64_t panel_floats = Scratch::padded(s.keys * depth<P>(s) * sizeof(P) / sizeof(float));
+    int64_t row_floats = Scratch::padded(s.keys * s.row * sizeof(P) / sizeof(float));
+    int64_t thread_memory = panel_floats + row_floats + Scratch::padded(Block<P>::size(s));
+    Scratch scratch(a.threads * thread_memory, Fill::anything);
     float* memory = scratch.take(a.threads * thread_memory);
     parallel_for(a.threads, a.own_threads, a.batch * a.heads * pieces, [&](int slot, int64_t unit) {
-        float* key_panels = memory + slot * thread_memory;
-        float* value_rows = key_panels + s.keys * s.D;
-        float* block = value_rows + s.keys * s.row;
+        float* own = memory + slot * thread_memory;
+        P* key_panels = reinterpret_cast<P*>(own);
+        P* value_rows = reinterpret_cast<P*>(own + panel_floats);
+        Block<P> block(own + panel_floats + row_floats, s);
         int64_t b = unit / pieces / a.heads, h = unit / pieces % a.heads, first = unit % pieces * each;
         Utterance at(a, b);
         if (first * M >= at.queries) return;
@@ -224,7 +274,7 @@ void forward(const RelposAttentionForward& a) {
         pack_rows(at.head<T>(a.v, h), a.v.frame_stride, at.keys, s, value_rows);
         for (int64_t i0 = first * M; i0 < imin((first + each) * M, at.queries); i0 += M)
             forward_block<T>(a, s, at, h, i0, key_panels, value_rows,
-                             position_panels ? position_panels + h * s.positions * s.D : nullptr, block);
+                             position_panels ? position_panels + h * head_positions : nullptr, block);
     });
 }
 
@@ -286,7 +336,7 @@ void backward_block(const RelposAttentionBackward& a, const Sizes& s, const Utte
     memset(g.dposition, 0, M * s.row * sizeof(float));
     memset(g.dband, 0, M * kPitch * sizeof(float));
 
-    Walk walk = {s, i0, m, g.content, g.position, g.band, g.scores};
+    Walk<float> walk = {s, i0, m, g.content, g.position, g.band, g.scores};
     int64_t groups = s.row / W;
     for (int64_t j0 = 0; j0 < keys; j0 += N) {
         int64_t n = imin(N, keys - j0), n_padded = round_up(n, W);
@@ -414,19 +464,20 @@ void backward(const RelposAttentionBackward& a) {
 }  // namespace
 
 void relpos_attention_forward(const RelposAttentionForward& a) {
-    a.element == Element::bfloat16 ? forward<bf16>(a) : forward<float>(a);
+    if (a.element == Element::float32) forward<float, float>(a);
+    else a.products == Element::float32 ? forward<bf16, float>(a) : forward<bf16, bf16>(a);
 }
 void relpos_attention_backward(const RelposAttentionBackward& a) {
     a.element == Element::bfloat16 ? backward<bf16>(a) : backward<float>(a);
 }
 void relpos_attention_pack_positions(const RelposAttentionPackPositions& a) {
-    Sizes s(a.frames, a.head_dim);
-    memset(a.pos_panels, 0, a.heads * s.positions * s.D * sizeof(float));
-    a.element == Element::bfloat16 ? pack_positions<bf16>(a, s, true, a.pos_panels, nullptr)
-                                   : pack_positions<float>(a, s, true, a.pos_panels, nullptr);
+    bool wide = a.element == Element::float32;
+    if (a.products == Element::float32) wide ? pack_positions<float, float>(a) : pack_positions<bf16, float>(a);
+    else wide ? pack_positions<float, bf16>(a) : pack_positions<bf16, bf16>(a);
 }
-int64_t relpos_attention_position_floats(int64_t frames, int64_t head_dim) {
-    return Sizes(frames, head_dim).positions * head_dim;
+int64_t relpos_attention_position_size(Element products, int64_t frames, int64_t head_dim) {
+    Sizes s(frames, head_dim);
+    return s.positions * (products == Element::float32 ? depth<float>(s) : depth<bf16>(s));
 }
 
 }  // namespace LCC_SIMD

@@ -17,12 +17,6 @@ constexpr int64_t kBlockRows = 96;  // rows: their buffers fit the second-level 
 constexpr int64_t kHidden = 256;    // columns of the feed-forward's hidden layer at a time
 static_assert(kBlockRows % kTileRows == 0 && kPanelColumns % (kTileColumns * W) == 0, "blocks are made of whole tiles");
 
-// inputs that a product takes in one step
-constexpr int64_t step_of(const float*) { return 1; }
-constexpr int64_t step_of(const bf16*) { return 2; }
-
-Left left(const float* a, int64_t row) { return {a, row, 1}; }
-LeftPairs left(const bf16* a, int64_t row) { return {a, row}; }
 Right right(const float* panel) { return {panel, kPanelColumns, W}; }
 RightPairs right(const bf16* panel) { return {panel, 2 * kPanelColumns, 2 * W}; }
 
@@ -30,13 +24,12 @@ RightPairs right(const bf16* panel) { return {panel, 2 * kPanelColumns, 2 * W}; 
 template <class T, class Out>
 void multiply(const Matrix& w, int64_t rows, const T* a, int64_t a_row, int64_t from, int64_t depth, int64_t first,
               int64_t n, Addend addend, Out* y, int64_t y_row) {
-    constexpr int64_t step = step_of((const T*)nullptr);
-    int64_t inputs = round_up(w.inputs, step);
+    int64_t inputs = round_up(w.inputs, kStep<T>);
     for (int64_t c = 0; c < n; c += kPanelColumns) {
         const T* panel = static_cast<const T*>(w.panels) + (first + c) * inputs + from * kPanelColumns;
         Addend more = {addend.data ? addend.data + c : nullptr, addend.row};
-        product(rows, cdiv(imin(kPanelColumns, n - c), W), cdiv(depth, step), left(a, a_row), right(panel), more, y + c,
-                y_row);
+        product(rows, cdiv(imin(kPanelColumns, n - c), W), cdiv(depth, kStep<T>), left(a, a_row), right(panel), more,
+                y + c, y_row);
     }
 }
 
@@ -140,7 +133,7 @@ void forward(const RowsForward& a) {
     int64_t blocks = imin(tiles, round_up(cdiv(a.rows, kBlockRows), a.threads));
     int64_t most = cdiv(tiles, imax(1, blocks)) * kTileRows;
     int64_t thread_memory = Scratch::padded(Buffers<T>::size(most, row));
-    Scratch scratch(a.threads * thread_memory);
+    Scratch scratch(a.threads * thread_memory, Fill::anything);
     float* memory = scratch.take(a.threads * thread_memory);
     parallel_for(a.threads, true, blocks, [&](int slot, int64_t b) {
         Buffers<T> buffers(memory + slot * thread_memory, most, row);

@@ -4,6 +4,13 @@
 // the linker into the one copy that uses instructions the processor lacks. No templates of the standard library either.
 #pragma once
 
+#if defined(__AVX512F__)
+// GCC 12 takes the "undefined" registers of its own header for a mistake (its bug 105593)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -53,8 +60,12 @@ static inline vec load(const bf16* p) {
     return (vec)(__builtin_convertvector(half, uvec) << 16);
 }
 
-// to nearest, ties to even; NaN stays NaN
+// to nearest, ties to even; NaN stays NaN. AVX512-BF16 makes denormal numbers, below 1.2e-38, zero.
 static inline void store(bf16* p, vec x) {
+#if defined(__AVX512BF16__)
+    *reinterpret_cast<hvec_memory*>(p) = (hvec)_mm512_cvtneps_pbh((__m512)x);
+    return;
+#endif
     uvec bits = (uvec)x;
     uvec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     rounded = x != x ? (bits >> 16) | 0x40u : rounded;
@@ -91,14 +102,19 @@ static inline void store_at(T* p, vec x, int64_t i, int64_t n) {
 
 // x with zeros from lane n on
 static inline vec first_lanes(vec x, int64_t n) {
+    if (n >= W) return x;
     float lanes[W];
     store(lanes, x);
-    return n < W ? load_first(lanes, n) : x;
+    return load_first(lanes, n);
 }
 
 static inline vec max(vec a, vec b) { return a > b ? a : b; }
 
+// the order is the same with and without AVX-512
 static inline float sum(vec x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#endif
     float s[W];
     store(s, x);
     for (int half = W / 2; half; half /= 2)
@@ -107,6 +123,9 @@ static inline float sum(vec x) {
 }
 
 static inline float max(vec x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)x);
+#endif
     float m[W];
     store(m, x);
     for (int half = W / 2; half; half /= 2)
@@ -116,10 +135,17 @@ static inline float max(vec x) {
 
 // 2^x to 2 ulp; 0 below -126, 2^127 above; NaN stays NaN. A degree-6 minimax polynomial on [-1/2, 1/2].
 static inline vec exp2(vec x) {
+#if defined(__AVX512F__)
+    // the second operand if one is NaN
+    vec y = (vec)_mm512_min_ps((__m512)splat(127.0f), (__m512)x);
+    vec whole = (vec)_mm512_roundscale_ps((__m512)y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    vec f = y - whole;
+#else
     vec y = x > 127.0f ? splat(127.0f) : x;
     y = y < -126.0f ? splat(-126.0f) : y;
     vec shifted = y + 12582912.0f;  // 1.5 * 2^23: the integer nearest to y is in the low bits
     vec f = y - (shifted - 12582912.0f);
+#endif
     vec p = splat(0.000153533583f);
     p = p * f + 0.00133988785f;
     p = p * f + 0.00961843741f;
@@ -127,8 +153,13 @@ static inline vec exp2(vec x) {
     p = p * f + 0.240226479f;
     p = p * f + 0.693147203f;
     p = p * f + 1.0f;
+#if defined(__AVX512F__)
+    __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(-126.0f), _CMP_NLT_UQ);
+    return (vec)_mm512_maskz_scalef_ps(kept, (__m512)p, (__m512)whole);
+#else
     p *= (vec)(((ivec)shifted + 127) << 23);
     return x < -126.0f ? vec{} : p;
+#endif
 }
 
 constexpr float kLog2E = 1.44269504f;

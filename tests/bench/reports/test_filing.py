@@ -37,13 +37,15 @@ def place(tmp_path):
         results.add(rows)
 
     (tmp_path / "results").mkdir()
-    text = "# title\n\n<!-- bench:begin -->\nold\n<!-- bench:end -->\n\ntail\n"
-    (tmp_path / "README.md").write_text(text)
+    runtimes = "<!-- runtimes:begin -->\nold\n<!-- runtimes:end -->\n\ntail\n"
+    (tmp_path / "README.md").write_text(f"# title\n\n<!-- bench:begin -->\nold\n<!-- bench:end -->\n\n{runtimes}")
+    (tmp_path / "engines.md").write_text(f"# engines\n\n{runtimes}")
     return tmp_path, write
 
 
 def file(tmp_path):
-    return file_results(tmp_path / "out", tmp_path / "results", tmp_path / "README.md")
+    pages = (tmp_path / "README.md", tmp_path / "engines.md")
+    return file_results(tmp_path / "out", tmp_path / "results", *pages)
 
 
 def test_rows_go_to_a_folder_of_their_machine(place, capsys):
@@ -59,7 +61,7 @@ def test_rows_go_to_a_folder_of_their_machine(place, capsys):
     assert len(Results(path / "results/a-cpu-2-threads/2026-01-02-abc123.json").rows) == 1
     text = (path / "README.md").read_text()
     assert text.startswith("# title\n\n<!-- bench:begin -->\n**Some GPU 9**, 2026-01-02, commit abc123, torch 2.11.0")
-    assert text.endswith("<!-- bench:end -->\n\ntail\n")
+    assert text.endswith("No results are filed yet.\n<!-- runtimes:end -->\n\ntail\n")
     assert text.index("**Some GPU 9**") < text.index("**A CPU, 2 threads (CPU)**")
     assert "old" not in text
 
@@ -74,6 +76,64 @@ def test_the_table_compares_with_the_fastest_peer_of_the_same_maths(place):
     assert cells == [
         "B=8 T=400 d=256 N=12 bfloat16", "4.00", "-", "2.50", "-", "1.00", "**2.00** (triton)", "2.00x", "1.25x",
     ]  # fmt: skip
+
+
+def test_rows_against_runtimes_have_a_table_of_their_own(place):
+    path, write = place
+    ms = {"eager": 9.0, "onnxruntime": 4.0, "openvino": 3.0, "lcconformer": 2.0}
+    rows = [
+        row(name, time * scale, "cpu", device="cpu", name="A CPU, 2 threads", dtype=dtype, layers=n, depth=n, batch=b)
+        for name, time in ms.items()
+        for dtype, scale in (("float32", 1.0), ("bfloat16", 0.5))
+        for n, b in ((4, 1), (4, 2), (12, 1))
+        if (name, dtype) != ("onnxruntime", "bfloat16")
+    ]
+    versions = {"torch": "2.11.0", "onnxruntime": "1.32.0", "openvino": "2026.4.1"}
+    write([dataclasses.replace(r, versions=versions) for r in rows])
+    file(path)
+    filed = path / "results/a-cpu-2-threads"
+    assert [p.name for p in filed.iterdir()] == ["runtimes-2026-01-02-abc123.json"]
+    expected = (
+        "**A CPU, 2 threads**, 2026-01-02, commit abc123, ONNX Runtime 1.32.0, OpenVINO 2026.4.1 "
+        "(`bench/results/a-cpu-2-threads/runtimes-2026-01-02-abc123.json`). Median ms; x: how many times as fast as the "
+        "faster runtime.\n\n"
+        "| d = 256, N = 4 | ONNX Runtime float32 | OpenVINO float32 | lcconformer float32 | x | OpenVINO bfloat16 | "
+        "lcconformer bfloat16 | x |\n|---|---:|---:|---:|---:|---:|---:|---:|\n"
+        "| 1 x 400 | 4.00 | 3.00 | 2.00 | **1.50** | 1.50 | 1.00 | **1.50** |\n"
+        "| 2 x 400 | 4.00 | 3.00 | 2.00 | **1.50** | 1.50 | 1.00 | **1.50** |\n"
+    )
+    for page in ("README.md", "engines.md"):
+        text = (path / page).read_text()
+        assert expected in text
+        assert "| d = 256, N = 12 |" in text
+        assert text.endswith("<!-- runtimes:end -->\n\ntail\n")
+
+
+def test_rows_beside_other_work_are_kept_apart(place):
+    path, write = place
+    same = dict(device="cpu", name="A CPU, 2 threads", batch=1)
+    write(
+        [
+            row("eager", 4.0, **same),
+            row("lcconformer", 2.0, "cpu", **same),
+            row("lcconformer", 9.0, "cpu", beside="2", **same),
+            row("lcconformer", 1.0, "cpu", beside="torch", **same),
+        ]
+    )
+    file(path)
+    text = (path / "README.md").read_text()
+    assert "| B=1 T=400 d=256 N=12 bfloat16 | 4.00 | - | - | - | - | **2.00** (cpu) | 2.00x | 2.00x |" in text
+    filed = Results(path / "results/a-cpu-2-threads/2026-01-02-abc123.json")
+    assert [r.beside for r in filed.rows] == ["", "", "2", "torch"]
+
+
+def test_older_rows_do_not_say_what_ran_beside_them():
+    older = dataclasses.asdict(row("eager", 4.0))
+    del older["beside"]
+    assert Row.from_json(older) == row("eager", 4.0)
+    del older["depth"]
+    with pytest.raises(ValueError, match="missing or unknown fields: depth"):
+        Row.from_json(older)
 
 
 def test_op_rows_and_gpu_tests_become_evidence(place):
@@ -119,6 +179,9 @@ def test_readme_without_markers(tmp_path):
     (tmp_path / "README.md").write_text("nothing")
     with pytest.raises(ValueError, match="lacks the lines <!-- bench:begin -->"):
         readme.refresh(tmp_path / "README.md")
+    (tmp_path / "README.md").write_text("<!-- bench:begin --><!-- bench:end -->")
+    with pytest.raises(ValueError, match=r"README.md lacks the lines <!-- runtimes:begin -->"):
+        readme.refresh(tmp_path / "README.md")
 
 
 def test_slug():
@@ -126,11 +189,19 @@ def test_slug():
     assert slug("AMD EPYC 9B14, 2 threads") == "amd-epyc-9b14-2-threads"
 
 
-def test_the_readme_is_not_stale():
-    text = (REPOSITORY / "README.md").read_text()
-    between = re.search(r"<!-- bench:begin -->\n(.*)\n<!-- bench:end -->", text, re.S)
-    assert between, "the README has lost its benchmark section"
-    assert between.group(1) == readme.section(REPOSITORY / "bench" / "results"), (
+@pytest.mark.parametrize(
+    ("page", "name", "section"),
+    [
+        ("README.md", "bench", readme.section),
+        ("README.md", "runtimes", readme.runtimes_section),
+        ("docs/engines.md", "runtimes", readme.runtimes_section),
+    ],
+)
+def test_the_tables_are_not_stale(page, name, section):
+    text = (REPOSITORY / page).read_text()
+    between = re.search(rf"<!-- {name}:begin -->\n(.*)\n<!-- {name}:end -->", text, re.S)
+    assert between, f"{page} has lost its section {name}"
+    assert between.group(1) == section(REPOSITORY / "bench" / "results"), (
         "run python -m lcconformer.bench.reports.readme"
     )
 
