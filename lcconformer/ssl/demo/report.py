@@ -14,6 +14,7 @@ import numpy as np
 from ...runtime import write_atomically
 from ..evaluation import figures
 from ..evaluation.classifiers import PROBES
+from ..evaluation.consistency import MEASURES, NAMES
 from ..evaluation.output import html_document
 from ..evaluation.probes import LOG_MEL
 from .summary import PAPER_NOTE, depth_table, layers, percent, remarks, summary
@@ -91,11 +92,11 @@ def _page(results: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         image("training_loss", "training loss over time"),
         image("held_out_loss", "held-out loss at every depth"),
         "<h2>Layer consistency: how alike the depths are</h2>",
-        image("consistency", "heat maps of cosine similarity, CKA and Fréchet distance between depths"),
+        image("consistency", "heat maps of the measures of consistency between depths"),
         _table(*_consistency_table(results)),
         _note(
             "Means over all pairs of different depths from 1 on. The control has untrained weights: what it reaches comes "
-            "from the residual connections alone. The three measures are our choice; the paper does not name its own."
+            "from the residual connections alone. The measures are our choice; the paper does not name its own."
         ),
     ]
     header, rows = depth_table(results)
@@ -151,10 +152,10 @@ def _training_table(results: Mapping[str, Any]) -> tuple[list[list[str]], list[l
 
 def _consistency_table(results: Mapping[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
     rows = [
-        [name, *(f"{matrices['summary'][key]:.3f}" for key in ("cosine", "cka", "frechet"))]
+        [name, *(f"{matrices['summary'][key]:.3f}" for key in MEASURES)]
         for name, matrices in results["consistency"].items()
     ]
-    return [["", "cosine", "CKA", "Fréchet distance"]], rows
+    return [["", *(NAMES[key] for key in MEASURES)]], rows
 
 
 def _config(config: Mapping[str, Any]) -> str:

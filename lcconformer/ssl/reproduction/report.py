@@ -17,7 +17,7 @@ from ...config import ConformerConfig
 from ...depth import DepthSampler
 from ..evaluation import figures
 from ..evaluation.classifiers import PROBES
-from ..evaluation.consistency import MEASURES, summarise
+from ..evaluation.consistency import MEASURES, NAMES, summarise
 from .models import MODELS
 from .page import Page
 from .speech import NOISE_DECIBELS
@@ -610,13 +610,14 @@ def _consistency(data: _Data, page: Page) -> None:
     page.image(
         "consistency",
         figures.render(figures.consistency_figure(shown)),
-        "cosine, CKA and Fréchet distance between depths",
+        "heat maps of the measures of consistency between depths",
     )
     rows = []
     for name, matrices in found.items():
         mean = summarise(matrices)
-        rows.append([name, *(f"{mean[m]:.3f}" for m in MEASURES)])
-    page.table(["mean of all pairs of depths from 1 on", "cosine", "CKA", "Fréchet distance"], rows)
+        # runs of earlier versions lack nearest neighbours
+        rows.append([name, *(f"{mean[m]:.3f}" if m in mean else "-" for m in MEASURES)])
+    page.table(["mean of all pairs of depths from 1 on", *(NAMES[m] for m in MEASURES)], rows)
     page.paragraph(
         "Hidden states of the validation speech, seed 0. The paper does not name its measure; these are ours."
     )
