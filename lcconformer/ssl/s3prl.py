@@ -8,8 +8,8 @@ S3PRL finds upstreams by name in its module ``s3prl.hub``, which :func:`lcconfor
     s3prl.hub.lcconformer = lcconformer
     upstream = s3prl.nn.S3PRLUpstream("lcconformer", path_or_url="runs/shared")
 
-For its command line the second line belongs into a file ``s3prl/upstream/lcconformer/hubconf.py``, which ``s3prl/hub.py`` imports
-as it does the others.
+For its command line the second line belongs into a file ``s3prl/upstream/lcconformer/hubconf.py``, which ``s3prl/hub.py``
+imports as it does the others.
 """
 
 from __future__ import annotations

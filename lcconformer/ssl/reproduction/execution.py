@@ -192,17 +192,14 @@ def _finetune(job: _Job) -> Done:
     depths = range(1, model.config.num_layers + 1)
     rows = {name: [{"depth": k, **error_rates(read, k)} for k in depths] for name, read in readings.items()}
     chosen = best_depth(rows["validation"])
-    rule = calibrate_exit(readings["validation"], chosen)
     frames = job.settings["consistency_frames"]
     matrices = model_consistency(model, speech.validation, max_frames=frames, seed=job.run.seed)
     measured = {
         "rows": rows,
         "by_speaker": _by_speaker(readings["test"], speech.speakers),
         "chosen_depth": chosen,
-        "exit": {
-            "rule": dataclasses.asdict(rule),
-            **{name: error_rates(readings[name], exit_depths(readings[name], rule)) for name in ("test", "noisy")},
-        },
+        "exit": _exit(readings, chosen, "change"),
+        "exit_entropy": _exit(readings, chosen, "entropy"),
         "exit_curve": _exit_curve(readings, chosen),
         "consistency": {name: matrix.tolist() for name, matrix in matrices.items()},
     }
@@ -227,6 +224,13 @@ def _counts(rates: dict[str, Any]) -> dict[str, list[int]]:
         total = rates["frames"]
         found["frame_error"] = [total - round(rates["frame_accuracy"] * total), total]
     return found
+
+
+def _exit(readings: dict[str, list[Reading]], depth: int, kind: str) -> dict[str, Any]:
+    """An exit rule that the validation speech calibrates, and the errors with it."""
+    rule = calibrate_exit(readings["validation"], depth, kind)
+    at = {name: error_rates(readings[name], exit_depths(readings[name], rule)) for name in ("test", "noisy")}
+    return {"rule": dataclasses.asdict(rule), **at}
 
 
 def _exit_curve(readings: dict[str, list[Reading]], depth: int) -> list[dict[str, Any]]:

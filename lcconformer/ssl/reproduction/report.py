@@ -495,7 +495,7 @@ def _choice(data: _Data, page: Page) -> None:
     )
     differences = []
     for first, second in (("A", "B"), ("A", "C"), ("A", "C-time"), ("C", "D"), ("C", "D-time"), ("C", "sandwich"),
-                          ("C", "film"), ("narrow", "C"), ("shallow", "C"), ("dropped", "C")):  # fmt: skip
+                          ("C", "film"), ("narrow", "C"), ("shallow", "C"), ("dropped", "C"), ("layerdrop", "C")):  # fmt: skip
         for name in data.metrics:
             found = _difference(data.of("scratch", first), data.of("scratch", second), name)
             if found is not None:
@@ -530,20 +530,23 @@ def _exits(data: _Data, page: Page) -> None:
                 ]
                 if points:
                     curves[f"{model}, {'clean' if speech == 'test' else 'in noise'}"] = points
-        rule, depth = run.result["exit"]["rule"], run.result["chosen_depth"]
-        early = "none" if rule["kind"] == "fixed" else f"{rule['threshold']:.3g}"
-        cells = [model, early]
-        for speech in ("test", "noisy"):
-            exits = run.result["exit"][speech]
-            cells += [
-                f"{exits['mean_depth']:.2f}",
-                _percent(_error(exits, metric)),
-                _percent(run.error(metric, depth, speech)),
-            ]
-        rows.append(cells)
+        depth = run.result["chosen_depth"]
+        for kind, name in (("change", "exit"), ("entropy", "exit_entropy")):
+            if name not in run.result:  # of an earlier version
+                continue
+            rule = run.result[name]["rule"]
+            cells = [f"{model}, {kind}", "none" if rule["kind"] == "fixed" else f"{rule['threshold']:.3g}"]
+            for speech in ("test", "noisy"):
+                exits = run.result[name][speech]
+                cells += [
+                    f"{exits['mean_depth']:.2f}",
+                    _percent(_error(exits, metric)),
+                    _percent(run.error(metric, depth, speech)),
+                ]
+            rows.append(cells)
     if curves:
         drawn = figures.trade_figure(curves, f"{_TITLES[metric]} (%)")
-        page.image("exits", figures.render(drawn), "errors against the mean depth of the exit rule, clean and noisy")
+        page.image("exits", figures.render(drawn), "errors against the mean depth of exits by change, clean and noisy")
     title = _TITLES[metric]
     page.table(
         ["model, seed 0", "threshold", "mean depth, clean", f"{title} (%)", "at the chosen depth",
@@ -551,11 +554,10 @@ def _exits(data: _Data, page: Page) -> None:
         rows,
     )  # fmt: skip
     page.paragraph(
-        "An utterance stops looping when its hidden state changes by less than the threshold, which is the one of "
-        "least mean "
-        'depth that costs at most 1% (relative) more errors on the validation speech; "none": no threshold is worth '
-        "it. Noise: "
-        f"the test speech in white noise, {NOISE_DECIBELS:.0f} dB below the speech."
+        "An utterance stops looping when its hidden state changes by less than the threshold, or when the entropy of "
+        "CTC's posterior, mean over its outputs, falls below it (in nats). The threshold is the one of least mean depth "
+        'that costs at most 1% (relative) more errors on the validation speech; "none": no threshold is worth it. The '
+        f"plot is of the change. Noise: the test speech in white noise, {NOISE_DECIBELS:.0f} dB below the speech."
     )
 
 

@@ -61,6 +61,7 @@ def trained(model: str, seed: int, per: list[float], accuracy: list[float], vali
         "by_speaker": {who: by_depth for who in SPEAKERS},
         "chosen_depth": 1 + int(np.argmin(validation)),
         "exit": {"rule": {"kind": "change", "threshold": 0.25}, "test": exits, "noisy": exits},
+        "exit_entropy": {"rule": {"kind": "fixed", "threshold": 0.05}, "test": exits, "noisy": exits},
         "exit_curve": [{"threshold": 0.2, "test": exits, "noisy": exits}],
         "consistency": {"cosine": matrix, "cka": matrix, "frechet": matrix},
     }  # fmt: skip
