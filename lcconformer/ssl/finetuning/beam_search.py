@@ -18,6 +18,7 @@ __all__ = ["BeamSearch", "require_flashlight"]
 
 _LARGEST = 1e3  # nats
 _BEHIND = 25.0  # nats by which a path may be worse than the best one
+_LIKELIEST = 16  # classes of an output that a path may go on with: more of them cost time and change nothing
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class BeamSearch:
         flashlight = require_flashlight()
         options = flashlight.LexiconFreeDecoderOptions(
             beam_size=self.beam,
-            beam_size_token=len(self.tokens),
+            beam_size_token=min(_LIKELIEST, len(self.tokens)),
             beam_threshold=_BEHIND,
             lm_weight=self.weight,
             sil_score=0.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,8 @@ __all__ = [
 _BATCH_SECONDS = 64.0  # most audio of a forward pass, padding included; a longer utterance goes alone
 _THRESHOLDS = 40  # of the exit rule that are tried
 _TOLERANCE = 0.01  # relative to the error at the chosen depth: what an exit rule may cost
-_WEIGHTS, _PENALTIES = (0.5, 1.0, 1.5, 2.0), (0.0, 1.0, 2.0)  # of a beam search that are tried
+_WEIGHTS, _PENALTIES = (0.5, 1.0, 1.5, 2.0), (0.0, 1.0, 2.0, 3.0)  # of a beam search that are tried
+_CALIBRATED = 30_000  # outputs that they are tried on
 _METRICS = ("per", "cer", "frame_error")  # the first one that there is decides
 
 
@@ -178,7 +180,7 @@ def calibrate_search(model: Recogniser, heard: Sequence[Heard], units: str, lm: 
     """Choose the weight of a language model and the penalty of the blank on validation speech, for the fewest errors.
 
     Args:
-        model, heard: the model, and validation speech as it hears it.
+        model, heard: the model, and validation speech as it hears it; of more than 10 minutes a part is used.
         units: ``"phones"`` or ``"characters"``.
         lm: file of the language model.
 
@@ -187,6 +189,8 @@ def calibrate_search(model: Recogniser, heard: Sequence[Heard], units: str, lm: 
         ValueError: nothing was said in these units.
     """
     tokens = model.tokens(units)
+    outputs = sum(len(one.logits[units]) for one in heard)
+    heard = heard[:: max(1, math.ceil(outputs / _CALIBRATED))]
     tried = [BeamSearch(tokens, lm, weight, penalty) for weight in _WEIGHTS for penalty in _PENALTIES]
     # of equals the first one
     return min(tried, key=lambda search: error_of(search_rates(model, heard, units, search)))
