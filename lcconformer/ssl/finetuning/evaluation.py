@@ -49,7 +49,8 @@ class Reading:
     id: the utterance. texts: for each of the model's units, N texts. references: what was said in these units; empty where
     unknown. correct: N numbers of 10 ms frames whose phone is right. labelled: number of frames whose phone is known.
     changes: N distances of the hidden state from the one before (:meth:`lcconformer.ExitRule.distance`, kind ``"change"``).
-    entropies: N entropies of the posterior (:meth:`Recogniser.entropy`); none where nothing is spelled.
+    entropies: N entropies of the posterior (:meth:`~lcconformer.ssl.finetuning.Recogniser.entropy`), unless
+    nothing is spelled.
     """
 
     id: str
