@@ -13,7 +13,7 @@ from .validation import is_integer, need_integer, need_number
 
 __all__ = ["DepthSampler", "ExitRule"]
 
-_KINDS = ("uniform", "fixed", "curriculum", "log_normal", "sandwich")
+_KINDS = ("uniform", "fixed", "curriculum", "log_normal", "sandwich", "layer_drop")
 _MOST = 1 << 20  # loops: more than any encoder has
 
 
@@ -37,7 +37,9 @@ class DepthSampler:
         kind: ``"uniform"``: uniform from ``low`` to ``num_layers``, as in the paper; ``"fixed"``: always ``num_layers``;
             ``"curriculum"``: uniform from ``low`` to a maximum that grows linearly to ``num_layers`` within ``steps``;
             ``"log_normal"``: Poisson with a log-normal rate of mean ``mean`` (arXiv 2502.05171), clipped to the range;
-            ``"sandwich"``: the deepest, the shallowest and a random depth in one step (arXiv 1903.05134).
+            ``"sandwich"``: the deepest, the shallowest and a random depth in one step (arXiv 1903.05134);
+            ``"layer_drop"``: each layer of its own is left out at random (LayerDrop, arXiv 1909.11556), such that as many run
+            on average as with ``"uniform"``: :meth:`layers`.
         num_layers: N, the largest depth.
         low: the smallest depth.
         seed: seed of the draws.
@@ -85,10 +87,26 @@ class DepthSampler:
             n = low + round((n - low) * min(1.0, (step + 1) / self.steps))
         if self.kind == "log_normal":
             return (self._log_normal(step),)
+        if self.kind == "layer_drop":
+            return (len(self._kept(step)),)
         drawn = low + int(_uniform(self.seed, step, 0) * (n - low + 1))
         if self.kind == "sandwich":
             return tuple(sorted({n, drawn, low}, reverse=True))
         return (drawn,)
+
+    def layers(self, step: int) -> tuple[int, ...] | None:
+        """Layers (from 0) that ``"layer_drop"`` keeps in ``step``, one or more; None for other kinds, which keep the first."""
+        return self._kept(step) if self.kind == "layer_drop" else None
+
+    def _kept(self, step: int) -> tuple[int, ...]:
+        drawn = [_uniform(self.seed, step, 4 + k) for k in range(self.num_layers)]
+        kept = tuple(k for k, u in enumerate(drawn) if u < self._keep)
+        return kept or (drawn.index(min(drawn)),)
+
+    @property
+    def _keep(self) -> float:
+        """Probability with which a layer is kept."""
+        return (self.low + self.num_layers) / (2 * self.num_layers)
 
     def _log_normal(self, step: int) -> int:
         mean = (self.low + self.num_layers) / 2 if self.mean is None else self.mean
@@ -113,6 +131,9 @@ class DepthSampler:
             return float(self.num_layers)
         if self.kind == "uniform":
             return (self.low + self.num_layers) / 2
+        if self.kind == "layer_drop":
+            # where none would be kept, one is
+            return self.num_layers * self._keep + (1.0 - self._keep) ** self.num_layers
         count = steps or (self.steps if self.kind == "curriculum" else 10_000)
         return sum(self.depths(s)[0] for s in range(count)) / count
 
@@ -124,9 +145,10 @@ class ExitRule:
     Attributes:
         kind: ``"fixed"``: after ``depth`` loops (Shallow Layer Inference, arXiv 2105.00812); ``"change"``: when the normalised
             change ``|h_k - h_(k-1)| / |h_(k-1)|`` of an utterance falls below ``threshold``; ``"cosine"``: when the mean
-            over its frames of ``1 - cos(h_k, h_(k-1))`` does.
+            over its frames of ``1 - cos(h_k, h_(k-1))`` does; ``"entropy"``: when the entropy of a recogniser's posterior
+            does (:meth:`~lcconformer.ssl.finetuning.Recogniser.entropy`, in nats), which the recogniser measures.
         depth: number of loops of ``"fixed"``; largest number of loops otherwise (None: all loops of the encoder).
-        threshold: threshold of ``"change"`` and ``"cosine"``, positive.
+        threshold: threshold of all but ``"fixed"``, positive.
         min_depth: number of loops before the first test, 1 or more.
 
     Raises:
@@ -139,8 +161,8 @@ class ExitRule:
     min_depth: int = 1
 
     def __post_init__(self) -> None:
-        if self.kind not in ("fixed", "change", "cosine"):
-            raise ValueError(f"ExitRule: kind is {self.kind!r}; expected 'fixed', 'change' or 'cosine'")
+        if self.kind not in ("fixed", "change", "cosine", "entropy"):
+            raise ValueError(f"ExitRule: kind is {self.kind!r}; expected 'fixed', 'change', 'cosine' or 'entropy'")
         if self.kind == "fixed" and self.depth is None:
             raise ValueError("ExitRule: kind 'fixed' needs depth, the number of loops")
         if self.depth is not None:
@@ -149,7 +171,13 @@ class ExitRule:
         need_integer("ExitRule", "min_depth", self.min_depth, 1, _MOST)
 
     def distance(self, new: Tensor, old: Tensor, lengths: Tensor | None) -> Tensor:
-        """Distance ``[B]`` between two successive hidden states ``[B, T, d_model]``, over frames without padding."""
+        """Distance ``[B]`` between two successive hidden states ``[B, T, d_model]``, over frames without padding.
+
+        Raises:
+            ValueError: the rule is of kind ``"entropy"``, which no hidden state has.
+        """
+        if self.kind == "entropy":
+            raise ValueError("ExitRule: kind 'entropy' is for a recogniser with heads: use Recogniser.transcribe")
         if lengths is None:
             lengths = torch.full((new.shape[0],), new.shape[1], device=new.device)
         pad = ~frame_mask(lengths, new.shape[1])  # [B, T]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -223,7 +224,14 @@ class ConformerEncoder(LayerStack):
         return pretrained.load(cls, directory)
 
     @torch.no_grad()
-    def adaptive(self, x: Tensor, lengths: Tensor | None, rule: ExitRule) -> tuple[Tensor, Tensor | None, Tensor]:
+    def adaptive(
+        self,
+        x: Tensor,
+        lengths: Tensor | None,
+        rule: ExitRule,
+        *,
+        measure: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Run each utterance until ``rule`` stops it; finished utterances leave the batch.
 
         Reads values on the host after every loop, so it cannot be compiled or captured in a CUDA graph.
@@ -231,11 +239,14 @@ class ConformerEncoder(LayerStack):
         Args:
             x, lengths: as for :meth:`forward`.
             rule: when to stop.
+            measure: what falls below the threshold of ``rule``, called with two successive hidden states
+                ``[B', T', d_model]``, the new one first, and their frames ``[B']`` or None; returns ``[B']``.  None:
+                :meth:`ExitRule.distance`.
 
         Returns:
             ``(output [B, T', d_model], lengths [B] or None, exit_depths [B] int64)``.
         """
-        most = self._check_depth(rule.depth)
+        most, measure = self._check_depth(rule.depth), measure or rule.distance
         x, lengths = self._enter(x, lengths)
         positions: dict[int, Positions] = {}
         output, all_lengths = torch.empty_like(x), lengths
@@ -245,7 +256,7 @@ class ConformerEncoder(LayerStack):
             new = self.step(k - 1, x, lengths, positions)
             done = torch.zeros(len(active), dtype=torch.bool, device=x.device)
             if rule.kind != "fixed" and k >= rule.min_depth and k < most:
-                done = rule.distance(new, x, lengths) < rule.threshold
+                done = measure(new, x, lengths) < rule.threshold
             if k == most:
                 done = ~done
             output[active[done]] = new[done]

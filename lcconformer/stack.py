@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -52,6 +54,36 @@ class LayerStack(nn.Module):
     def layer_of(self, k: int) -> ConformerLayer:
         """Return the layer of loop ``k`` (from 0)."""
         return cast(ConformerLayer, self.layers[self.layer_map[k]])
+
+    @contextlib.contextmanager
+    def only(self, layers: Sequence[int]) -> Iterator[None]:
+        """Leave layers out within the block, in which loop k runs layer ``layers[k]`` (LayerDrop, arXiv 1909.11556).
+
+        It is for training: calls within the block take a depth up to ``len(layers)``, and their backward belongs there too.
+
+        Args:
+            layers: layers to keep, from 0, one or more, in rising order.
+
+        Raises:
+            ValueError: they are not that; loops share a layer, or are told apart by more than their layer; evaluation mode.
+        """
+        n, kept = self.config.num_layers, tuple(layers)
+        if not kept or kept != tuple(sorted({*kept} & {*range(n)})):
+            raise ValueError(
+                f"ConformerEncoder: layers to keep are {list(kept)}; expected some of 0 ... {n - 1}, rising"
+            )
+        if len(self.layers) < n or self.conditioning is not None or self._per_depth_statistics:
+            raise ValueError(
+                "ConformerEncoder: only layers of their own can be left out: it takes sharing='none', no conditioning and no "
+                "statistics per depth"
+            )
+        if not self.training:  # engines of inference keep what they know of the layers
+            raise ValueError("ConformerEncoder: layers are left out in training alone: call train()")
+        before, self.layer_map = self.layer_map, kept
+        try:
+            yield
+        finally:
+            self.layer_map = before
 
     def project_positions(self, k: int, x: Tensor, lengths: Lengths, positions: dict[int, Positions]) -> None:
         """Fill in what the layer of loop ``k`` needs of positions for ``x [B, T, d_model]``, once for all its loops.

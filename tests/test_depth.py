@@ -18,6 +18,7 @@ GOLDEN = {
     ("uniform", 12345): (8, 2, 12, 11, 1, 3, 6, 8, 3, 6, 10, 7, 12, 7),
     ("curriculum", 0): (1, 1, 3, 1, 2, 1, 3, 2, 6, 2, 6, 7, 1, 11),
     ("log_normal", 0): (4, 1, 7, 1, 7, 1, 5, 2, 1, 2, 2, 6, 2, 1),
+    ("layer_drop", 0): (7, 9, 10, 6, 8, 6, 8, 7, 8, 5, 7, 9, 9, 7),
     ("log_normal", 1): (12, 5, 12, 3, 5, 12, 12, 3, 7, 11, 9, 6, 6, 2),
 }
 
@@ -114,6 +115,35 @@ def test_sandwich():
     assert sampler.mean_depth() == 12
 
 
+@pytest.mark.parametrize(("low", "num_layers"), [(1, 6), (4, 12), (1, 1), (5, 5)])
+def test_layer_drop_keeps_each_layer_as_often_as_the_others(low, num_layers):
+    sampler = DepthSampler("layer_drop", num_layers=num_layers, low=low, seed=3)
+    kept = [sampler.layers(s) for s in range(STEPS)]
+    assert all(layers == tuple(sorted({*layers})) for layers in kept)
+    assert [sampler.depths(s) for s in range(STEPS)] == [(len(layers),) for layers in kept]
+    assert min(len(layers) for layers in kept) >= 1
+    keep = (low + num_layers) / (2 * num_layers)
+    error = math.sqrt(keep * (1 - keep) / STEPS)
+    # where all would be left out, one is not
+    extra = (1 - keep) ** num_layers
+    for k in range(num_layers):
+        assert abs(sum(k in layers for layers in kept) / STEPS - keep) <= 4 * error + extra
+    # as many as uniform, but for that
+    assert sampler.mean_depth() == pytest.approx((low + num_layers) / 2 + extra)
+    spread = math.sqrt(num_layers * keep * (1 - keep) / STEPS)
+    assert abs(sum(map(len, kept)) / STEPS - sampler.mean_depth()) <= 4 * spread + 1e-9
+
+
+def test_layer_drop_leaves_layers_out_independently():
+    sampler = DepthSampler("layer_drop", num_layers=8, seed=9)
+    kept = torch.zeros(STEPS, 8, dtype=torch.float64)
+    for step in range(STEPS):
+        kept[step, list(sampler.layers(step))] = 1.0
+    off = torch.corrcoef(kept.T) - torch.eye(8)
+    assert float(off.abs().max()) < 4.5 / math.sqrt(STEPS)
+    assert DepthSampler("uniform").layers(0) is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -145,7 +175,7 @@ def test_bad_sampler(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "entropy"}, "kind is 'entropy'; expected 'fixed', 'change' or 'cosine'"),
+        ({"kind": "loss"}, "kind is 'loss'; expected 'fixed', 'change', 'cosine' or 'entropy'"),
         ({}, "kind 'fixed' needs depth"),
         ({"depth": 0}, "depth is 0; expected an integer from 1"),
         ({"depth": 2.0}, "depth is 2.0; expected an integer from 1"),
@@ -188,3 +218,5 @@ def test_exit_distance_ignores_padding_and_survives_silence():
     for kind in ("change", "cosine"):
         distance = ExitRule(kind).distance(new, old, lengths)
         assert distance.isfinite().all(), kind
+    with pytest.raises(ValueError, match=r"use Recogniser\.transcribe"):
+        ExitRule("entropy").distance(new, old, lengths)

@@ -89,6 +89,46 @@ def test_layer_map_is_what_runs():
         assert torch.equal(encoder(x, lengths)[0], h)
 
 
+@pytest.mark.parametrize("name", ["modules", "loop"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_that_are_left_out_are_as_if_they_were_not_there(name, checkpointing):
+    encoder = make_encoder(sharing="none").train()
+    fewer = make_encoder(sharing="none", num_layers=2).train()
+    kept = (1, 3)
+    for mine, its in zip(fewer.layers, kept):
+        mine.load_state_dict(encoder.layers[its].state_dict())
+    encoder.gradient_checkpointing = checkpointing
+    x, lengths = torch.randn(2, 9, 16), torch.tensor([9, 4])
+    with engine(name):
+        with encoder.only(kept):
+            out = encoder(x, lengths, depth=2)[0]
+            out.square().sum().backward()
+        expected = fewer(x, lengths)[0]
+        expected.square().sum().backward()
+        torch.testing.assert_close(out, expected)
+        for mine, its in zip(fewer.layers, kept):
+            for one, other in zip(mine.parameters(), encoder.layers[its].parameters()):
+                torch.testing.assert_close(other.grad, one.grad)
+        assert all(p.grad is None for k in (0, 2) for p in encoder.layers[k].parameters())
+        # and afterwards all of them are there
+        assert encoder.layer_map == (0, 1, 2, 3)
+
+
+def test_what_cannot_be_left_out():
+    encoder = make_encoder(sharing="none").train()
+    for wrong in ((), (4,), (-1,), (1, 0), (1, 1)):
+        with pytest.raises(ValueError, match=r"expected some of 0 \.\.\. 3, rising"), encoder.only(wrong):
+            pass
+    with pytest.raises(RuntimeError, match="boom"), encoder.only((0,)):
+        raise RuntimeError("boom")
+    assert encoder.layer_map == (0, 1, 2, 3)
+    for changes in ({"sharing": "cycle:2"}, {"sharing": "none", "conditioning": ("step",)}):
+        with pytest.raises(ValueError, match="only layers of their own"), make_encoder(**changes).train().only((0,)):
+            pass
+    with pytest.raises(ValueError, match="in training alone"), encoder.eval().only((0,)):
+        pass
+
+
 # padding
 
 

@@ -92,7 +92,11 @@ def run_names(checkpoint: str, compared: str | None) -> dict[str, str]:
 
 def format_summary(matrices: Mapping[str, Mapping[str, np.ndarray]]) -> str:
     """Format a line per model: each measure averaged over all pairs of depths, and between the first and the last depth."""
-    lines = ["", "pairs of depths 1 ... N:          mean of all pairs              depth 1 to depth N"]
+    width = 10 * len(MEASURES)
+    lines = [
+        "",
+        f"{'pairs of depths 1 ... N':<24}{'mean of all pairs':>{width - 10}}{'':>4}{'depth 1 to depth N':>{width}}",
+    ]
     header = "".join(f"{m:>10}" for m in MEASURES)
     lines.append(f"{'':>14}{header}{'':>4}{header}")
     for name, pairs in matrices.items():
@@ -103,5 +107,8 @@ def format_summary(matrices: Mapping[str, Mapping[str, np.ndarray]]) -> str:
             + f"{'':>4}"
             + "".join(f"{pairs[m][1, -1]:>10.3f}" for m in MEASURES)
         )
-    lines.append("cosine and CKA: 1 means alike; Fréchet distance: 0 means the same distribution, 1 nothing in common")
+    lines.append(
+        "cosine, CKA and nearest neighbours (knn): 1 means alike; "
+        "Fréchet distance: 0 means the same distribution, 1 nothing in common"
+    )
     return "\n".join(lines)

@@ -24,15 +24,23 @@ from ..ssl.finetuning import (
     TaskSettings,
     best_depth,
     calibrate_exit,
+    calibrate_search,
     error_rates,
     exit_depths,
     finetune,
+    hear_corpus,
     read_corpus,
+    search_rates,
+    write_ngrams,
 )
+from ..ssl.finetuning.beam_search import require_flashlight
+from ..ssl.finetuning.ngrams import ORDERS
 from ..ssl.finetuning.settings import PRECISIONS
+from ..ssl.finetuning.units import sentences_of
 from ..ssl.model import FeatureSettings, load_model
 from ..ssl.pretraining import load_speech
 from ..ssl.pretraining.settings import FREE_SETTINGS
+from ..validation import need_integer
 from .options import (
     EXIT,
     add_depth_options,
@@ -78,6 +86,10 @@ _OWN = [
     f.name for f in dataclasses.fields(FinetuneSettings) if f.name not in ("config", "features", "tasks", "augment")
 ]
 _SPEECH: dict[str, Any] = {"data": None, "splits": (), "test_speakers": (), "validation_speakers": None}
+
+
+_EXITS = {"exit": "change", "exit_entropy": "entropy"}
+"""Exit rules that are calibrated: key of results.json, kind."""
 
 
 def options_of(settings: FinetuneSettings) -> dict[str, Any]:
@@ -128,6 +140,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _option(group, "--freeze-encoder", text, action="store_true")
     _option(group, "--freeze-front-end", "first steps in which the front end keeps its weights", metavar="STEPS")
     add_run_options(_option, group, PRECISIONS)
+    group.add_argument(
+        "--lm-order",
+        type=int,
+        metavar="N",
+        help="estimate N-gram models of phones and characters on the training speech, write them to the folder of the run, "
+        "and measure a beam search with them at the chosen depth, too; the validation speakers choose its weights",
+    )
 
     group = parser.add_argument_group("predictions", "weights in the loss; 0: not predicted")
     _option(group, "--frames", "cross-entropy on the aligned phone of each 10 ms frame", metavar="WEIGHT")
@@ -236,6 +255,12 @@ def run(args: argparse.Namespace) -> int:
         seed=settings.seed,
     )
     tests = _test_speech(speech)
+    if args.lm_order is not None:
+        # before hours of training
+        require_flashlight()
+        need_integer("finetune", "--lm-order", args.lm_order, ORDERS[0], ORDERS[-1])
+        if validation is None:
+            raise ValueError("--lm-order needs validation speakers, who choose the weight of the n-grams: name some")
     held = "none" if validation is None else ", ".join(validation.speakers)
     print(f"{train}\nheld out for validation: {held}", file=sys.stderr)
     result = finetune(
@@ -250,6 +275,8 @@ def run(args: argparse.Namespace) -> int:
         print("no speaker was held out: no error rates", file=sys.stderr)
         return 0
     scores = _measure(result.model, validation, tests)
+    if args.lm_order is not None and validation is not None:
+        scores["beam_search"] = _search(result.model, train, validation, tests, scores, folder, args.lm_order)
     print(format_rows(scores))
     machine = describe_machine(result.model.features.window.device)
     described = {**result.model.describe(), "settings": settings.describe(), "speech": speech}
@@ -290,14 +317,40 @@ def _measure(model: Recogniser, validation: Corpus | None, tests: list[Corpus]) 
     scores: dict[str, Any] = {"measured_on": last, "rows": rows[last]}
     if "validation" in read:
         chosen = best_depth(rows["validation"])
-        rule = calibrate_exit(read["validation"], chosen)
-        exits = exit_depths(read[last], rule)
-        scores |= {
-            "validation_rows": rows["validation"],
-            "chosen_depth": chosen,
-            "exit": {"rule": dataclasses.asdict(rule), **error_rates(read[last], exits)},
-        }
+        scores |= {"validation_rows": rows["validation"], "chosen_depth": chosen}
+        for name, kind in _EXITS.items():
+            rule = calibrate_exit(read["validation"], chosen, kind)
+            exits = exit_depths(read[last], rule)
+            scores[name] = {"rule": dataclasses.asdict(rule), **error_rates(read[last], exits)}
     return scores
+
+
+def _search(
+    model: Recogniser,
+    train: Corpus,
+    validation: Corpus,
+    tests: list[Corpus],
+    scores: Mapping[str, Any],
+    folder: Path,
+    order: int,
+) -> dict[str, Any]:
+    """Error rates at the chosen depth of a beam search, beside those of the best path, for each of the units."""
+    depth = scores["chosen_depth"]
+    calibration = hear_corpus(model, validation, depth)
+    measured = [one for corpus in tests for one in hear_corpus(model, corpus, depth)] or calibration
+    found = {}
+    for units in model.units:
+        lm = write_ngrams(folder / f"lm-{units}.arpa", sentences_of(train, units), order)
+        search = calibrate_search(model, calibration, units, lm)
+        found[units] = {
+            "depth": depth,
+            "lm": lm.name,
+            "order": order,
+            **{name: getattr(search, name) for name in ("weight", "blank_penalty", "beam")},
+            "best_path": search_rates(model, measured, units, None),
+            "found": search_rates(model, measured, units, search),
+        }
+    return found
 
 
 def format_rows(scores: Mapping[str, Any]) -> str:
@@ -313,11 +366,26 @@ def format_rows(scores: Mapping[str, Any]) -> str:
         f"{'depth':>8}" + "".join(f"{titles[name]:>14}" for name in columns),
         *(line(str(row["depth"]), row) for row in scores["rows"]),
     ]
-    if "exit" in scores:
-        rule = scores["exit"]["rule"]
-        lines.append(line("exit", scores["exit"]) + f"   mean depth {scores['exit']['mean_depth']:.2f}")
-        how = (
-            "no early exit" if rule["kind"] == "fixed" else f"exit when the change falls below {rule['threshold']:.4g}"
+    if "chosen_depth" in scores:
+        lines += [
+            line(kind, scores[name]) + f"   mean depth {scores[name]['mean_depth']:.2f}"
+            for name, kind in _EXITS.items()
+        ]
+        how = [
+            f"no exit by {kind}"
+            if rule["kind"] == "fixed"
+            else f"exit when the {kind} falls below {rule['threshold']:.4g}"
+            for kind, rule in ((kind, scores[name]["rule"]) for name, kind in _EXITS.items())
+        ]
+        lines.append(f"chosen on validation: depth {scores['chosen_depth']}; {'; '.join(how)}")
+    for units, search in scores.get("beam_search", {}).items():
+        rates = ", ".join(
+            f"{titles[name]} {100 * search['found'][name]:.1f} (best path {100 * search['best_path'][name]:.1f})"
+            for name in ("per", "cer", "wer")
+            if name in search["found"]
         )
-        lines.append(f"chosen on validation: depth {scores['chosen_depth']}; {how}")
+        lines.append(
+            f"beam search at depth {search['depth']}, {search['order']}-grams of {units}, weight {search['weight']:g}, blank "
+            f"penalty {search['blank_penalty']:g}: {rates}"
+        )
     return "\n".join(lines)

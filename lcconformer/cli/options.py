@@ -25,7 +25,7 @@ __all__ = [
 
 EXIT = {"SIGINT": 130, "SIGTERM": 143}
 """Exit status of a training that was stopped by a signal."""
-_DEPTHS = ("uniform", "fixed", "curriculum", "log_normal", "sandwich")
+_DEPTHS = ("uniform", "fixed", "curriculum", "log_normal", "sandwich", "layer_drop")
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -93,7 +93,8 @@ def add_depth_options(option: Option, group: argparse._ArgumentGroup) -> None:
     option(group, "--layers", "N, loops of a full run")
     text = (
         "loops of a training step: uniform over MIN ... N; fixed N; curriculum, MIN ... a growing maximum; log_normal, around "
-        "the middle; sandwich, N, MIN and a random one together"
+        "the middle; sandwich, N, MIN and a random one together; layer_drop, as many as uniform, but any of the layers, which "
+        "must not be shared"
     )
     option(group, "--depth", text, choices=_DEPTHS)
     option(group, "--min-depth", "fewest loops of a step", metavar="MIN")

@@ -209,7 +209,7 @@ def run(
             steps.places, steps.memory = now.places(), now.memory()
         key = (
             (*x.shape, x.dtype, x.device, x.requires_grad, lengths is None, seeds is None),
-            (depth, backprop_depth, return_hidden_states, stack.gradient_checkpointing),
+            (stack.layer_map[:depth], backprop_depth, return_hidden_states, stack.gradient_checkpointing),
             (kernels.names, autocast, forced_backend(), torch.get_float32_matmul_precision()),
             tuple(p.requires_grad for p in stack.layers.parameters()),
             tuple(replace(plan, statistics=()) for plan in training.plans_of(stack, depth)),

@@ -125,6 +125,17 @@ def test_fewer_loops_with_gradients_and_checkpointing(recorder):
     assert recorder.recorded == 2 * 3
 
 
+def test_layers_that_are_left_out_are_recorded_apart(recorder):
+    encoder = make_encoder(sharing="none")
+    for kept in ((0, 2), (1, 3), (0, 2)):
+        with encoder.only(kept):
+            want = eagerly(encoder, x := data(), depth=2)
+            got = by_replay(encoder, x, depth=2)
+        assert all(torch.equal(g, w) for g, w in zip(got[0], want[0], strict=True))
+        assert [g is None for g in got[1]] == [w is None for w in want[1]]
+    assert recorder.recorded == 4  # forward and backward of two selections
+
+
 def test_lengths_are_rounded_up(recorder):
     """With padding masked all lengths up to the next multiple of 64 frames share a recording."""
     encoder = make_encoder(conv_norm="batch")

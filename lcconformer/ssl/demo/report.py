@@ -7,7 +7,6 @@ import datetime
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import numpy as np
@@ -15,28 +14,12 @@ import numpy as np
 from ...runtime import write_atomically
 from ..evaluation import figures
 from ..evaluation.classifiers import PROBES
+from ..evaluation.consistency import MEASURES, NAMES
+from ..evaluation.output import html_document
 from ..evaluation.probes import LOG_MEL
 from .summary import PAPER_NOTE, depth_table, layers, percent, remarks, summary
 
 __all__ = ["write_report"]
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.7rem; line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }
-th:first-child, td:first-child { text-align: left; white-space: nowrap; }
-th[colspan] { text-align: center; } thead th { border-bottom: 2px solid #555; }
-img { max-width: 100%; height: auto; } .note { color: #444; font-size: .92rem; } code { font-size: .9em; }
-"""
-_PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>lcconformer demo</title><style>$style</style></head><body>
-<h1>One Conformer layer, looped $layers times: what it saves and what it costs</h1>
-<p class="note">$where</p>
-$sections
-</body></html>
-""")
 
 
 def write_report(out: Path, results: Mapping[str, Any]) -> Path:
@@ -109,11 +92,11 @@ def _page(results: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         image("training_loss", "training loss over time"),
         image("held_out_loss", "held-out loss at every depth"),
         "<h2>Layer consistency: how alike the depths are</h2>",
-        image("consistency", "heat maps of cosine similarity, CKA and Fréchet distance between depths"),
+        image("consistency", "heat maps of the measures of consistency between depths"),
         _table(*_consistency_table(results)),
         _note(
             "Means over all pairs of different depths from 1 on. The control has untrained weights: what it reaches comes "
-            "from the residual connections alone. The three measures are our choice; the paper does not name its own."
+            "from the residual connections alone. The measures are our choice; the paper does not name its own."
         ),
     ]
     header, rows = depth_table(results)
@@ -148,7 +131,9 @@ def _page(results: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         f"{date} · {machine['processor']}, {machine['threads']} threads · PyTorch {machine['torch']} · "
         "every number measured in this run"
     )
-    return _PAGE.substitute(style=_STYLE, layers=layers(results), where=html.escape(where), sections="\n".join(parts))
+    title = f"One Conformer layer, looped {layers(results)} times: what it saves and what it costs"
+    body = [f"<h1>{html.escape(title)}</h1>", _note(where), *parts]
+    return html_document("lcconformer demo", "\n".join(body))
 
 
 def _training_table(results: Mapping[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
@@ -167,10 +152,10 @@ def _training_table(results: Mapping[str, Any]) -> tuple[list[list[str]], list[l
 
 def _consistency_table(results: Mapping[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
     rows = [
-        [name, *(f"{matrices['summary'][key]:.3f}" for key in ("cosine", "cka", "frechet"))]
+        [name, *(f"{matrices['summary'][key]:.3f}" for key in MEASURES)]
         for name, matrices in results["consistency"].items()
     ]
-    return [["", "cosine", "CKA", "Fréchet distance"]], rows
+    return [["", *(NAMES[key] for key in MEASURES)]], rows
 
 
 def _config(config: Mapping[str, Any]) -> str:

@@ -1,11 +1,14 @@
 """Layer consistency (arXiv 2105.00812): how alike the hidden states of different depths are.
 
 The paper observes that with shared weights the *distributions* of the embeddings of different layers are similar, but does
-not say how it measured that.  Here are three measures of our own for every pair of depths:
+not say how it measured that.  Here are four measures of our own for every pair of depths:
 
 - ``cosine``: cosine similarity of a frame's two vectors, mean over frames; 1 where the depths agree vector by vector;
 - ``cka``: linear centred kernel alignment (Kornblith et al. 2019, arXiv 1905.00414, equation 3), from 0 to 1.  It ignores
   rotation, shift and scale, so 1 means the same information, possibly in other coordinates;
+- ``knn``: mutual k-nearest neighbours (Huh et al. 2024, arXiv 2405.07987): of the 10 frames that are nearest to a frame by
+  cosine, the part that both depths agree on, mean over frames; 1 for the same neighbourhoods, k / (F - 1) by chance.  Over
+  at most 2048 of the frames, evenly spaced, because more frames make nearer neighbours, and squared cost;
 - ``frechet``: squared Fréchet distance of the Gaussians fitted to the two sets of frames,
   |m1 - m2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2) (Dowson & Landau 1982), divided by |m1 - m2|^2 + tr(S1 + S2).  The
   division makes it independent of the unit: 0 for equal distributions, 1 for distributions with nothing in common.
@@ -13,6 +16,7 @@ not say how it measured that.  Here are three measures of our own for every pair
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -23,21 +27,25 @@ from ...data import Corpus
 from ..model import PretrainingModel
 from .hidden_states import choose_frames, collect_states
 
-__all__ = ["MEASURES", "consistency", "model_consistency", "summarise"]
+__all__ = ["MEASURES", "NAMES", "consistency", "model_consistency", "summarise"]
 
-MEASURES = ("cosine", "cka", "frechet")
+MEASURES = ("cosine", "cka", "knn", "frechet")
+NAMES = {"cosine": "cosine", "cka": "CKA", "knn": "nearest neighbours", "frechet": "Fréchet distance"}
+"""What tables call the measures."""
+_NEIGHBOURS = 10
+_NEIGHBOUR_FRAMES = 2048
 
 
 @torch.no_grad()
 def consistency(hidden_states: Sequence[Tensor]) -> dict[str, np.ndarray]:
-    """Compute the three measures for every pair of depths.
+    """Compute the four measures for every pair of depths.
 
     Args:
         hidden_states: N+1 tensors ``[F, D]`` of the same F frames, without padding, of any floating dtype; the computation
             is in float64.  CKA of few frames is biased upwards: take F well above D.
 
     Returns:
-        ``{"cosine", "cka", "frechet"}``, each float64 ``[N+1, N+1]``, symmetric.
+        ``{"cosine", "cka", "knn", "frechet"}``, each float64 ``[N+1, N+1]``, symmetric.
 
     Raises:
         ValueError: there are no hidden states, their shapes differ, they have fewer than 2 frames, or values are not finite.
@@ -60,6 +68,7 @@ def consistency(hidden_states: Sequence[Tensor]) -> dict[str, np.ndarray]:
     roots = [_root(s) for s in covariances]
     sizes = [s.norm() for s in covariances]
     spreads = [s.trace() for s in covariances]
+    near = [_neighbours(u[:: math.ceil(frames / _NEIGHBOUR_FRAMES)]) for u in unit]
 
     n = len(states)
     out = {name: np.zeros((n, n)) for name in MEASURES}
@@ -68,6 +77,7 @@ def consistency(hidden_states: Sequence[Tensor]) -> dict[str, np.ndarray]:
             pair = {
                 "cosine": float((unit[i] * unit[j]).sum(1).mean()),
                 "cka": _ratio((centred[i].T @ centred[j] / frames).square().sum(), sizes[i] * sizes[j], 1.0),
+                "knn": float((near[i] & near[j]).sum() / near[i].sum()),
             }
             shift = (means[i] - means[j]).square().sum()
             total = shift + spreads[i] + spreads[j]
@@ -76,6 +86,13 @@ def consistency(hidden_states: Sequence[Tensor]) -> dict[str, np.ndarray]:
             for name, value in pair.items():
                 out[name][i, j] = out[name][j, i] = value
     return out
+
+
+def _neighbours(unit: Tensor) -> Tensor:
+    """Which frames are among the nearest of each frame, itself left out: ``[F, F]`` bool of unit vectors ``[F, D]``."""
+    likeness = (unit @ unit.T).fill_diagonal_(-math.inf)
+    nearest = likeness.topk(min(_NEIGHBOURS, len(unit) - 1)).indices
+    return torch.zeros_like(likeness, dtype=torch.bool).scatter_(1, nearest, True)
 
 
 def _root(covariance: Tensor) -> Tensor:

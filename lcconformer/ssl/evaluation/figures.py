@@ -41,6 +41,7 @@ _STYLES = (
 _MEASURES = {
     "cosine": "cosine similarity\n(1: same vectors)",
     "cka": "linear CKA\n(1: same up to rotation)",
+    "knn": "mutual 10 nearest neighbours\n(1: same neighbourhoods)",
     "frechet": "Fréchet distance, normalised\n(0: same distribution)",
 }
 _MOST_NUMBERS = 17  # rows of a heat map that has its numbers written in
@@ -91,15 +92,16 @@ def render(figure: Figure, form: str = "png") -> bytes:
 
 
 def consistency_figure(matrices: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
-    """Heat maps with their numbers, a row per model and a column per measure.
+    """Heat maps with their numbers, a row per model and a column per measure that all models have.
 
     One colour scale per measure serves all models.  It spans the values between different depths from 1 on, where trained and
     untrained models differ; the front end (depth 0), which is less like any other depth, may lie beyond it.
     """
-    figure, axes = _figure(len(matrices), len(_MEASURES), 13.0, 0.9 + 3.8 * len(matrices))
-    for column, (measure, title) in enumerate(_MEASURES.items()):
+    shown = {m: title for m, title in _MEASURES.items() if all(m in model for model in matrices.values())}
+    figure, axes = _figure(len(matrices), len(shown), 4.3 * len(shown), 0.9 + 3.8 * len(matrices))
+    for column, (measure, title) in enumerate(shown.items()):
         low, high = _colour_range(measure, [model[measure] for model in matrices.values()])
-        # the bright end of the map is "alike" for all three
+        # the bright end of the map is "alike" for all of them
         colours = "cividis_r" if measure == "frechet" else "cividis"
         for row, (name, model) in enumerate(matrices.items()):
             ax = axes[row, column]

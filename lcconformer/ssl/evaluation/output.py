@@ -1,8 +1,9 @@
-"""Result files: JSON, and the description of the machine that goes into them."""
+"""Result files: JSON with the description of the machine, and pages in HTML."""
 
 from __future__ import annotations
 
 import datetime
+import html
 import json
 import os
 import platform
@@ -14,12 +15,37 @@ import torch
 from ... import __version__
 from ...runtime import write_atomically
 
-__all__ = ["describe_machine", "write_json"]
+__all__ = ["describe_machine", "html_document", "write_json"]
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.7rem; line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+th[colspan] { text-align: center; } thead th { border-bottom: 2px solid #555; }
+img { max-width: 100%; height: auto; } code { font-size: .9em; }
+.note { color: #444; font-size: .92rem; } .warning { border-left: 4px solid #D55E00; padding-left: .8rem; }
+"""
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Write ``value`` as indented JSON; NaN and infinity, which JSON lacks, are an error."""
     return write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def html_document(title: str, body: str) -> str:
+    """A whole page with the style of the reports, which needs no other file.
+
+    Args:
+        title: plain text.
+        body: HTML; paragraphs of the classes ``note`` and ``warning`` are set apart.
+    """
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>'
+        f"<style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n"
+    )
 
 
 def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -82,10 +82,17 @@ class Learner:
         if scaler:
             raise ValueError(f"the state of the loss scaling is damaged ({', '.join(sorted(scaler))})")
 
-    def step(self, step: int, batch: Batch, depths: tuple[int, ...], learning_rate: float) -> tuple[float, float]:
+    def step(
+        self,
+        step: int,
+        batch: Batch,
+        depths: tuple[int, ...],
+        learning_rate: float,
+        layers: tuple[int, ...] | None = None,
+    ) -> tuple[float, float]:
         """Take step ``step`` (from 0); returns the loss and the norm of the gradient before clipping.
 
-        A step whose gradient is not finite changes nothing.
+        ``layers`` are those that LayerDrop keeps; None: the first ones.  A step whose gradient is not finite changes nothing.
         """
         settings, encoder = self._settings, self.model.encoder
         self.model.train()
@@ -99,9 +106,10 @@ class Learner:
         hide = draw_hidden(settings.augment, batch.ids, frames, bins, seed=settings.seed, step=step)
         statistics = [b.clone() for b in encoder.buffers()]
         torch.manual_seed(torch_seed(settings.seed, step, 0))
-        with self._autocast():
-            loss = self._losses(batch, depths, hide).mean()
-        loss.backward()
+        with contextlib.nullcontext() if layers is None else encoder.only(layers):
+            with self._autocast():
+                loss = self._losses(batch, depths, hide).mean()
+            loss.backward()
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip))
         if math.isfinite(norm):
             self.optimizer.step()

@@ -16,9 +16,11 @@ from ...config import ConformerConfig
 from ...data import IGNORE, PHONES, LogMel
 from ...depth import ExitRule
 from ...encoder import ConformerEncoder
+from ...ops.checks import frame_mask
 from ...validation import need_integer, need_number
 from ..checkpoint import Checkpoint, load_checkpoint
 from ..model import FeatureSettings, check_layers
+from .beam_search import BeamSearch
 from .units import BLANK, Targets, greedy
 
 __all__ = ["UNITS", "Logits", "Recogniser", "TaskSettings", "load_recogniser"]
@@ -156,6 +158,21 @@ class Recogniser(nn.Module):
         frames = self.heads["frames"](hidden).view(b, -1, len(PHONES)) if "frames" in self.heads else None
         return Logits(frames, units, counts * each)
 
+    def entropy(self, logits: Logits) -> Tensor:
+        """Entropy ``[B]`` of the posterior, in nats, mean over an utterance's CTC outputs: of phones, else of characters.
+
+        Raises:
+            ValueError: neither was trained.
+        """
+        if not self.units:
+            raise ValueError(
+                "this model has no CTC output whose entropy could be measured: it was trained on frame labels"
+            )
+        spoken = logits.units[self.units[0]].float().log_softmax(-1)
+        each = -(spoken.exp() * spoken).sum(-1)  # [B, T'']
+        real = frame_mask(logits.counts, each.shape[1])
+        return (each * real).sum(1) / logits.counts.clamp(min=1)
+
     def hidden_states(
         self, audio: Tensor, lengths: Tensor, *, depth: int | None = None, hide: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor]:
@@ -214,8 +231,9 @@ class Recogniser(nn.Module):
         units: str | None = None,
         depth: int | None = None,
         rule: ExitRule | None = None,
+        search: BeamSearch | None = None,
     ) -> tuple[list[str], list[int]]:
-        """Spell what is said, on CTC's best path.
+        """Spell what is said, on CTC's best path or as a beam search finds.
 
         Args:
             audio: ``[B, S]`` float, 16 kHz.
@@ -223,6 +241,7 @@ class Recogniser(nn.Module):
             units: ``"phones"`` or ``"characters"``; None: characters if they were trained, else phones.
             depth: number of loops; None: all N, or as ``rule`` says.
             rule: when to stop looping, instead of ``depth``.
+            search: over :meth:`tokens` of ``units``; None: the best path.
 
         Returns:
             B texts (phones are separated by spaces) and the number of loops that each took.
@@ -236,10 +255,17 @@ class Recogniser(nn.Module):
         if lengths is None:
             lengths = torch.full((audio.shape[0],), audio.shape[-1], dtype=torch.int64, device=audio.device)
         fixed = ExitRule("fixed", depth=self.config.num_layers if depth is None else depth)
-        output, counts, depths = self.encoder.adaptive(*self._features(audio, lengths), rule or fixed)
+
+        def entropy(new: Tensor, old: Tensor, counts: Tensor | None) -> Tensor:
+            assert counts is not None
+            return self.entropy(self.logits(new, counts))
+
+        measure = entropy if rule is not None and rule.kind == "entropy" else None
+        features = self._features(audio, lengths)
+        output, counts, depths = self.encoder.adaptive(*features, rule or fixed, measure=measure)
         assert counts is not None
         logits = self.logits(output, counts)
-        return self.spell(logits, units), depths.tolist()
+        return self.spell(logits, units, search), depths.tolist()
 
     def choose_units(self, units: str | None) -> str:
         """``units``; of None, characters if they were trained, else phones.
@@ -254,10 +280,25 @@ class Recogniser(nn.Module):
             raise ValueError(f"this model cannot spell {units or 'anything'}: it was trained to spell {trained}")
         return units
 
-    def spell(self, logits: Logits, units: str) -> list[str]:
-        """The B texts on CTC's best path."""
+    def tokens(self, units: str) -> tuple[str, ...]:
+        """What a language model calls the classes of ``units``: the blank, then phones or characters, a space as ``|``."""
+        named = PHONES[1:] if units == "phones" else self.alphabet.replace(" ", "|")
+        return ("<blank>", *named)
+
+    def spell(self, logits: Logits, units: str, search: BeamSearch | None = None) -> list[str]:
+        """The B texts on CTC's best path, or what ``search`` finds.
+
+        Raises:
+            ValueError: the search is over other tokens.
+        """
+        if search is not None and search.tokens != self.tokens(units):
+            raise ValueError(
+                f"the beam search is over {len(search.tokens)} tokens, {' '.join(search.tokens[:4])} ..., and not over this "
+                f"model's {units}: build it with model.tokens({units!r})"
+            )
+        decode = greedy if search is None else search
         rows = zip(logits.units[units], logits.counts.tolist())
-        classes: list[Sequence[int]] = [greedy(row[:count]) for row, count in rows]
+        classes: list[Sequence[int]] = [decode(row[:count]) for row, count in rows]
         if units == "phones":
             return [" ".join(PHONES[c] for c in row) for row in classes]
         return ["".join(self.alphabet[c - 1] for c in row).strip() for row in classes]

@@ -159,7 +159,7 @@ class _Run:
         epoch, started = counters.epoch, time.perf_counter()
         depths = self.sampler.depths(counters.step)
         rate = settings.learning_rate * learning_rate_scale(self.counters.progress(self.settings), settings.warmup)
-        loss, norm = self.learner.step(counters.step, batch, depths, rate)
+        loss, norm = self.learner.step(counters.step, batch, depths, rate, self.sampler.layers(counters.step))
         now = time.perf_counter()
         counters.step += 1
         counters.elapsed_s = now - self.began

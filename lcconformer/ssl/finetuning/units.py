@@ -13,7 +13,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ...data import IGNORE, PHONES, Batch, Utterance, fold
 
-__all__ = ["BLANK", "Targets", "alphabet_of", "batch_targets", "greedy", "normalise_text", "phone_classes"]
+__all__ = [
+    "BLANK",
+    "Targets",
+    "alphabet_of",
+    "batch_targets",
+    "greedy",
+    "normalise_text",
+    "phone_classes",
+    "sentences_of",
+]
 
 BLANK = 0
 """Class of CTC's blank.  Among phones it takes the place of silence, which is never a target."""
@@ -55,6 +64,15 @@ def phone_classes(utterance: Utterance) -> list[int]:
     """Classes of the phones of an alignment, without silence and noise; empty if there is none."""
     classes = [fold(label) for label, _ in utterance.phones or ()]
     return [c for c in classes if c not in (_SILENCE, IGNORE)]
+
+
+def sentences_of(utterances: Iterable[Utterance], units: str) -> list[list[str]]:
+    """What is said in ``"phones"`` or ``"characters"``, named as in :meth:`Recogniser.tokens`; without what is unknown."""
+    if units == "phones":
+        said = [[PHONES[c] for c in phone_classes(u)] for u in utterances]
+    else:
+        said = [list(normalise_text(u.text).replace(" ", "|")) for u in utterances]
+    return [sentence for sentence in said if sentence]
 
 
 def batch_targets(batch: Batch, utterances: Sequence[Utterance], alphabet: str) -> Targets:

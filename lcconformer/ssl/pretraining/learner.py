@@ -89,11 +89,17 @@ class Learner:
             self._replica = DistributedDataParallel(self.model, find_unused_parameters=unused)
 
     def step(
-        self, step: int, batches: Sequence[Batch], masks: Sequence[Masks], depths: tuple[int, ...], learning_rate: float
+        self,
+        step: int,
+        batches: Sequence[Batch],
+        masks: Sequence[Masks],
+        depths: tuple[int, ...],
+        learning_rate: float,
+        layers: tuple[int, ...] | None = None,
     ) -> Update:
         """Take step ``step`` (from 0) on this rank's batches; all ranks must call it together.
 
-        A step whose gradient is not finite changes nothing.
+        ``layers`` are those that LayerDrop keeps; None: the first ones.  A step whose gradient is not finite changes nothing.
         """
         settings, ranks, model = self._settings, self._ranks, self.model
         # numbers over all ranks; the sums of the losses are divided by terms and frames
@@ -113,7 +119,8 @@ class Learner:
             # every batch of the step has its own dropout and noise, whichever rank it is on
             torch.manual_seed(torch_seed(settings.seed, step, number * ranks.world_size + ranks.rank))
             batch, mask = batch.to(ranks.device), mask.to(ranks.device)
-            with self._synchronised(number == len(batches) - 1):
+            kept = contextlib.nullcontext() if layers is None else model.encoder.only(layers)
+            with kept, self._synchronised(number == len(batches) - 1):
                 with self._autocast():
                     sums, apart = self._replica(batch.audio, batch.lengths, mask, depths)
                 objective = sums.mean() / terms + settings.distill * apart / frames

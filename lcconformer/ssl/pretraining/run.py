@@ -150,7 +150,8 @@ class _Run:
         started = time.perf_counter()
         depths = self.sampler.depths(counters.step)
         rate = settings.learning_rate * learning_rate_scale(self.counters.progress(self.settings), settings.warmup)
-        update = self.learner.step(counters.step, batches, masks, depths, rate)
+        layers = self.sampler.layers(counters.step)
+        update = self.learner.step(counters.step, batches, masks, depths, rate, layers)
         now = time.perf_counter()
         # all ranks use the clock of the first one
         loss, elapsed = self.ranks.total([update.loss, self.ranks.first * (now - self.began)])

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,11 @@ from ..evaluation.output import describe_machine, write_json
 from ..evaluation.probes import LOG_MEL, probe_model
 from ..finetuning import (
     FinetuneResult,
-    Recogniser,
     best_depth,
     calibrate_exit,
     error_rates,
     exit_depths,
     finetune,
-    load_recogniser,
     read_corpus,
 )
 from ..finetuning.evaluation import Reading
@@ -53,6 +52,23 @@ _RATE = 1e-6  # learning rate of steps that only their time matters of
 
 class Stopped(Exception):
     """A signal ended a training, after a checkpoint; the argument is the signal's name."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A run at work: on which speech, in which folder, where the runs before it are, on which device, whom it tells."""
+
+    run: Run
+    speech: ReproductionSpeech
+    folder: Path
+    earlier: Sequence[Path]
+    device: torch.device
+    report: Callable[..., None]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the run by name."""
+        return dict(self.run.settings)
 
 
 def is_complete(out: Path, run: Run) -> bool:
@@ -79,33 +95,31 @@ def execute(
     """
     folder = out / "runs" / run.folder
     folder.mkdir(parents=True, exist_ok=True)
-    earlier = [out / "runs" / other.folder for other in run.after]
+    job = _Job(run, speech, folder, [out / "runs" / other.folder for other in run.after], ranks.device, report)
     if not ranks.first:
-        _fit(run, folder, speech, report, None)
+        _fit(job, None)
         return
-    result, times = _KINDS[run.kind](run, speech, folder, earlier, ranks.device, report)
+    result, times = _KINDS[run.kind](job)
     write_json(folder / "result.json", {"description": run.description, **result})
     where = {"machine": describe_machine(ranks.device), "processes": ranks.world_size, "commit": commit()}
     write_json(folder / "times.json", times | where)
 
 
-def _fit(
-    run: Run, folder: Path, speech: ReproductionSpeech, report: Callable[..., None], start: PretrainingModel | None
-) -> PretrainResult | FinetuneResult:
+def _fit(job: _Job, start: PretrainingModel | None) -> PretrainResult | FinetuneResult:
     """Train or go on, to the last step.
 
     Raises:
         Stopped: a signal came.
     """
-    settings = dict(run.settings)["training"]
+    settings, speech = job.settings["training"], job.speech
 
     def on_step(record: StepRecord) -> None:
         note = f"step {record.step}/{settings.steps}  loss {record.loss:.3f}  loops {record.depths[0]}"
-        report(0.9 * record.step / settings.steps, note)
+        job.report(0.9 * record.step / settings.steps, note)
 
-    options: dict[str, Any] = {"out": folder / "training", "resume": True, "on_step": on_step, "progress": False}
+    options: dict[str, Any] = {"out": job.folder / "training", "resume": True, "on_step": on_step, "progress": False}
     done: PretrainResult | FinetuneResult
-    if run.kind == "pretrain":
+    if job.run.kind == "pretrain":
         done = pretrain(settings, speech.pretraining, speech.validation, **options)
     else:
         done = finetune(settings, speech.train, speech.validation, start=start, **options)
@@ -114,12 +128,10 @@ def _fit(
     return done
 
 
-def _train(
-    run: Run, folder: Path, speech: ReproductionSpeech, report: Callable[..., None], start: PretrainingModel | None
-) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+def _train(job: _Job, start: PretrainingModel | None) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """Train or go on; returns the model, and the result and the times of the training."""
-    settings, place = dict(run.settings)["training"], folder / "training"
-    done = _fit(run, folder, speech, report, start)
+    settings, place = job.settings["training"], job.folder / "training"
+    done = _fit(job, start)
     with open(place / "steps.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     compute = [float(row["compute_s"]) for row in rows]
@@ -149,43 +161,24 @@ def _train(
             "gflops": [f / 1e9 for f in summary.flops],
         },
     }
-    times = {
-        "training": {
-            "compute_s": sum(compute),
-            "step_s": statistics.median(compute),
-            "curve_s": [sum(compute[:end]) for end in ends],
-        }
-    }
+    # by the clock, whatever else the machine did
+    times = {"training": {"compute_s": sum(compute), "step_s": statistics.median(compute)}}
     return done.model.eval(), result, times
 
 
 Done = tuple[dict[str, Any], dict[str, Any]]
 
 
-def _pretrain(
-    run: Run,
-    speech: ReproductionSpeech,
-    folder: Path,
-    earlier: Sequence[Path],
-    device: torch.device,
-    report: Callable[..., None],
-) -> Done:
-    _, result, times = _train(run, folder, speech, report, None)
+def _pretrain(job: _Job) -> Done:
+    _, result, times = _train(job, None)
     return result, times
 
 
-def _finetune(
-    run: Run,
-    speech: ReproductionSpeech,
-    folder: Path,
-    earlier: Sequence[Path],
-    device: torch.device,
-    report: Callable[..., None],
-) -> Done:
-    trained = bool(find_checkpoints(folder / "training"))
-    start = load_model(earlier[0] / "training") if earlier and not trained else None
-    model, result, times = _train(run, folder, speech, report, start)
-    report(0.9, "measuring")
+def _finetune(job: _Job) -> Done:
+    trained, speech = bool(find_checkpoints(job.folder / "training")), job.speech
+    start = load_model(job.earlier[0] / "training") if job.earlier and not trained else None
+    model, result, times = _train(job, start)
+    job.report(0.9, "measuring")
     readings = {
         "validation": read_corpus(model, speech.validation),
         "test": read_corpus(model, speech.test),
@@ -194,17 +187,14 @@ def _finetune(
     depths = range(1, model.config.num_layers + 1)
     rows = {name: [{"depth": k, **error_rates(read, k)} for k in depths] for name, read in readings.items()}
     chosen = best_depth(rows["validation"])
-    rule = calibrate_exit(readings["validation"], chosen)
-    frames = dict(run.settings)["consistency_frames"]
-    matrices = model_consistency(model, speech.validation, max_frames=frames, seed=run.seed)
+    frames = job.settings["consistency_frames"]
+    matrices = model_consistency(model, speech.validation, max_frames=frames, seed=job.run.seed)
     measured = {
         "rows": rows,
         "by_speaker": _by_speaker(readings["test"], speech.speakers),
         "chosen_depth": chosen,
-        "exit": {
-            "rule": dataclasses.asdict(rule),
-            **{name: error_rates(readings[name], exit_depths(readings[name], rule)) for name in ("test", "noisy")},
-        },
+        "exit": _exit(readings, chosen, "change"),
+        "exit_entropy": _exit(readings, chosen, "entropy"),
         "exit_curve": _exit_curve(readings, chosen),
         "consistency": {name: matrix.tolist() for name, matrix in matrices.items()},
     }
@@ -231,6 +221,13 @@ def _counts(rates: dict[str, Any]) -> dict[str, list[int]]:
     return found
 
 
+def _exit(readings: dict[str, list[Reading]], depth: int, kind: str) -> dict[str, Any]:
+    """An exit rule that the validation speech calibrates, and the errors with it."""
+    rule = calibrate_exit(readings["validation"], depth, kind)
+    at = {name: error_rates(readings[name], exit_depths(readings[name], rule)) for name in ("test", "noisy")}
+    return {"rule": dataclasses.asdict(rule), **at}
+
+
 def _exit_curve(readings: dict[str, list[Reading]], depth: int) -> list[dict[str, Any]]:
     """Error and mean depth for thresholds of the exit rule that the validation speech spreads."""
     changes = torch.tensor([c for r in readings["validation"] for c in r.changes[: depth - 1] if c > 0])
@@ -244,21 +241,14 @@ def _exit_curve(readings: dict[str, list[Reading]], depth: int) -> list[dict[str
     return rows
 
 
-def _probe(
-    run: Run,
-    speech: ReproductionSpeech,
-    folder: Path,
-    earlier: Sequence[Path],
-    device: torch.device,
-    report: Callable[..., None],
-) -> Done:
-    own = dict(run.settings)
-    if earlier:
-        model = load_model(earlier[0] / "training", device)
+def _probe(job: _Job) -> Done:
+    own, speech = job.settings, job.speech
+    if job.earlier:
+        model = load_model(job.earlier[0] / "training", job.device)
     else:
         with torch.random.fork_rng([]):
-            torch.manual_seed(run.seed)
-            model = PretrainingModel(own["encoder"], own["features"], ObjectiveSettings()).to(device).eval()
+            torch.manual_seed(job.run.seed)
+            model = PretrainingModel(own["encoder"], own["features"], ObjectiveSettings()).to(job.device).eval()
     rows = probe_model(
         model,
         speech.train,
@@ -266,12 +256,12 @@ def _probe(
         speech.test,
         range(1, model.config.num_layers + 1),
         settings=own["probe"],
-        name=run.model,
-        log_mel=not earlier,
-        progress=report,
+        name=job.run.model,
+        log_mel=not job.earlier,
+        progress=job.report,
     )
     frames = min(8192, own["probe"].max_frames)
-    matrices = model_consistency(model, speech.validation, max_frames=frames, seed=run.seed)
+    matrices = model_consistency(model, speech.validation, max_frames=frames, seed=job.run.seed)
     return {
         "rows": [row for row in rows if row["features"] != LOG_MEL],
         "log_mel": [row for row in rows if row["features"] == LOG_MEL],
@@ -279,30 +269,21 @@ def _probe(
     }, {}
 
 
-def _timing(
-    run: Run,
-    speech: ReproductionSpeech,
-    folder: Path,
-    earlier: Sequence[Path],
-    device: torch.device,
-    report: Callable[..., None],
-) -> Done:
-    rounds = dict(run.settings)["rounds"]
-    models: dict[str, Recogniser] = {}
-    learners: dict[str, tuple[Any, Learner]] = {}
-    for other, place in zip(run.after, earlier):
-        models[other.model] = load_recogniser(place / "training", device)
-        settings = dict(other.settings)["training"]
-        learners[other.model] = settings, Learner(settings, speech.train, None, device, None)
+def _timing(job: _Job) -> Done:
+    """Times of models with random weights: they depend on the sizes alone, and no checkpoint has to be there."""
+    rounds, speech = job.settings["rounds"], job.speech
+    trainings = {name: settings for name, settings in job.settings.items() if name != "rounds"}
+    learners = {name: (own, Learner(own, speech.train, None, job.device, None)) for name, own in trainings.items()}
+    models = {name: learner.model.eval() for name, (_, learner) in learners.items()}
     front = time_front(models, speech.test, rounds=rounds)
-    report(0.1, "inference")
+    job.report(0.1, "inference")
     times = {}
     depths = range(1, max(model.config.num_layers for model in models.values()) + 1)
     measured = time_depths(models, speech.test, depths, rounds=rounds)
     for name, value in measured.items():
         times[name] = {"depth_s": {str(k): s for k, s in value.seconds.items()}, **front[name]}
         facts = {k: v for k, v in dataclasses.asdict(value).items() if k != "seconds"}
-    report(0.4, "training steps")
+    job.report(0.4, "training steps")
     steps = _time_steps(learners, speech, rounds)
     return {"models": list(models)}, {"inference": times, "batch": facts, "step_s": steps}
 

@@ -70,6 +70,7 @@ MODELS: dict[str, Model] = {
         Model("narrow", "control: A with narrower layers, as many parameters as C", "fixed", _UNSHARED, "parameters"),
         Model("shallow", "control: A with as many layers as C runs on average", "fixed", _UNSHARED, "compute"),
         Model("dropped", "control: A without a random number of its last layers in each step", "uniform", _UNSHARED),
+        Model("layerdrop", "control: A with LayerDrop, as many loops as C on average", "layer_drop", _UNSHARED),
     )
 }
 

@@ -8,18 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...runtime import write_atomically
+from ..evaluation.output import html_document
 
 __all__ = ["Page"]
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.7rem; line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }
-th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #555; }
-img { max-width: 100%; height: auto; } code { font-size: .9em; }
-.warning { border-left: 4px solid #D55E00; padding-left: .8rem; }
-"""
 
 
 class Page:
@@ -75,9 +66,5 @@ class Page:
         for name, png in self._images.items():
             write_atomically(out / name, png)
         write_atomically(out / "report.md", "\n\n".join(self._markdown) + "\n")
-        head = (
-            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-            f'content="width=device-width, initial-scale=1">\n<title>{html.escape(self._title)}</title>'
-            f"<style>{_STYLE}</style></head><body>\n"
-        )
-        return write_atomically(out / "report.html", head + "\n".join(self._html) + "\n</body></html>\n")
+        document = html_document(self._title, "\n".join(self._html))
+        return write_atomically(out / "report.html", document)

@@ -309,6 +309,7 @@ class _Maker:
             own += (("encoder", config), ("features", self.preset.pretrain.features))
         return Run(kind, model.name, seed, own, self.data("train", "validation", "test"), after)
 
-    def timing(self, after: Sequence[Run]) -> Run:
-        own = (("rounds", self.preset.timing_rounds),)
-        return Run("timing", "", 0, own, self.data("train", "test"), tuple(after))
+    def timing(self, runs: Sequence[Run]) -> Run:
+        """Times of the models that ``runs`` train."""
+        own = (("rounds", self.preset.timing_rounds), *((run.model, dict(run.settings)["training"]) for run in runs))
+        return Run("timing", "", 0, own, self.data("train", "test"))

@@ -17,7 +17,7 @@ from ...config import ConformerConfig
 from ...depth import DepthSampler
 from ..evaluation import figures
 from ..evaluation.classifiers import PROBES
-from ..evaluation.consistency import MEASURES, summarise
+from ..evaluation.consistency import MEASURES, NAMES, summarise
 from .models import MODELS
 from .page import Page
 from .speech import NOISE_DECIBELS
@@ -315,8 +315,6 @@ def _abstract(data: _Data, page: Page) -> None:
                 PAPER["training"],
             ],
         ]
-    spent = [statistics.fmean(r.times["training"]["compute_s"] for r in runs) for runs in (a, c)]
-    rows.append(["training, time saved, by the clock of the runs", f"{_percent(1 - spent[1] / spent[0])}%", ""])
     depth = round(statistics.median(data.smallest_depth(r) for r in c))
     times = [_seconds(data, "A", n), _seconds(data, "C", n), _seconds(data, "C", depth)]
     if times[0] and times[1] and times[2]:
@@ -385,8 +383,9 @@ def _training(data: _Data, page: Page) -> None:
         runs = data.of("scratch", model)
         first = runs[0].result["training"]
         step = _mean_step(data, model)
-        to_loss = [_time_to(run, target) for run in runs]
-        known = [t for t in to_loss if t is not None]
+        to_loss = [_steps_to(run, target) for run in runs]
+        known = [n for n in to_loss if n is not None]
+        reached = statistics.fmean(known) if len(known) == len(runs) else None
         rows.append(
             [
                 model,
@@ -394,24 +393,23 @@ def _training(data: _Data, page: Page) -> None:
                 str(first["steps"]),
                 f"{first['loops_per_step']:.2f}",
                 f"{1000 * step:.0f}" if step else "-",
-                f"{1000 * statistics.fmean(r.times['training']['step_s'] for r in runs):.0f}",
-                f"{statistics.fmean(r.times['training']['compute_s'] for r in runs):.0f}",
-                f"{statistics.fmean(known):.0f}" if len(known) == len(runs) else "not reached",
+                f"{first['steps'] * step:.0f}" if step else "-",
+                "not reached" if reached is None else f"{reached:.0f}",
+                f"{reached * step:.0f}" if reached is not None and step else "-",
                 f"{statistics.fmean(r.result['training']['curve']['loss'][-1] for r in runs):.3f}",
             ]
         )
     page.table(
-        ["model", "seeds", "steps", "loops a step", "ms a step, in turn", "ms a step, median of the run", "s of the run",
-         f"s to a loss of {target:.2f}", "last loss"],
+        ["model", "seeds", "steps", "loops a step", "ms a step", "s of all steps", f"steps to a loss of {target:.2f}",
+         "s to it", "last loss"],
         rows,
     )  # fmt: skip
     page.paragraph(
-        '"In turn": all models and depths one after another in every round on the same batch, so that other load on '
-        "the machine "
-        "meets all alike; the mean over the depths of the steps. The times of the runs are by the clock and say as "
-        "much about "
-        "the load. The loss of a step is that of its depth (of sandwich steps, the mean over three), so that losses of "
-        "different laws of depth differ in meaning."
+        "Times are those of steps in turn: all models and depths one after another in every round on the same batch, so "
+        "that other load on the machine meets all alike; the mean over the depths of the steps, times their number. The "
+        "clock of a run, which says as much about other load, is in its times.json and is not used. The loss of a step is "
+        "that of its depth (of sandwich steps, the mean over three), so that losses of different laws of depth differ in "
+        "meaning."
     )
 
 
@@ -420,9 +418,9 @@ def _common_loss(data: _Data) -> float:
     return max(r.result["training"]["curve"]["loss"][-1] for r in data.runs if r.kind == "scratch")
 
 
-def _time_to(run: _Run, loss: float) -> float | None:
-    curve, seconds = run.result["training"]["curve"]["loss"], run.times["training"]["curve_s"]
-    return next((s for value, s in zip(curve, seconds) if value <= loss), None)
+def _steps_to(run: _Run, loss: float) -> int | None:
+    curve = run.result["training"]["curve"]
+    return next((step for value, step in zip(curve["loss"], curve["step"]) if value <= loss), None)
 
 
 def _by_depth(runs: Sequence[_Run], metric: str) -> dict[int, tuple[float, float | None]]:
@@ -495,7 +493,7 @@ def _choice(data: _Data, page: Page) -> None:
     )
     differences = []
     for first, second in (("A", "B"), ("A", "C"), ("A", "C-time"), ("C", "D"), ("C", "D-time"), ("C", "sandwich"),
-                          ("C", "film"), ("narrow", "C"), ("shallow", "C"), ("dropped", "C")):  # fmt: skip
+                          ("C", "film"), ("narrow", "C"), ("shallow", "C"), ("dropped", "C"), ("layerdrop", "C")):  # fmt: skip
         for name in data.metrics:
             found = _difference(data.of("scratch", first), data.of("scratch", second), name)
             if found is not None:
@@ -530,20 +528,23 @@ def _exits(data: _Data, page: Page) -> None:
                 ]
                 if points:
                     curves[f"{model}, {'clean' if speech == 'test' else 'in noise'}"] = points
-        rule, depth = run.result["exit"]["rule"], run.result["chosen_depth"]
-        early = "none" if rule["kind"] == "fixed" else f"{rule['threshold']:.3g}"
-        cells = [model, early]
-        for speech in ("test", "noisy"):
-            exits = run.result["exit"][speech]
-            cells += [
-                f"{exits['mean_depth']:.2f}",
-                _percent(_error(exits, metric)),
-                _percent(run.error(metric, depth, speech)),
-            ]
-        rows.append(cells)
+        depth = run.result["chosen_depth"]
+        for kind, name in (("change", "exit"), ("entropy", "exit_entropy")):
+            if name not in run.result:  # of an earlier version
+                continue
+            rule = run.result[name]["rule"]
+            cells = [f"{model}, {kind}", "none" if rule["kind"] == "fixed" else f"{rule['threshold']:.3g}"]
+            for speech in ("test", "noisy"):
+                exits = run.result[name][speech]
+                cells += [
+                    f"{exits['mean_depth']:.2f}",
+                    _percent(_error(exits, metric)),
+                    _percent(run.error(metric, depth, speech)),
+                ]
+            rows.append(cells)
     if curves:
         drawn = figures.trade_figure(curves, f"{_TITLES[metric]} (%)")
-        page.image("exits", figures.render(drawn), "errors against the mean depth of the exit rule, clean and noisy")
+        page.image("exits", figures.render(drawn), "errors against the mean depth of exits by change, clean and noisy")
     title = _TITLES[metric]
     page.table(
         ["model, seed 0", "threshold", "mean depth, clean", f"{title} (%)", "at the chosen depth",
@@ -551,11 +552,10 @@ def _exits(data: _Data, page: Page) -> None:
         rows,
     )  # fmt: skip
     page.paragraph(
-        "An utterance stops looping when its hidden state changes by less than the threshold, which is the one of "
-        "least mean "
-        'depth that costs at most 1% (relative) more errors on the validation speech; "none": no threshold is worth '
-        "it. Noise: "
-        f"the test speech in white noise, {NOISE_DECIBELS:.0f} dB below the speech."
+        "An utterance stops looping when its hidden state changes by less than the threshold, or when the entropy of "
+        "CTC's posterior, mean over its outputs, falls below it (in nats). The threshold is the one of least mean depth "
+        'that costs at most 1% (relative) more errors on the validation speech; "none": no threshold is worth it. The '
+        f"plot is of the change. Noise: the test speech in white noise, {NOISE_DECIBELS:.0f} dB below the speech."
     )
 
 
@@ -610,13 +610,14 @@ def _consistency(data: _Data, page: Page) -> None:
     page.image(
         "consistency",
         figures.render(figures.consistency_figure(shown)),
-        "cosine, CKA and Fréchet distance between depths",
+        "heat maps of the measures of consistency between depths",
     )
     rows = []
     for name, matrices in found.items():
         mean = summarise(matrices)
-        rows.append([name, *(f"{mean[m]:.3f}" for m in MEASURES)])
-    page.table(["mean of all pairs of depths from 1 on", "cosine", "CKA", "Fréchet distance"], rows)
+        # runs of earlier versions lack nearest neighbours
+        rows.append([name, *(f"{mean[m]:.3f}" if m in mean else "-" for m in MEASURES)])
+    page.table(["mean of all pairs of depths from 1 on", *(NAMES[m] for m in MEASURES)], rows)
     page.paragraph(
         "Hidden states of the validation speech, seed 0. The paper does not name its measure; these are ours."
     )

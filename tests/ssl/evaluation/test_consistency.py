@@ -31,7 +31,7 @@ def test_every_measure_is_symmetric_and_in_range():
     for name in MEASURES:
         np.testing.assert_array_equal(out[name], out[name].T)
     assert (np.abs(out["cosine"]) <= 1 + 1e-12).all()
-    for name in ("cka", "frechet"):
+    for name in ("cka", "knn", "frechet"):
         assert (out[name] >= 0).all()
         assert (out[name] <= 1 + 1e-12).all()
     off = ~np.eye(4, dtype=bool)
@@ -66,6 +66,31 @@ def test_cosine_by_hand():
     a = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
     b = torch.tensor([[5.0, 0.0], [1.0, 0.0], [-1.0, -1.0]])
     assert consistency([a, b])["cosine"][0, 1] == pytest.approx((1.0 + 0.0 - 1.0) / 3)
+
+
+def test_mutual_neighbours_by_hand():
+    # eight directions a step of 10 degrees apart, and the same with the outer ones exchanged
+    def directions(degrees):
+        angle = torch.deg2rad(torch.tensor(degrees, dtype=torch.float64))
+        return torch.stack([angle.cos(), angle.sin()], 1)
+
+    count = 12  # each frame has 11 others, of which the 10 nearest leave out the farthest
+    line = [5.0 * i for i in range(count)]
+    swapped = [line[-1], *line[1:-1], line[0]]
+    out = consistency([directions(line), directions(swapped)])["knn"]
+    assert out[0, 0] == out[1, 1] == 1.0
+    # the farthest is frame 11 of the first half (0 of the second), which the exchange turns into the other: 9 of 10 agree;
+    # of frames 0 and 11 themselves it is the other in both
+    assert out[0, 1] == pytest.approx((10 * 9 + 2 * 10) / (12 * 10))
+
+
+def test_mutual_neighbours_ignore_rotation_and_size_and_are_few_by_chance():
+    a, b = (torch.randn(3000, 16, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in (0, 1))
+    q, _ = torch.linalg.qr(b[:16])
+    out = consistency([a, 2.0 * a @ q, b])["knn"]
+    assert out[0, 1] == 1.0
+    chance = 10 / 1499  # of the 1500 frames that are looked at
+    assert out[0, 2] == pytest.approx(chance, rel=0.2)
 
 
 def test_frechet_of_axis_aligned_gaussians_by_hand():

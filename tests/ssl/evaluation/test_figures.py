@@ -20,16 +20,16 @@ def test_heat_maps_of_all_models_share_a_scale_per_measure():
     for model in models.values():
         model["cosine"][0] = -0.5  # the front end does not stretch the scale
     axes = heat_maps(figures.consistency_figure(models))
-    assert len(axes) == 6
+    assert len(axes) == 8
     for column, measure in enumerate(MEASURES):
         values = np.stack([m[measure][1:, 1:] for m in models.values()])
         expected = (0.0, values.max()) if measure == "frechet" else (values.min(), 1.0)
-        for ax, model in zip(axes[column::3], models.values()):
+        for ax, model in zip(axes[column::4], models.values()):
             (image,) = ax.get_images()
             np.testing.assert_array_equal(image.get_array(), model[measure])
             assert image.get_clim() == pytest.approx(expected)
     assert axes[0].get_ylabel().startswith("a")
-    assert axes[3].get_ylabel().startswith("b")
+    assert axes[4].get_ylabel().startswith("b")
 
 
 def test_heat_maps_tell_trained_from_random_and_show_their_numbers():
@@ -38,7 +38,7 @@ def test_heat_maps_tell_trained_from_random_and_show_their_numbers():
         np.fill_diagonal(matrix, 1.0)
     models = {name: {m: x if m != "frechet" else 1 - x for m in MEASURES} for name, x in (("t", alike), ("r", apart))}
     axes = heat_maps(figures.consistency_figure(models))
-    for trained, random in zip(axes[:3], axes[3:]):
+    for trained, random in zip(axes[:4], axes[4:]):
         light = [
             ax.get_images()[0].to_rgba(ax.get_images()[0].get_array())[1, 2, :3].mean() for ax in (trained, random)
         ]
@@ -54,7 +54,7 @@ def test_heat_maps_tell_trained_from_random_and_show_their_numbers():
         ".98",
         "1.00",
     ]
-    assert [text.get_text() for text in axes[5].texts][:2] == [".00", ".20"]
+    assert [text.get_text() for text in axes[7].texts][:2] == [".00", ".20"]
 
 
 @pytest.mark.parametrize(("depths", "numbers"), [(2, True), (17, True), (18, False)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from lcconformer.data import Utterance, load_corpus
 from lcconformer.ssl import FeatureSettings, load_checkpoint, load_model
 from lcconformer.ssl.finetuning import (
     AugmentSettings,
+    BeamSearch,
     FinetuneSettings,
     Recogniser,
     TaskSettings,
@@ -32,6 +34,7 @@ from lcconformer.ssl.finetuning import (
 )
 from lcconformer.ssl.finetuning.augment import draw_hidden
 from lcconformer.ssl.finetuning.evaluation import Reading
+from lcconformer.ssl.finetuning.model import Logits
 from lcconformer.ssl.finetuning.units import alphabet_of, greedy, normalise_text, phone_classes
 
 pytest.importorskip("jiwer", reason="pip install 'lcconformer[speech]'")
@@ -112,6 +115,12 @@ def test_transcribe_spells_what_the_evaluation_scores(trained, corpus) -> None:
     assert len({*depths}) > 1
     for utterance, depth in zip(corpus, depths):
         assert trained.model.transcribe(corpus.audio(utterance)[None], rule=rule)[1] == [depth]
+    # and so it does by entropy
+    rule = ExitRule("entropy", threshold=float(np.median([r.entropies[1] for r in readings])), min_depth=2)
+    depths = exit_depths(readings, rule)
+    assert {*depths} == {2, 3}
+    for utterance, depth in zip(corpus, depths):
+        assert trained.model.transcribe(corpus.audio(utterance)[None], rule=rule)[1] == [depth]
     with pytest.raises(ValueError, match="both given"):
         trained.model.transcribe(audio, depth=1, rule=rule)
     with pytest.raises(ValueError, match="cannot spell words: it was trained to spell phones, characters"):
@@ -140,6 +149,31 @@ def test_a_resumed_run_equals_an_uninterrupted_one(corpus, tmp_path: Path, more)
         finetune(dataclasses.replace(wanted, seed=1), corpus, out=tmp_path / "parts", progress=False, resume=True)
     with pytest.raises(ValueError, match="holds a run already"):
         finetune(wanted, corpus, out=tmp_path / "parts", progress=False)
+
+
+def test_layer_drop_trains_the_layers_that_it_keeps(corpus, tmp_path: Path) -> None:
+    run = FinetuneSettings(
+        CONFIG.replace(sharing="none"),
+        FEATURES,
+        steps=1,
+        batch_seconds=5.0,
+        device="cpu",
+        augment=NOTHING,
+        depth="layer_drop",
+        seed=4,
+    )
+    kept = run.sampler().layers(0)
+    assert kept is not None
+    assert len(kept) < CONFIG.num_layers
+    result = finetune(run, corpus, out=tmp_path / "run", progress=False)
+    torch.manual_seed(run.seed)
+    fresh = run.build_model(alphabet_of(corpus))
+    for k, (before, after) in enumerate(zip(fresh.encoder.layers, result.model.encoder.layers)):
+        moved = any(not torch.equal(one, other) for one, other in zip(before.parameters(), after.parameters()))
+        assert moved == (k in kept)
+    assert result.history[0].depths == (len(kept),)
+    with pytest.raises(ValueError, match="takes sharing='none'"):
+        finetune(settings(depth="layer_drop"), corpus, out=tmp_path / "shared", progress=False)
 
 
 @pytest.fixture
@@ -216,8 +250,24 @@ def test_texts_phones_and_best_paths() -> None:
     assert greedy(path) == [1, 1, 2]
 
 
-def reading(texts: tuple[str, ...], changes: tuple[float, ...], said: str = "AA S IY B") -> Reading:
-    return Reading("u", {"phones": texts}, {"phones": said, "characters": ""}, (1, 2, 3), 4, changes)
+def test_entropy_by_hand() -> None:
+    model = Recogniser(CONFIG, FEATURES, TaskSettings(), "ABC")
+    even, sure = torch.zeros(40), 99.0 * torch.nn.functional.one_hot(torch.tensor(3), 40)
+    logits = torch.stack([torch.stack([even, even, sure]), torch.stack([sure, even, even])])
+    # of phones, and without padding
+    found = model.entropy(Logits(None, {"phones": logits, "characters": torch.zeros(2, 3, 4)}, torch.tensor([3, 1])))
+    assert found.tolist() == pytest.approx([2 / 3 * math.log(40), 0.0], abs=1e-6)
+    letters = Recogniser(CONFIG, FEATURES, TaskSettings(phones=0.0), "ABC")
+    found = letters.entropy(Logits(None, {"characters": torch.zeros(2, 3, 4)}, torch.tensor([3, 1])))
+    assert found.tolist() == pytest.approx([math.log(4)] * 2)
+    with pytest.raises(ValueError, match="no CTC output whose entropy"):
+        Recogniser(CONFIG, FEATURES, TaskSettings(1.0, 0.0, 0.0), "").entropy(Logits(None, {}, torch.tensor([3])))
+
+
+def reading(
+    texts: tuple[str, ...], changes: tuple[float, ...], said: str = "AA S IY B", entropies: tuple[float, ...] = ()
+) -> Reading:
+    return Reading("u", {"phones": texts}, {"phones": said, "characters": ""}, (1, 2, 3), 4, changes, entropies)
 
 
 def test_rates_depth_and_exit_rule() -> None:
@@ -241,6 +291,15 @@ def test_rates_depth_and_exit_rule() -> None:
     rule = calibrate_exit(readings, 3)
     assert rule.kind == "change"
     assert exit_depths(readings, rule) == [2, 3]
+    # the entropy says so too, a loop earlier
+    unsure = [
+        reading(("AA S IY B",) * 3, (9.0, 0.5, 0.5), entropies=(0.1, 0.1, 0.1)),
+        reading(("AA", "AA S", "AA S IY B"), (9.0, 0.01, 0.01), entropies=(2.0, 1.0, 0.1)),
+    ]
+    rule = calibrate_exit(unsure, 3, "entropy")
+    assert rule.kind == "entropy"
+    assert exit_depths(unsure, rule) == [1, 3]
+    assert calibrate_exit(readings, 3, "entropy") == ExitRule("fixed", depth=3)  # nothing was measured
     # where early exits only cost, there is none
     assert calibrate_exit([readings[1]], 3) == ExitRule("fixed", depth=3)
     with pytest.raises(ValueError, match="nothing to score"):
@@ -302,6 +361,8 @@ def test_commands_end_to_end(tones: Path, tmp_path: Path, capsys) -> None:
     assert result["rows"][0]["utterances"] == 4
     assert result["chosen_depth"] == best_depth(result["validation_rows"])
     assert result["steps"] == 3
+    assert result["exit"]["rule"]["kind"] in ("fixed", "change")
+    assert result["exit_entropy"]["rule"]["kind"] in ("fixed", "entropy")
     # a finished run is measured again, to the same numbers
     assert main(["finetune", "--resume", str(out)]) == 0
     assert capsys.readouterr().out == shown
@@ -316,8 +377,33 @@ def test_commands_end_to_end(tones: Path, tmp_path: Path, capsys) -> None:
     assert done.returncode == 0, done.stderr
     texts, _ = load_recogniser(out).transcribe(speech.audio(speech[0])[None], units="phones", depth=1)
     assert done.stdout == texts[0] + "\n"
-    assert main(["transcribe", str(out), file, file, "--exit-threshold", "0.1"]) == 0
-    assert capsys.readouterr().out.count(f"{file}\t") == 2
+    for rule in ("--exit-threshold", "--exit-entropy"):
+        assert main(["transcribe", str(out), file, file, rule, "0.1"]) == 0
+        assert capsys.readouterr().out.count(f"{file}\t") == 2
+
+
+def test_beam_search_by_command(tones: Path, tmp_path: Path, capsys) -> None:
+    pytest.importorskip("flashlight.lib.text.decoder", reason="pip install 'lcconformer[beam]'")
+    out = tmp_path / "run"
+    speakers = ["--data", str(tones), "--validation-speakers", "s1", "--test-speakers", "s2"]
+    assert main(["finetune", *speakers, *TINY.split(), "--steps", "2", "--out", str(out), "--lm-order", "7"]) == 2
+    assert "--lm-order is 7; expected an integer from 2 to 6" in capsys.readouterr().err
+    assert main(["finetune", *speakers, *TINY.split(), "--steps", "2", "--out", str(out), "--lm-order", "2"]) == 0
+    assert "2-grams of characters" in capsys.readouterr().out
+    found = json.loads((out / "results.json").read_text())
+    for units, names in (("phones", {"per"}), ("characters", {"cer", "wer"})):
+        search = found["beam_search"][units]
+        assert names < {*search["found"]}
+        row = found["rows"][found["chosen_depth"] - 1]
+        assert {name: row[name] for name in names} == {name: search["best_path"][name] for name in names}
+    speech = load_corpus(tones)
+    command = ["transcribe", str(out), str(tones / f"{speech[0].id}.flac"), "--units", "phones"]
+    assert main([*command, "--lm", str(out / "lm-phones.arpa"), "--lm-weight", "40", "--blank-penalty", "20"]) == 0
+    lm = BeamSearch(load_recogniser(out).tokens("phones"), out / "lm-phones.arpa", 40.0, 20.0)
+    texts, _ = load_recogniser(out).transcribe(speech.audio(speech[0])[None], units="phones", search=lm)
+    assert capsys.readouterr().out == texts[0] + "\n"
+    assert main([*command, "--beam", "3"]) == 2
+    assert "which needs --lm FILE" in capsys.readouterr().err
 
 
 def test_a_pretrained_encoder_by_command(tiny_checkpoint: Path, tones: Path, tmp_path: Path, capsys) -> None:
@@ -342,6 +428,7 @@ def test_a_pretrained_encoder_by_command(tiny_checkpoint: Path, tones: Path, tmp
         (["finetune", "--data", "x", "--out", "run", "--subsampling", "stack:x"], "--subsampling is 'stack:x'"),
         (["transcribe", "nowhere", "x.wav"], "no checkpoint at nowhere"),
         (["transcribe", "nowhere", "x.wav", "--depth", "1", "--exit-threshold", "1"], "choose one"),
+        (["transcribe", "nowhere", "x.wav", "--exit-entropy", "1", "--exit-threshold", "1"], "choose one"),
     ],
 )
 def test_commands_refuse(arguments, message: str, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -81,6 +81,7 @@ VARIANTS = {
         "config": CONFIG.replace(conditioning=("film",), conv_norm="batch"),
     },
     "unshared": {"config": CONFIG.replace(sharing="none")},
+    "layer_drop": {"config": CONFIG.replace(sharing="none", num_layers=3), "depth": "layer_drop"},
 }
 
 
