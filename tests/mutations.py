@@ -1116,6 +1116,27 @@ EMULATOR = (
         "step_ + 1 + 0 * longest",
         ON_LANDING,
     ),
+    Mutation(
+        "stores to other blocks read before their release",
+        SCHEDULER,
+        "    touch_stores(place, offset, bytes);\n",
+        "",
+        f"{ON_EMULATOR}::test_what_goes_wrong_in_a_cluster_is_named[missing_wait_of_the_cluster]",
+    ),
+    Mutation(
+        "an arrival releases the stores of its own thread alone",
+        SCHEDULER,
+        "s.owner == running_ || s.barriers < block.barriers",
+        "s.owner == running_",
+        f"{ON_EMULATOR}::test_right_kernels_pass_in_every_schedule[ring_of_blocks]",
+    ),
+    Mutation(
+        "the barrier of a cluster waits for threads that have returned",
+        SCHEDULER,
+        "static_cast<int>(block->fibers.size()) - block->done;",
+        "static_cast<int>(block->fibers.size());",
+        f"{ON_EMULATOR}::test_right_kernels_pass_in_every_schedule[barrier_of_all_threads]",
+    ),
 )
 
 REGISTRY = "lcconformer/ops/registry.py"
