@@ -16,7 +16,9 @@
 #pragma once
 
 #include <sys/mman.h>
+#if !defined(__x86_64__)
 #include <ucontext.h>
+#endif
 
 #include <algorithm>
 #include <array>
@@ -41,6 +43,36 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
+#if defined(__x86_64__)
+// Leaves the present stack, its pointer in *left, for `entered`. swapcontext would make a system call each time, and
+// AddressSanitizer's clear the shadow of the whole stack.
+extern "C" void emulation_switch(void** left, void* entered);
+asm(R"(
+    .pushsection .text
+    .weak emulation_switch
+    .hidden emulation_switch
+    .type emulation_switch, @function
+emulation_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+    .size emulation_switch, .-emulation_switch
+    .popsection
+)");
+#endif
+
 struct uint3 {
     unsigned x, y, z;
 };
@@ -50,6 +82,36 @@ namespace emulation {
 constexpr int kWarpSize = 32;
 constexpr size_t kStack = 128 << 10;
 constexpr unsigned char kPoison = 0xFF;  // NaN in every floating format, -1 in every integer
+
+// a stack of its own
+class Context {
+   public:
+#if defined(__x86_64__)
+    void start(void* stack, size_t size, void (*entry)()) {
+        // the six registers that a switch restores, where it returns to, and where that would return to
+        constexpr int kWords = 8;
+        auto** top = reinterpret_cast<void**>(static_cast<unsigned char*>(stack) + size) - kWords;
+        std::fill_n(top, kWords, nullptr);
+        top[kWords - 2] = reinterpret_cast<void*>(entry);
+        at_ = top;
+    }
+    void leave_for(Context& other) { emulation_switch(&at_, other.at_); }
+
+   private:
+    void* at_ = nullptr;
+#else
+    void start(void* stack, size_t size, void (*entry)()) {
+        getcontext(&context_);
+        context_.uc_stack = {stack, 0, size};
+        context_.uc_link = nullptr;
+        makecontext(&context_, entry, 0);
+    }
+    void leave_for(Context& other) { swapcontext(&context_, &other.context_); }
+
+   private:
+    ucontext_t context_;
+#endif
+};
 
 struct Failure : std::runtime_error {
     using std::runtime_error::runtime_error;
@@ -61,7 +123,8 @@ struct Place {
     const char* file = "";
     int line = 0;
     bool operator==(const Place& o) const {
-        return line == o.line && std::strcmp(what, o.what) == 0 && std::strcmp(file, o.file) == 0;
+        const auto same = [](const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; };
+        return line == o.line && same(what, o.what) && same(file, o.file);
     }
 };
 
@@ -132,7 +195,7 @@ struct Cluster {
 };
 
 struct Fiber {
-    ucontext_t context;
+    Context context;
     Block* block = nullptr;
     uint3 thread;
     int rank = 0;  // of the thread in its block
@@ -257,7 +320,7 @@ class Grid {
     std::multimap<uint64_t, std::shared_ptr<Copy>> landings_;  // by step
     std::vector<void*> stacks_, free_stacks_;
     Fiber* running_ = nullptr;
-    ucontext_t scheduler_;
+    Context scheduler_;
     void* scheduler_fake_ = nullptr;
     const void* scheduler_stack_ = nullptr;
     size_t scheduler_size_ = 0;
@@ -362,10 +425,10 @@ inline void Grid::start_fiber(Block& block, int rank) {
     fiber.thread = unravel(rank, block_);
     fiber.rank = rank;
     fiber.stack = take_stack();
-    getcontext(&fiber.context);
-    fiber.context.uc_stack = {fiber.stack, 0, kStack};
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, entry, 0);
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(fiber.stack, kStack);  // of what a former thread had there
+#endif
+    fiber.context.start(fiber.stack, kStack, entry);
     runnable_.push_back(&fiber);
 }
 
@@ -387,7 +450,7 @@ inline void Grid::resume(Fiber& fiber) {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(&scheduler_fake_, fiber.stack, kStack);
 #endif
-    swapcontext(&scheduler_, &fiber.context);
+    scheduler_.leave_for(fiber.context);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(scheduler_fake_, nullptr, nullptr);
 #endif
@@ -398,7 +461,7 @@ inline void Grid::suspend([[maybe_unused]] bool last) {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(last ? nullptr : &fiber.fake_stack, scheduler_stack_, scheduler_size_);
 #endif
-    swapcontext(&fiber.context, &scheduler_);
+    fiber.context.leave_for(scheduler_);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(fiber.fake_stack, &scheduler_stack_, &scheduler_size_);
 #endif
