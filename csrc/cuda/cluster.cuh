@@ -20,8 +20,8 @@ __device__ inline int cluster_rank() {
 }
 
 // The barrier of all threads of a cluster in two halves; what was stored before the first is seen after the second.
-__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 __device__ inline uint32_t address_in(const Shared& shared, int i, int rank) {
     uint32_t address;

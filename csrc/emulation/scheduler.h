@@ -35,6 +35,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -232,7 +233,7 @@ struct Block {
     std::vector<std::vector<WarpOperation>> warps;
     std::vector<std::pair<Place, SharedPiece>> arrays;  // static shared memory, by declaration
     std::vector<SharedPiece> pieces;                    // dynamic shared memory, in the order it is taken
-    std::map<void*, Copied> copied;
+    std::unordered_map<void*, Copied> copied;
     size_t dynamic_bytes = 0;
     int at_barrier = 0, at_grid_barrier = 0, done = 0;
     Place barrier;
