@@ -58,7 +58,7 @@ def check_exits(run: Any, rule: dict[str, Any], expected: list[int], **case: Any
 
 
 def test_each_utterance_stops_at_the_depth_of_adaptive(run):
-    check_exits(run, {"kind": "change", "threshold": 0.745}, [1, 2])
+    check_exits(run, {"kind": "change", "threshold": 0.713}, [1, 2])
 
 
 @pytest.mark.slow
