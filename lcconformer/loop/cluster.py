@@ -57,11 +57,9 @@ def _missing(device: torch.device) -> list[str]:
     major, minor = torch.cuda.get_device_capability(device)
     if major != 9:
         return [f"the cluster-resident loop is made for sm_90, this GPU is sm_{major}{minor}"]
-    return (
-        []
-        if _fits(device.index)
-        else ["the GPU has no room for a cluster of 16 blocks with 227 KiB of shared memory each"]
-    )
+    if not _fits(device.index):
+        return ["the GPU has no room for a cluster of 16 blocks with 227 KiB of shared memory each"]
+    return []
 
 
 @functools.cache
@@ -107,6 +105,9 @@ def reasons(stack: LayerStack, x: Tensor, *, records: bool, packed: bool = False
         found.append(f"one shared layer fits, the encoder has {len(stack.layers)}")
     found += layers.changed() or layers.unfit(x.dtype)
     tensors = layers.tensors()
+    elsewhere = sorted({str(t.device) for t in tensors if t.device != x.device})
+    if elsewhere:
+        found.append(f"the input is on {x.device}, weights are on {', '.join(elsewhere)}")
     if not all(map(_whole, tensors)):
         found.append("a weight is not contiguous or does not start at a multiple of 16 bytes")
     if any(t.dtype != x.dtype for t in tensors if t.is_floating_point()):

@@ -131,6 +131,7 @@ def test_calls_that_do_not_fit_are_named():
         assert "a packed batch" in reasons(encoder, x[0], cu_seqlens=torch.tensor([0, 4]))
         assert "the input is torch.float32" in reasons(encoder, x.float())
         assert "training mode" in reasons(make().train(), x)
+        assert "the input is on cpu, weights are on meta" in reasons(make().to("meta"), x)
         encoder.layers[0].norm.float()
         assert "a parameter or statistic is not torch.bfloat16" in reasons(encoder, x)
         with engine("cluster"), pytest.raises(NotImplementedError, match="the cosine distance is left to the modules"):
