@@ -22,14 +22,16 @@ import toolchain
 from lcconformer.architectures import SHARED_MEMORY
 
 CSRC = Path(__file__).resolve().parent
+# what is made for one architecture, and what measures it
+CLUSTERS = {CSRC / "cuda/cluster_loop.cu": 90, CSRC.parent / "bench/gpu/cluster_phases.cu": 90}
 WIDTHS = (3, 15, 31, 63)
 HEAD_DIMS = (32, 64, 96, 128)
 # registers at which four blocks of 128 threads, or two of 256, share a multiprocessor, as the launch bounds ask; one block of
-# wide heads has all there are; nothing may spill
+# wide heads has all there are, and so has one of a cluster; nothing may spill
 BUDGET = {"registers": 128, "stack": 0, "spills": 0}
-WIDE_HEADS = {f"relpos_attention.forward_{d}" for d in HEAD_DIMS if d > 64}
-NAMES = "forward|backward|row_moments|reduce"
-ELEMENTS = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
+ALONE = {f"relpos_attention.forward_{d}" for d in HEAD_DIMS if d > 64} | {"cluster_loop.loops", "cluster_phases.phases"}
+NAMES = "forward|backward|row_moments|reduce|loops|phases"
+ELEMENTS = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16", None: "bfloat16"}  # None: no template
 
 
 def kernels(nvcc: toolchain.Nvcc, source: Path, arch: int) -> list[dict[str, object]]:
@@ -48,9 +50,9 @@ def kernels(nvcc: toolchain.Nvcc, source: Path, arch: int) -> list[dict[str, obj
         symbol = re.match(r"'(\w+)'", part)
         used = re.search(r"Used (\d+) registers", part)
         stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
-        # ..._GLOBAL__N__<hash of the file>7forwardI6__halfLb1EE...: a length, the name, the element type, with LayerNorm or
-        # the head dim
-        name = re.search(rf"\d({NAMES})I(\w+?)(Lb[01]E|Li\d+E)?EE", symbol[1]) if symbol else None
+        # ..._GLOBAL__N__<hash of the file>7forwardI6__halfLb1EE...: a length, the name, of a template the element type, with
+        # LayerNorm or the head dim
+        name = re.search(rf"\d({NAMES})(?:I(\w+?)(Lb[01]E|Li\d+E)?E)?E", symbol[1]) if symbol else None
         if used is None or stack is None or name is None:
             raise RuntimeError(f"{source.name} for sm_{arch}: cannot read what ptxas says: {part[:300]}")
         shared = re.search(r"(\d+) bytes smem", part)
@@ -81,13 +83,15 @@ def dynamic_shared(compiler: str) -> dict[str, dict[str, int]]:
         "glu_depthwise_conv.backward": ("glu_depthwise_conv_backward_shared({})", WIDTHS),
         "glu_depthwise_conv.backward_layer": ("glu_depthwise_conv_backward_shared({})", WIDTHS),
         **{f"relpos_attention.forward_{d}": ("relpos_attention_shared({})", (d,)) for d in HEAD_DIMS},
+        **{name: ("cluster_loop_shared()", (256,)) for name in ("cluster_loop.loops", "cluster_phases.phases")},
     }
     prints = "".join(
         f'std::printf("{name} {size} %zu\\n", lcc::cuda::{call.replace("{}", str(size))});'
         for name, (call, given) in calls.items()
         for size in given
     )
-    headers = "".join(f'#include "cuda/{name}.h"\n' for name in ("glu_depthwise_conv", "relpos_attention"))
+    names = ("cluster_loop", "glu_depthwise_conv", "relpos_attention")
+    headers = "".join(f'#include "cuda/{name}.h"\n' for name in names)
     program = f"#include <cstdio>\n{headers}int main() {{ {prints} }}\n"
     with tempfile.TemporaryDirectory() as tmp:
         Path(tmp, "shared.cpp").write_text(program)
@@ -102,7 +106,14 @@ def dynamic_shared(compiler: str) -> dict[str, dict[str, int]]:
 
 def collect(nvcc: toolchain.Nvcc, compiler: str, archs: list[int]) -> dict[str, object]:
     """The whole report."""
-    rows = [row for source in sorted(CSRC.glob("cuda/*.cu")) for arch in archs for row in kernels(nvcc, source, arch)]
+    sources = sorted({*CSRC.glob("cuda/*.cu"), *CLUSTERS})
+    rows = [
+        row
+        for source in sources
+        for arch in archs
+        if CLUSTERS.get(source, arch) == arch
+        for row in kernels(nvcc, source, arch)
+    ]
     return {"nvcc": nvcc.version, "kernels": rows, "dynamic_shared": dynamic_shared(compiler)}
 
 
@@ -111,7 +122,7 @@ def violations(report: dict) -> list[str]:
     found = []
     for row in report["kernels"]:
         where = f"{row['kernel']} {row['element']} sm_{row['arch']}"
-        budget = BUDGET | ({"registers": 255} if row["kernel"] in WIDE_HEADS else {})
+        budget = BUDGET | ({"registers": 255} if row["kernel"] in ALONE else {})
         found += [f"{where}: {row[key]} {key} > {limit}" for key, limit in budget.items() if row[key] > limit]
         for width, size in report["dynamic_shared"].get(row["kernel"], {}).items():
             total, limit = size + row["static_shared"], SHARED_MEMORY[row["arch"]]

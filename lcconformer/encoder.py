@@ -234,7 +234,8 @@ class ConformerEncoder(LayerStack):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Run each utterance until ``rule`` stops it; finished utterances leave the batch.
 
-        Reads values on the host after every loop, so it cannot be compiled or captured in a CUDA graph.
+        Reads values on the host after every loop, so it cannot be compiled or captured in a CUDA graph; but within
+        ``with lcconformer.engine("cluster")``, where all loops are one launch.
 
         Args:
             x, lengths: as for :meth:`forward`.
@@ -245,9 +246,15 @@ class ConformerEncoder(LayerStack):
 
         Returns:
             ``(output [B, T', d_model], lengths [B] or None, exit_depths [B] int64)``.
+
+        Raises:
+            NotImplementedError: ``engine("cluster")`` cannot serve.
         """
         most, measure = self._check_depth(rule.depth), measure or rule.distance
         x, lengths = self._enter(x, lengths)
+        at_once = loop.adaptive(self, x, lengths, rule, most)
+        if at_once is not None:
+            return at_once[0], lengths, at_once[1]
         positions: dict[int, Positions] = {}
         output, all_lengths = torch.empty_like(x), lengths
         exit_depths = torch.full((x.shape[0],), most, dtype=torch.int64, device=x.device)

@@ -61,9 +61,11 @@ def _engine(device: torch.device, dtype: torch.dtype, training: bool) -> dict[st
     x = torch.zeros(b, t, d, device=device, dtype=dtype)
     with torch.set_grad_enabled(training):
         explanation = encoder.explain(x)
+        with loop.engine("cluster"):
+            cluster = list(encoder.explain(x).against)
     engine = "loop" if explanation.engine in ("training", "inference") else explanation.engine
     row = {"device": str(device), "dtype": str(dtype).removeprefix("torch."), "training": training}
-    return {**row, "engine": engine, "against": list(explanation.against)}
+    return {**row, "engine": engine, "against": list(explanation.against), "against_cluster": cluster}
 
 
 def _instructions() -> str:

@@ -1139,6 +1139,145 @@ CUDA_OF_ATTENTION = (
     ),
 )
 
+CLUSTER_BLOCK, CLUSTER_LOOP = "csrc/cuda/cluster_loop.cuh", "csrc/cuda/cluster_loop.cu"
+ON_CLUSTER_LOOP = "tests/extension/test_cuda_cluster_loop.py"
+
+CUDA_OF_CLUSTERS = (
+    Mutation(
+        "barrier of the cluster after the partial sums left out",
+        CLUSTER_BLOCK,
+        "        meet();\n        if (owns()) {\n            float2 sum",
+        "        if (owns()) {\n            float2 sum",
+        f"{ON_CLUSTER_LOOP}::test_every_depth[emulated]",
+    ),
+    Mutation(
+        "arrival ahead of the block's other threads",
+        CLUSTER_BLOCK,
+        "        __syncthreads();\n        if (threadIdx.x < kLoopBlocks) arrive_at",
+        "        if (threadIdx.x < kLoopBlocks) arrive_at",
+        f"{ON_CLUSTER_LOOP}::test_every_depth[emulated]",
+    ),
+    Mutation(
+        "partial sums of the first blocks alone",
+        CLUSTER_BLOCK,
+        "source < kLoopBlocks; ++source",
+        "source < kLoopBlocks - 1; ++source",
+        f"{ON_CLUSTER_LOOP}::test_every_depth[emulated]",
+    ),
+    Mutation(
+        "second rows of the partial sums where the first are",
+        CLUSTER_BLOCK,
+        "const int frame = lane / 4 + 8 * half;\n                store_to(received",
+        "const int frame = lane / 4 + 0 * half;\n                store_to(received",
+        f"{ON_CLUSTER_LOOP}::test_every_depth[emulated]",
+    ),
+    Mutation(
+        "half step of the feed-forward left out",
+        CLUSTER_BLOCK,
+        "return add(down_bias, 0.5f, next);",
+        "return add(down_bias, 1.0f, next);",
+        f"{ON_CLUSTER_LOOP}::test_every_depth[emulated]",
+    ),
+    Mutation(
+        "chunks of a row not rotated",
+        CLUSTER_BLOCK,
+        "chunk ^ (kChunks == 2 ? row / 4 % 2 : row % 8)",
+        "chunk ^ (kChunks == 2 ? row / 4 % 2 : 0)",
+        f"{ON_CLUSTER_LOOP}::test_no_bank_conflicts",
+    ),
+    Mutation(
+        "barrier ahead of keys and queries left out",
+        CLUSTER_LOOP,
+        "    block.meet();\n    uint32_t a[4];\n    attend(",
+        "    uint32_t a[4];\n    attend(",
+        f"{ON_CLUSTER_LOOP}::test_every_depth[emulated]",
+    ),
+    Mutation(
+        "keys given to three blocks of four",
+        CLUSTER_LOOP,
+        "n < kHeadBlocks; ++n",
+        "n < kHeadBlocks - 1; ++n",
+        f"{ON_CLUSTER_LOOP}::test_every_depth[emulated]",
+    ),
+    Mutation(
+        "positions one off",
+        CLUSTER_LOOP,
+        "from = row - kPast + frames - 1;",
+        "from = row - kPast + frames;",
+        f"{ON_CLUSTER_LOOP}::test_lengths[emulated]",
+    ),
+    Mutation(
+        "negative distance from its own block of columns",
+        CLUSTER_LOOP,
+        "2 * q + i % 2 >= g ?",
+        "2 * q + i % 2 > g ?",
+        f"{ON_CLUSTER_LOOP}::test_every_depth[emulated]",
+    ),
+    Mutation(
+        "keys beyond the length have weight",
+        CLUSTER_LOOP,
+        "j < keys ? (scores",
+        "j <= keys ? (scores",
+        f"{ON_CLUSTER_LOOP}::test_lengths[emulated]",
+    ),
+    Mutation(
+        "zero divided by zero without a key",
+        CLUSTER_LOOP,
+        "        if (keys == 0) most = 0.0f;\n",
+        "",
+        f"{ON_CLUSTER_LOOP}::test_lengths[emulated]",
+    ),
+    Mutation(
+        "frames beyond the length enter the convolution",
+        CLUSTER_LOOP,
+        "const bool there = frame < frames;",
+        "const bool there = frame <= frames;",
+        f"{ON_CLUSTER_LOOP}::test_lengths[emulated]",
+    ),
+    Mutation(
+        "taps one frame late",
+        CLUSTER_LOOP,
+        "const int tap = j - frame + width / 2;",
+        "const int tap = j - frame + width / 2 + 1;",
+        f"{ON_CLUSTER_LOOP}::test_every_depth[emulated]",
+    ),
+    Mutation(
+        "barrier ahead of the moments left out",
+        CLUSTER_LOOP,
+        "        block.meet();\n        if (block.owns()) {\n            float2 moments",
+        "        if (block.owns()) {\n            float2 moments",
+        f"{ON_CLUSTER_LOOP}::test_every_depth[emulated]",
+    ),
+    Mutation(
+        "distance of means left out of the variance",
+        CLUSTER_LOOP,
+        "squares += moments[n].y + kOwn * (moments[n].x - mean) * (moments[n].x - mean);",
+        "squares += moments[n].y;",
+        f"{ON_CLUSTER_LOOP}::test_every_depth[emulated]",
+    ),
+    Mutation(
+        "running mean left out",
+        CLUSTER_LOOP,
+        "(bias.x - mean.x) * scale.x + norm_bias.x",
+        "bias.x * scale.x + norm_bias.x",
+        f"{ON_CLUSTER_LOOP}::test_batch_norm_and_padding_that_is_seen[emulated]",
+    ),
+    Mutation(
+        "padding counted in the change",
+        CLUSTER_LOOP,
+        "threadIdx.x) / 16 < frames)",
+        "threadIdx.x) / 16 < kLoopFrames)",
+        f"{ON_CLUSTER_LOOP}::test_each_utterance_stops_at_the_depth_of_adaptive[emulated]",
+    ),
+    Mutation(
+        "change compared with the input of all loops",
+        CLUSTER_LOOP,
+        "        before = now;\n",
+        "",
+        f"{ON_CLUSTER_LOOP}::test_each_utterance_stops_at_the_depth_of_adaptive[emulated]",
+    ),
+)
+
 SCHEDULER, ON_EMULATOR = "csrc/emulation/scheduler.h", "tests/extension/test_emulator.py"
 ON_LANDING = f"{ON_EMULATOR}::test_a_copy_reads_its_source_at_a_random_step_before_its_wait"
 
@@ -1150,6 +1289,27 @@ EMULATOR = (
         "step_ + 1 + delays_() % longest",
         "step_ + 1 + 0 * longest",
         ON_LANDING,
+    ),
+    Mutation(
+        "stores to other blocks read before their release",
+        SCHEDULER,
+        "    touch_stores(place, offset, bytes);\n",
+        "",
+        f"{ON_EMULATOR}::test_what_goes_wrong_in_a_cluster_is_named[missing_wait_of_the_cluster]",
+    ),
+    Mutation(
+        "an arrival releases the stores of its own thread alone",
+        SCHEDULER,
+        "s.owner == running_ || s.barriers < block.barriers",
+        "s.owner == running_",
+        f"{ON_EMULATOR}::test_right_kernels_pass_in_every_schedule[ring_of_blocks]",
+    ),
+    Mutation(
+        "the barrier of a cluster waits for threads that have returned",
+        SCHEDULER,
+        "static_cast<int>(block->fibers.size()) - block->done;",
+        "static_cast<int>(block->fibers.size());",
+        f"{ON_EMULATOR}::test_right_kernels_pass_in_every_schedule[barrier_of_all_threads]",
     ),
 )
 
@@ -1180,7 +1340,7 @@ DISPATCH = (
     ),
 )
 
-MUTATIONS = (*TRITON, *CXX, *CUDA, *CUDA_OF_ATTENTION, *EMULATOR, *DISPATCH)
+MUTATIONS = (*TRITON, *CXX, *CUDA, *CUDA_OF_ATTENTION, *CUDA_OF_CLUSTERS, *EMULATOR, *DISPATCH)
 
 
 # pytest, and then where the package came from: behind the copy an editable install of the checkout lies in wait

@@ -28,6 +28,7 @@ def test_covers_every_op_device_and_mode(capsys):
         assert all(row["against"].values())
     assert {(e["device"], e["training"]) for e in found["engines"]} == {(d, m) for d in devices for m in (False, True)}
     assert all((row["engine"] == "modules") == bool(row["against"]) for row in found["engines"])
+    assert all("a cluster holds 1 to 16 frames" in "; ".join(row["against_cluster"]) for row in found["engines"])
     assert found["versions"]["torch"] == torch.__version__
 
 

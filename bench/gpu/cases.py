@@ -16,6 +16,7 @@ __all__ = ["DOCTOR", "Timed", "layer_shapes", "odd_shapes", "timed"]
 DOCTOR = Sizes(batch=3, frames=203)
 OURS = "lcconformer:triton,lcconformer:triton+graphs,lcconformer:triton+loop,lcconformer:triton+loop+graphs"
 LOOP = "lcconformer:triton+loop,lcconformer:triton+loop+graphs"
+CLUSTER = "lcconformer:cuda+cluster,lcconformer:cuda+cluster+graphs"
 PEERS = "eager,sdpa,torchaudio,transformers,lcconformer:triton+loop,lcconformer:triton+loop+graphs"
 GOALS = (
     ("inference", 1, 100), ("training", 32, 400), ("inference", 32, 400),
@@ -60,7 +61,8 @@ def timed(phase: int, small: bool) -> list[Timed]:
 
     long = ("training", 32, 1500)
     if phase == 4:
-        return [Timed(case(*goal), f"eager,compile,{OURS}") for goal in GOALS]
+        chunk = Timed(case("inference", 1, 16), f"eager,compile:graphs,{LOOP},{CLUSTER}")
+        return [*(Timed(case(*goal), f"eager,compile,{OURS}") for goal in GOALS), chunk]
     if phase == 6:
         wide = [(*goal, d) for d in (512, 768) for goal in (*GOALS, long)]
         return [Timed(case(*goal), f"eager,compile:graphs,{LOOP}") for goal in ((*long, 256), *wide)]

@@ -1,9 +1,10 @@
-"""Measure constants of this machine: ``python -m lcconformer.bench.gpu.constants OUT [--small]``.
+"""Measure constants of this machine: ``python -m lcconformer.bench.gpu.constants OUT REPO [--small]``.
 
 They are the costs of launches, graph nodes, barriers and on-chip traffic (on a GPU, by constants.cu, if there is nvcc to
-build it), and the rates of the encoder's GEMMs at real shapes and of PyTorch's depthwise convolution.  Whatever cannot be
-measured is listed under ``missing`` with the reason.  OUT/machine.json is rewritten after each group, so that a run cut short
-keeps its results.  The ceilings that the suite's percentages refer to are measured first and go to OUT/bench.json.
+build it), of a phase of the cluster-resident loop (by cluster_phases.cu and the headers of REPO/csrc), and the rates of the
+encoder's GEMMs at real shapes and of PyTorch's depthwise convolution.  Whatever cannot be measured is listed under ``missing``
+with the reason.  OUT/machine.json is rewritten after each group, so that a run cut short keeps its results.  The ceilings that
+the suite's percentages refer to are measured first and go to OUT/bench.json.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from ..runs.suite import ceilings_of
 __all__ = ["measure"]
 
 SOURCE = Path(__file__).with_name("constants.cu")
+CLUSTER_PHASES = Path(__file__).with_name("cluster_phases.cu")
 # frames in a batch (rows of the GEMM), and (outputs, inputs) of the layer's GEMMs in units of d_model
 TOKENS = (400, 3200, 12800, 48000)
 PRODUCTS = {"ffn up": (4, 1), "ffn down": (1, 4), "qkv": (3, 1), "out": (1, 1), "pointwise1": (2, 1)}
@@ -43,11 +45,15 @@ def _median_ms(call: Callable[[], object], device: str, repeats: int = 10) -> fl
     return Timing.of([time_once(call, device) for _ in range(repeats)]).median
 
 
-def _native(device: str) -> dict[str, float]:
-    """Compile and run constants.cu.
+def _native(device: str, source: Path, *flags: str, only: int | None = None) -> dict[str, float]:
+    """Compile and run a program that prints lines "name value".
+
+    Args:
+        flags: more of them for nvcc.
+        only: the one major compute capability that it is for.
 
     Raises:
-        RuntimeError: there is no GPU or no nvcc, or it does not compile.
+        RuntimeError: there is no GPU, or another one, or no nvcc, or it does not compile, or prints nothing.
         TimeoutExpired: it ran for more than a minute.
     """
     if device != "cuda":
@@ -56,17 +62,21 @@ def _native(device: str) -> dict[str, float]:
     if nvcc is None:
         raise RuntimeError("needs nvcc on PATH")
     major, minor = torch.cuda.get_device_capability()
+    if only is not None and major != only:
+        raise RuntimeError(f"needs sm_{only}0, this GPU is sm_{major}{minor}")
     with tempfile.TemporaryDirectory() as folder:
-        program = f"{folder}/constants"
+        program = f"{folder}/{source.stem}"
         target = f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}"
-        build = [nvcc, "-O3", "-std=c++17", target, "-o", program, str(SOURCE)]
+        build = [nvcc, "-O3", "-std=c++17", target, *flags, "-o", program, str(source)]
         built = subprocess.run(build, capture_output=True, text=True)
         if built.returncode:
-            raise RuntimeError(f"constants.cu did not compile: {built.stderr.strip()[-300:]}")
+            raise RuntimeError(f"{source.name} did not compile: {built.stderr.strip()[-300:]}")
         done = subprocess.run([program], capture_output=True, text=True, timeout=60)
     values = {name: float(value) for name, value in (line.split() for line in done.stdout.splitlines())}
+    if done.returncode and not values:
+        raise RuntimeError(f"{source.name} failed: {done.stderr.strip()[-300:]}")
     if done.returncode:
-        print(f"constants.cu stopped early: {done.stderr.strip()}", file=sys.stderr)
+        print(f"{source.name} stopped early: {done.stderr.strip()}", file=sys.stderr)
     return values
 
 
@@ -123,11 +133,12 @@ def _depthwise(device: str, d_model: int, shape: tuple[int, int]) -> dict[str, f
     return rates
 
 
-def measure(path: Path, device: str, small: bool) -> dict[str, Any]:
+def measure(path: Path, repo: Path, device: str, small: bool) -> dict[str, Any]:
     """Measure what this machine can, write it to ``path`` and return it.
 
     Args:
         path: JSON file to write.
+        repo: the checkout.
         device: ``"cpu"`` or ``"cuda"``.
         small: use tiny shapes, to try the code.
     """
@@ -141,7 +152,8 @@ def measure(path: Path, device: str, small: bool) -> dict[str, Any]:
     d_model, tokens, shape = (64, (16,), (1, 32)) if small else (256, TOKENS, (32, 400))
     wide = d_model if small else 512
     groups: dict[str, Callable[[], dict[str, float]]] = {
-        "launch_and_chip": lambda: _native(device),
+        "launch_and_chip": lambda: _native(device, SOURCE),
+        "cluster_loop": lambda: _native(device, CLUSTER_PHASES, f"-I{repo / 'csrc'}", only=9),
         "eager": lambda: _launch(device),
         "matrix_products_tflops": lambda: _products(device, d_model, tokens) | _products(device, wide, tokens),
         "torch_depthwise_gb_per_s": lambda: _depthwise(device, wide, shape),
@@ -158,18 +170,25 @@ def measure(path: Path, device: str, small: bool) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lcconformer.bench.gpu.constants", description=__doc__)
     parser.add_argument("out", type=Path, help="folder of the results")
+    parser.add_argument("repo", type=Path, help="the checkout, whose csrc/ is measured")
     parser.add_argument("--small", action="store_true", help="tiny shapes on the CPU, to try the code")
     args = parser.parse_args(argv)
     device, dtype = ("cpu", "float32") if args.small else ("cuda", "bfloat16")
     ceilings = ceilings_of(Case("inference", 1, 1, dtype=dtype, device=device), Results(args.out / "bench.json"))
     print(f"ceilings, {dtype}: GEMM {ceilings.gemm_tflops:.4g} TFLOP/s, copy {ceilings.copy_gb_s:.4g} GB/s", flush=True)
-    found = measure(args.out / "machine.json", device, args.small)
+    found = measure(args.out / "machine.json", args.repo, device, args.small)
     for group, values in found.items():
         if isinstance(values, dict) and group not in ("versions", "missing"):
             for name, value in values.items():
                 print(f"{group}: {name}: {value:.4g}")
     for name, reason in found["missing"].items():
         print(f"missing {name}: {reason}")
+    if "phase_us" in found.get("cluster_loop", {}):
+        us = found["cluster_loop"]["phase_us"]
+        verdict = "may live" if found["cluster_loop"]["lives"] else "is to stop"
+        print(
+            f"a phase of the cluster-resident loop takes {us:.3g} us: at most 1.5 is asked for, so the design {verdict}"
+        )
     return 0
 
 

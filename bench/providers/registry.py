@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import lcconformer
 from lcconformer.interop.keys import Key
 from lcconformer.interop.torchaudio import LAYER_KEYS as TORCHAUDIO_KEYS
+from lcconformer.loop.cluster import FRAMES
 from lcconformer.ops.registry import BACKENDS
 
 from ..core.case import Case
@@ -39,7 +40,7 @@ class Provider:
         conv_norm: norm after the depthwise convolution, ``"layer"`` or ``"batch"``.
         conv_bias: whether its convolutions have biases.
         forced: the backend that lcconformer's ops must use; None for other implementations.
-        engine: the engine that lcconformer's encoder must use, ``"modules"`` or ``"loop"``.
+        engine: the engine that lcconformer's encoder must use, ``"modules"``, ``"loop"`` or ``"cluster"``.
         compile: arguments of ``torch.compile``; None if it is not compiled.
         graphs: whether the whole call, in training forward and backward, is captured in a CUDA graph and replayed.
         scores: matrices ``[B, H, T, T]`` that attention certainly holds at once.
@@ -185,9 +186,11 @@ def _library(backend: str, graphs: bool = False, engine: str = "modules") -> Pro
     def missing(case: Case) -> str | None:
         if graphs and engine == "loop" and not case.backward:
             return "the inference engine records graphs of its own, which no other can hold"
-        return device(case) or (_encoder_only(case) if engine == "loop" else None)
+        if engine == "cluster" and (case.backward or case.frames > FRAMES):
+            return f"is for inference of at most {FRAMES} frames"
+        return device(case) or (None if engine == "modules" else _encoder_only(case))
 
-    label = backend + ("+loop" if engine == "loop" else "") + ("+graphs" if graphs else "")
+    label = backend + ("" if engine == "modules" else f"+{engine}") + ("+graphs" if graphs else "")
     return Provider("lcconformer", label, library, missing, forced=backend, engine=engine, graphs=graphs)
 
 
@@ -233,6 +236,7 @@ PROVIDERS: tuple[Provider, ...] = (
     *(_library(b, graphs=True) for b in ("triton", "cuda")),
     *(_library(b, engine="loop") for b in ("cpu", "triton")),
     _library("triton", graphs=True, engine="loop"),
+    *(_library("cuda", graphs=graphs, engine="cluster") for graphs in (False, True)),
 )
 # only when named in full: it compiles for minutes and gains a few percent
 _ON_REQUEST = {"compile:max-autotune"}

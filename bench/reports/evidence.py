@@ -41,8 +41,9 @@ _PLACES = (
 )
 _LARGEST_REPORT = 1 << 23  # bytes; the elements may take 30 times as much
 # the chain's kernels (lcconformer.loop.chain) are not ops: products, LayerNorm and convolution of inference, and their loop
-ROWS = (*OPS, "chain")
-# covers every kernel
+_TRITON = (*OPS, "chain")
+ROWS = (*_TRITON, "cluster_loop")
+# covers every kernel of Triton
 _ALL = re.compile(r"\.test_report\.test_budgets\b")
 
 
@@ -79,7 +80,7 @@ def record_report(
         origin: commit, date and machine of the run; None for this commit, today and this machine.
 
     Raises:
-        ValueError: the file is no such report, or none of its tests that ran is about an op or the chain.
+        ValueError: the file is no such report, or none of its tests that ran is about a row of the table.
     """
     cases = list(read_report(report).iter("testcase"))
     counts: dict[tuple[str, str], dict[str, int]] = {}
@@ -91,7 +92,7 @@ def record_report(
         outcome = "passed"
         for child in case:
             outcome = {"failure": "failed", "error": "failed", "skipped": "skipped"}.get(child.tag, outcome)
-        for op in ROWS if _ALL.search(name) else [op for op in ROWS if op in name]:
+        for op in _TRITON if _ALL.search(name) else [op for op in ROWS if op in name]:
             count = counts.setdefault((op, step), {"passed": 0, "failed": 0, "skipped": 0})
             count[outcome] += 1
     # a step whose tests were all skipped proves nothing

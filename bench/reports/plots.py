@@ -40,6 +40,8 @@ COLOURS = {
     "lcconformer:triton+loop+graphs": "#0d9488",
     "lcconformer:cuda": "#881337",
     "lcconformer:cuda+graphs": "#9333ea",
+    "lcconformer:cuda+cluster": "#0369a1",
+    "lcconformer:cuda+cluster+graphs": "#1d4ed8",
 }
 FALLBACK, INK, WARNING = "#78716c", "#1f2937", "#b45309"
 # p20 to p80 over the median, above which rounds disagree

@@ -1,6 +1,7 @@
 #include "cuda/bindings.h"
 
 #include "arguments.h"
+#include "cuda/cluster_loop.h"
 #include "cuda/glu_depthwise_conv.h"
 #include "cuda/relpos_attention.h"
 
@@ -87,11 +88,57 @@ void bind_relpos_attention(py::module_& m) {
     bind_launch<Forward>(m, "relpos_attention_forward", &relpos_attention_forward);
 }
 
+void bind_cluster_loop(py::module_& m) {
+    Arguments<LoopPart>(m, "LoopPart", "A matrix and its bias, or a norm's weight and bias")
+        .required<&LoopPart::weight>("weight")
+        .required<&LoopPart::bias>("bias");
+
+    Arguments<ClusterLoop>(m, "ClusterLoop", "Arguments of cluster_loop")
+        .required<&ClusterLoop::batch>("batch")
+        .required<&ClusterLoop::frames>("frames")
+        .required<&ClusterLoop::depth>("depth")
+        .required<&ClusterLoop::min_depth>("min_depth")
+        .required<&ClusterLoop::threshold>("threshold")
+        .required<&ClusterLoop::x>("x")
+        .required<&ClusterLoop::lengths>("lengths")
+        .required<&ClusterLoop::masked>("masked")
+        .required<&ClusterLoop::ffn1_norm>("ffn1_norm")
+        .required<&ClusterLoop::ffn1_up>("ffn1_up")
+        .required<&ClusterLoop::ffn1_down>("ffn1_down")
+        .required<&ClusterLoop::attention_norm>("attention_norm")
+        .required<&ClusterLoop::qkv>("qkv")
+        .required<&ClusterLoop::attention_out>("attention_out")
+        .required<&ClusterLoop::pos>("pos")
+        .required<&ClusterLoop::u>("u")
+        .required<&ClusterLoop::v_bias>("v_bias")
+        .required<&ClusterLoop::conv_norm>("conv_norm")
+        .required<&ClusterLoop::pointwise1>("pointwise1")
+        .required<&ClusterLoop::depthwise>("depthwise")
+        .required<&ClusterLoop::pointwise2>("pointwise2")
+        .required<&ClusterLoop::width>("width")
+        .required<&ClusterLoop::depthwise_norm>("depthwise_norm")
+        .required<&ClusterLoop::running_mean>("running_mean")
+        .required<&ClusterLoop::running_var>("running_var")
+        .required<&ClusterLoop::ffn2_norm>("ffn2_norm")
+        .required<&ClusterLoop::ffn2_up>("ffn2_up")
+        .required<&ClusterLoop::ffn2_down>("ffn2_down")
+        .required<&ClusterLoop::norm>("norm")
+        .required<&ClusterLoop::eps>("eps")
+        .required<&ClusterLoop::out>("out")
+        .required<&ClusterLoop::states>("states")
+        .required<&ClusterLoop::exit_depths>("exit_depths")
+        .required<&ClusterLoop::device>("device")
+        .required<&ClusterLoop::stream>("stream");
+    bind_launch<ClusterLoop>(m, "cluster_loop", &cluster_loop);
+    m.def("cluster_loop_fits", &cluster_loop_fits, py::arg("device"));
+}
+
 }  // namespace
 
 void bind(py::module_& m) {
     bind_glu_depthwise_conv(m);
     bind_relpos_attention(m);
+    bind_cluster_loop(m);
 }
 
 }  // namespace lcc::cuda

@@ -217,25 +217,36 @@ class SharedMemory {
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float reciprocal_fast(float x) { return 1.0f / x; }
 
-constexpr size_t kMaxShared = 99 << 10;  // of a block on sm_86, sm_89, sm_120: the least of all targets
+constexpr size_t kMaxShared = 99 << 10;             // of a block on sm_86, sm_89, sm_120: the least of all targets
+constexpr size_t kMaxSharedOfClusters = 227 << 10;  // on sm_90, which has them
 constexpr unsigned kMaxThreads = 1024;
+constexpr unsigned kMaxCluster = 16;
 
 template <class... Params>
 void emulate(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, bool cooperative,
-             Params... args) {
+             unsigned cluster, Params... args) {
     const auto refuse = [&](const char* why) { throw emulation::Failure(std::string(name) + ": " + why); };
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) refuse("empty grid");
     if (grid.y > 65535 || grid.z > 65535) refuse("grid.y or grid.z above 65535");
     if (block.x * block.y * block.z == 0 || block.x * block.y * block.z > kMaxThreads) refuse("not 1 to 1024 threads");
-    if (shared > kMaxShared) refuse("more than 99 KiB of dynamic shared memory");
-    emulation::Grid(grid, block, shared, cooperative, emulation::seed(), [&] { kernel(args...); }).run();
+    if (cluster == 0 || cluster > kMaxCluster || grid.x % cluster != 0) refuse("not whole clusters of 1 to 16 blocks");
+    if (cluster == 1 && shared > kMaxShared) refuse("more than 99 KiB of dynamic shared memory");
+    if (shared > kMaxSharedOfClusters) refuse("more than 227 KiB of dynamic shared memory");
+    emulation::Grid(grid, block, shared, cooperative, cluster, emulation::seed(), [&] { kernel(args...); }).run();
 }
 
 template <class... Params>
 void start(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, uintptr_t /*stream*/,
            Params... args) {
     emulation::launched_on() = emulation::device();
-    emulate(name, kernel, grid, block, shared, false, args...);
+    emulate(name, kernel, grid, block, shared, false, 1, args...);
+}
+
+template <class... Params>
+void start_clusters(const char* name, void (*kernel)(Params...), unsigned cluster, dim3 grid, dim3 block, size_t shared,
+                    uintptr_t /*stream*/, Params... args) {
+    emulation::launched_on() = emulation::device();
+    emulate(name, kernel, grid, block, shared, false, cluster, args...);
 }
 
 }  // namespace lcc

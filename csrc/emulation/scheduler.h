@@ -9,15 +9,22 @@
 // the schedule: at the latest when its thread waits for it. The steps are drawn by a generator of their own, from the
 // same seed. Until that wait a touch of what it goes to is reported, even where it has landed already; of the other
 // threads, until the barrier after the wait.
+//
+// The blocks of a cluster are resident together, and one cluster at a time. A store to another block's shared memory
+// lands when it is released: by its own thread, or by one of its block behind a barrier of the block. Until then nobody
+// may touch where it goes; nor may it go where a block has returned.
 #pragma once
 
 #include <sys/mman.h>
+#if !defined(__x86_64__)
 #include <ucontext.h>
+#endif
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <exception>
 #include <functional>
 #include <map>
@@ -28,12 +35,43 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
+#endif
+
+#if defined(__x86_64__)
+// Leaves the present stack, its pointer in *left, for `entered`. swapcontext would make a system call each time, and
+// AddressSanitizer's clear the shadow of the whole stack.
+extern "C" void emulation_switch(void** left, void* entered);
+asm(R"(
+    .pushsection .text
+    .weak emulation_switch
+    .hidden emulation_switch
+    .type emulation_switch, @function
+emulation_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+    .size emulation_switch, .-emulation_switch
+    .popsection
+)");
 #endif
 
 struct uint3 {
@@ -46,6 +84,36 @@ constexpr int kWarpSize = 32;
 constexpr size_t kStack = 128 << 10;
 constexpr unsigned char kPoison = 0xFF;  // NaN in every floating format, -1 in every integer
 
+// a stack of its own
+class Context {
+   public:
+#if defined(__x86_64__)
+    void start(void* stack, size_t size, void (*entry)()) {
+        // the six registers that a switch restores, where it returns to, and where that would return to
+        constexpr int kWords = 8;
+        auto** top = reinterpret_cast<void**>(static_cast<unsigned char*>(stack) + size) - kWords;
+        std::fill_n(top, kWords, nullptr);
+        top[kWords - 2] = reinterpret_cast<void*>(entry);
+        at_ = top;
+    }
+    void leave_for(Context& other) { emulation_switch(&at_, other.at_); }
+
+   private:
+    void* at_ = nullptr;
+#else
+    void start(void* stack, size_t size, void (*entry)()) {
+        getcontext(&context_);
+        context_.uc_stack = {stack, 0, size};
+        context_.uc_link = nullptr;
+        makecontext(&context_, entry, 0);
+    }
+    void leave_for(Context& other) { swapcontext(&context_, &other.context_); }
+
+   private:
+    ucontext_t context_;
+#endif
+};
+
 struct Failure : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
@@ -56,7 +124,8 @@ struct Place {
     const char* file = "";
     int line = 0;
     bool operator==(const Place& o) const {
-        return line == o.line && std::strcmp(what, o.what) == 0 && std::strcmp(file, o.file) == 0;
+        const auto same = [](const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; };
+        return line == o.line && same(what, o.what) && same(file, o.file);
     }
 };
 
@@ -102,8 +171,32 @@ struct Copied {
     bool waited;
 };
 
+// to the shared memory of another block of the cluster
+struct RemoteStore {
+    Place place;
+    const Fiber* owner;
+    Block* target;
+    size_t offset, bytes;
+    void* to;
+    std::array<unsigned char, kCopy> value;
+    uint64_t barriers;  // of the owner's block so far
+};
+
+// a barrier object in shared memory
+struct Mbarrier {
+    int count, pending;
+    uint64_t phase = 0;
+    std::vector<Fiber*> waiting;
+};
+
+struct Cluster {
+    std::vector<Block*> blocks;  // by rank
+    int arrived = 0;             // of the threads that have not returned
+    uint64_t phase = 0;
+};
+
 struct Fiber {
-    ucontext_t context;
+    Context context;
     Block* block = nullptr;
     uint3 thread;
     int rank = 0;  // of the thread in its block
@@ -113,6 +206,8 @@ struct Fiber {
     int pieces = 0;                             // of dynamic shared memory taken so far
     std::vector<std::shared_ptr<Copy>> copies;  // not waited for
     uint64_t copy_group = 0;                    // of the copies to come
+    bool at_cluster_barrier = false;            // has arrived and not waited
+    uint64_t cluster_phase = 0;                 // in which it has arrived
     std::vector<Access> accesses;
     void* stack = nullptr;
     void* fake_stack = nullptr;  // of AddressSanitizer
@@ -138,17 +233,26 @@ struct Block {
     std::vector<std::vector<WarpOperation>> warps;
     std::vector<std::pair<Place, SharedPiece>> arrays;  // static shared memory, by declaration
     std::vector<SharedPiece> pieces;                    // dynamic shared memory, in the order it is taken
-    std::map<void*, Copied> copied;
+    std::unordered_map<void*, Copied> copied;
     size_t dynamic_bytes = 0;
     int at_barrier = 0, at_grid_barrier = 0, done = 0;
     Place barrier;
+    std::shared_ptr<Cluster> cluster;
+    int rank = 0;                              // in the cluster
+    uint64_t barriers = 0;                     // passed
+    std::map<size_t, Mbarrier> mbarriers;      // by offset in dynamic shared memory
+    std::deque<RemoteStore> stores;            // of its threads, not released
+    std::vector<const RemoteStore*> arriving;  // not released, by word of dynamic shared memory
+    bool ended() const { return done == static_cast<int>(fibers.size()); }
 };
 
 class Grid {
    public:
-    Grid(uint3 grid, uint3 block, size_t shared, bool cooperative, unsigned seed, std::function<void()> body)
-        : grid_(grid), block_(block), shared_(shared), cooperative_(cooperative), random_(seed), delays_(~seed),
-          body_(std::move(body)) {}
+    // cluster: blocks of a cluster, which follow one another in x
+    Grid(uint3 grid, uint3 block, size_t shared, bool cooperative, unsigned cluster, unsigned seed,
+         std::function<void()> body)
+        : grid_(grid), block_(block), shared_(shared), cooperative_(cooperative), cluster_(cluster), random_(seed),
+          delays_(~seed), body_(std::move(body)) {}
 
     ~Grid() {
         for (void* stack : stacks_) munmap(stack, kStack);
@@ -171,6 +275,12 @@ class Grid {
     void copy(Place place, void* to, size_t offset, const void* from);
     void commit_copies() { ++running_->copy_group; }
     void wait_for_copies(uint64_t pending);
+    void remote_store(Place place, int rank, size_t offset, const void* value, size_t bytes);
+    void init_mbarrier(Place place, size_t offset, int count);
+    void arrive_mbarrier(Place place, int rank, size_t offset);
+    void wait_mbarrier(Place place, size_t offset, int parity);
+    void arrive_cluster(Place place);
+    void wait_cluster(Place place);
 
     uint3 grid_dim() const { return grid_; }
     uint3 block_dim() const { return block_; }
@@ -179,6 +289,13 @@ class Grid {
 
    private:
     void start_block(uint64_t index);
+    void start_cluster(uint64_t index);
+    Block& block_of_cluster(Place place, int rank, const char* does);
+    static void* memory_at(const Block& block, size_t offset, size_t bytes);
+    Mbarrier& mbarrier(Place place, Block& block, size_t offset);
+    void release_stores();
+    void touch_stores(Place place, size_t offset, size_t bytes);
+    void complete_cluster_barrier(Cluster& cluster);
     void start_fiber(Block& block, int rank);
     void resume(Fiber& fiber);
     void suspend(bool last = false);
@@ -195,6 +312,7 @@ class Grid {
     uint3 grid_, block_;
     size_t shared_;
     bool cooperative_;
+    unsigned cluster_;
     std::mt19937 random_, delays_;  // who runs next; how long copies take
     std::function<void()> body_;
     std::vector<std::unique_ptr<Block>> resident_;
@@ -203,7 +321,7 @@ class Grid {
     std::multimap<uint64_t, std::shared_ptr<Copy>> landings_;  // by step
     std::vector<void*> stacks_, free_stacks_;
     Fiber* running_ = nullptr;
-    ucontext_t scheduler_;
+    Context scheduler_;
     void* scheduler_fake_ = nullptr;
     const void* scheduler_stack_ = nullptr;
     size_t scheduler_size_ = 0;
@@ -243,15 +361,15 @@ inline uint3 unravel(uint64_t i, uint3 size) {
 inline void entry() { current()->enter(); }
 
 inline void Grid::run() {
-    const uint64_t blocks = uint64_t{grid_.x} * grid_.y * grid_.z;
+    const uint64_t blocks = uint64_t{grid_.x} * grid_.y * grid_.z / cluster_;  // or clusters
     std::vector<uint64_t> order(blocks);
     for (uint64_t i = 0; i < blocks; ++i) order[i] = i;
     std::shuffle(order.begin(), order.end(), random_);
-    const size_t limit = cooperative_ ? blocks : 2;
+    const size_t limit = cooperative_ ? blocks : cluster_ > 1 ? 1 : 2;
     uint64_t next = 0;
     Grid* outer = std::exchange(current(), this);
     while (next < blocks || !resident_.empty()) {
-        while (next < blocks && resident_.size() < limit) start_block(order[next++]);
+        while (next < blocks && resident_.size() < limit) start_cluster(order[next++]);
         if (runnable_.empty()) {
             current() = outer;
             deadlock();
@@ -267,12 +385,29 @@ inline void Grid::run() {
         }
         if (fiber->done) {
             free_stacks_.push_back(fiber->stack);
-            const auto ended = [](const auto& b) { return b->done == static_cast<int>(b->fibers.size()); };
-            if (traffic().counted && ended(fiber->block)) count_traffic(*fiber->block);
-            resident_.erase(std::remove_if(resident_.begin(), resident_.end(), ended), resident_.end());
+            if (traffic().counted && fiber->block->ended()) count_traffic(*fiber->block);
+            const auto ended = [](const auto& b) {
+                const auto& all = b->cluster->blocks;
+                return std::all_of(all.begin(), all.end(), [](const Block* other) { return other->ended(); });
+            };
+            if (fiber->block->ended() && ended(fiber->block)) {
+                const auto gone = std::partition(resident_.begin(), resident_.end(), std::not_fn(ended));
+                resident_.erase(gone, resident_.end());
+            }
         }
     }
     current() = outer;
+}
+
+inline void Grid::start_cluster(uint64_t index) {
+    const auto cluster = std::make_shared<Cluster>();
+    for (unsigned rank = 0; rank < cluster_; ++rank) {
+        start_block(index * cluster_ + rank);
+        Block& block = *resident_.back();
+        block.cluster = cluster;
+        block.rank = static_cast<int>(rank);
+        cluster->blocks.push_back(&block);
+    }
 }
 
 inline void Grid::start_block(uint64_t index) {
@@ -291,10 +426,10 @@ inline void Grid::start_fiber(Block& block, int rank) {
     fiber.thread = unravel(rank, block_);
     fiber.rank = rank;
     fiber.stack = take_stack();
-    getcontext(&fiber.context);
-    fiber.context.uc_stack = {fiber.stack, 0, kStack};
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, entry, 0);
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(fiber.stack, kStack);  // of what a former thread had there
+#endif
+    fiber.context.start(fiber.stack, kStack, entry);
     runnable_.push_back(&fiber);
 }
 
@@ -316,7 +451,7 @@ inline void Grid::resume(Fiber& fiber) {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(&scheduler_fake_, fiber.stack, kStack);
 #endif
-    swapcontext(&scheduler_, &fiber.context);
+    scheduler_.leave_for(fiber.context);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(scheduler_fake_, nullptr, nullptr);
 #endif
@@ -327,7 +462,7 @@ inline void Grid::suspend([[maybe_unused]] bool last) {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(last ? nullptr : &fiber.fake_stack, scheduler_stack_, scheduler_size_);
 #endif
-    swapcontext(&fiber.context, &scheduler_);
+    fiber.context.leave_for(scheduler_);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(fiber.fake_stack, &scheduler_stack_, &scheduler_size_);
 #endif
@@ -347,9 +482,24 @@ inline void Grid::enter() {
 }
 
 inline void Grid::finish() {
+    Block& block = *running_->block;
     if (!running_->copies.empty()) fail(name(*running_) + " returns before its copies have landed");
     running_->done = true;
-    ++running_->block->done;
+    ++block.done;
+    Cluster& cluster = *block.cluster;
+    if (running_->at_cluster_barrier && running_->cluster_phase == cluster.phase) --cluster.arrived;
+    complete_cluster_barrier(cluster);
+    if (!block.ended()) return;
+    if (!block.stores.empty()) {
+        const RemoteStore& store = block.stores.front();
+        fail(name(*store.owner) + " has not released its store at line " + std::to_string(store.place.line) +
+             ", and its block returns");
+    }
+    for (const RemoteStore* store : block.arriving) {
+        if (store == nullptr) continue;
+        fail(name(*running_) + " returns while the store at line " + std::to_string(store->place.line) + " of " +
+             name(*store->owner) + " is on its way to its block");
+    }
 }
 
 inline void Grid::wait(Place place) {
@@ -378,6 +528,7 @@ inline void Grid::barrier(Place place) {
     }
     if (++block.at_barrier == static_cast<int>(block.fibers.size())) {
         block.at_barrier = 0;
+        ++block.barriers;
         for (auto i = block.copied.begin(); i != block.copied.end();) {
             i = i->second.waited ? block.copied.erase(i) : std::next(i);
         }
@@ -470,6 +621,7 @@ inline std::pair<void*, size_t> Grid::shared_piece(size_t bytes) {
 
 inline void Grid::shared_access(Place place, const void* address, size_t offset, size_t bytes) {
     if (traffic().counted) running_->accesses.push_back({place, offset, bytes});
+    touch_stores(place, offset, bytes);
     auto& copied = running_->block->copied;
     if (copied.empty()) return;
     // a copy begins at a multiple of kCopy, and no access is longer
@@ -520,6 +672,148 @@ inline void Grid::wait_for_copies(uint64_t pending) {
         return true;
     });
     copies.erase(waited, copies.end());
+    yield();
+}
+
+inline Block& Grid::block_of_cluster(Place place, int rank, const char* does) {
+    const auto& blocks = running_->block->cluster->blocks;
+    const bool there = rank >= 0 && rank < static_cast<int>(blocks.size());
+    if (there && !blocks[rank]->ended()) return *blocks[rank];
+    std::ostringstream why;
+    why << name(*running_) << ' ' << does << " block " << rank << " of its cluster at " << place.file << ":"
+        << place.line << (there ? ", which has returned" : ", which there is not");
+    fail(why.str());
+}
+
+// null: the block has not taken it
+inline void* Grid::memory_at(const Block& block, size_t offset, size_t bytes) {
+    for (const SharedPiece& piece : block.pieces) {
+        if (offset < piece.offset || offset + bytes > piece.offset + piece.bytes) continue;
+        return piece.memory.get() + (offset - piece.offset);
+    }
+    return nullptr;
+}
+
+inline void Grid::remote_store(Place place, int rank, size_t offset, const void* value, size_t bytes) {
+    constexpr size_t kWord = 4;
+    Block& target = block_of_cluster(place, rank, "stores to");
+    void* to = memory_at(target, offset, bytes);
+    if (to == nullptr) {
+        fail(name(*running_) + " stores at line " + std::to_string(place.line) + " to shared memory that block " +
+             std::to_string(rank) + " of its cluster has not taken");
+    }
+    if (reinterpret_cast<uintptr_t>(to) % bytes != 0) {
+        fail(name(*running_) + " stores to a misaligned address at line " + std::to_string(place.line));
+    }
+    target.arriving.resize(std::max(target.arriving.size(), shared_ / kWord));
+    auto& stores = running_->block->stores;
+    stores.push_back({place, running_, &target, offset, bytes, to, {}, running_->block->barriers});
+    RemoteStore& store = stores.back();
+    std::memcpy(store.value.data(), value, bytes);
+    for (size_t word = offset / kWord; word < (offset + bytes) / kWord; ++word) {
+        const RemoteStore* before = std::exchange(target.arriving[word], &store);
+        if (before == nullptr) continue;
+        fail(name(*running_) + " stores at line " + std::to_string(place.line) + " where the store at line " +
+             std::to_string(before->place.line) + " of " + name(*before->owner) + " is on its way");
+    }
+}
+
+// those that a release of the running thread covers
+inline void Grid::release_stores() {
+    constexpr size_t kWord = 4;
+    Block& block = *running_->block;
+    const auto covered = [&](const RemoteStore& s) { return s.owner == running_ || s.barriers < block.barriers; };
+    std::deque<RemoteStore> others;
+    for (RemoteStore& store : block.stores) {
+        auto& arriving = store.target->arriving;
+        const bool released = covered(store);
+        if (released) std::memcpy(store.to, store.value.data(), store.bytes);
+        if (!released) others.push_back(store);
+        const RemoteStore* now = released ? nullptr : &others.back();
+        std::fill_n(arriving.begin() + store.offset / kWord, store.bytes / kWord, now);
+    }
+    block.stores.swap(others);
+}
+
+inline void Grid::touch_stores(Place place, size_t offset, size_t bytes) {
+    constexpr size_t kWord = 4;
+    const auto& arriving = running_->block->arriving;
+    if (arriving.empty()) return;
+    for (size_t word = offset / kWord; word < (offset + bytes + kWord - 1) / kWord; ++word) {
+        if (arriving[word] == nullptr) continue;
+        std::ostringstream why;
+        why << name(*running_) << " is in " << place.what << " at " << place.file << ":" << place.line
+            << " where the store at line " << arriving[word]->place.line << " of " << name(*arriving[word]->owner)
+            << " is on its way";
+        fail(why.str());
+    }
+}
+
+inline void Grid::init_mbarrier(Place place, size_t offset, int count) {
+    shared_access(place, memory_at(*running_->block, offset, sizeof(uint64_t)), offset, sizeof(uint64_t));
+    running_->block->mbarriers[offset] = {count, count, 0, {}};
+    yield();
+}
+
+inline Mbarrier& Grid::mbarrier(Place place, Block& block, size_t offset) {
+    const auto found = block.mbarriers.find(offset);
+    if (found != block.mbarriers.end()) return found->second;
+    fail(name(*running_) + " is in " + place.what + " at line " + std::to_string(place.line) +
+         ", where there is no barrier yet");
+}
+
+inline void Grid::arrive_mbarrier(Place place, int rank, size_t offset) {
+    yield();
+    release_stores();
+    Mbarrier& barrier = mbarrier(place, block_of_cluster(place, rank, "arrives at a barrier of"), offset);
+    if (--barrier.pending == 0) {
+        barrier.pending = barrier.count;
+        ++barrier.phase;
+        for (Fiber* fiber : std::exchange(barrier.waiting, {})) wake(*fiber);
+    }
+    yield();
+}
+
+inline void Grid::wait_mbarrier(Place place, size_t offset, int parity) {
+    yield();
+    Mbarrier& barrier = mbarrier(place, *running_->block, offset);
+    if (static_cast<int>(barrier.phase % 2) != parity) return;
+    barrier.waiting.push_back(running_);
+    wait(place);
+}
+
+inline void Grid::complete_cluster_barrier(Cluster& cluster) {
+    int running = 0;
+    for (const Block* block : cluster.blocks) running += static_cast<int>(block->fibers.size()) - block->done;
+    if (cluster.arrived < running || running == 0) return;
+    cluster.arrived = 0;
+    ++cluster.phase;
+    for (Block* block : cluster.blocks) {
+        for (Fiber& fiber : block->fibers) {
+            if (std::strcmp(fiber.waits.what, "cluster_wait") == 0) wake(fiber);
+        }
+    }
+}
+
+inline void Grid::arrive_cluster(Place place) {
+    yield();
+    if (running_->at_cluster_barrier) {
+        fail(name(*running_) + " arrives again without a wait at line " + std::to_string(place.line));
+    }
+    release_stores();
+    Cluster& cluster = *running_->block->cluster;
+    running_->at_cluster_barrier = true;
+    running_->cluster_phase = cluster.phase;
+    ++cluster.arrived;
+    complete_cluster_barrier(cluster);
+    yield();
+}
+
+inline void Grid::wait_cluster(Place place) {
+    if (!std::exchange(running_->at_cluster_barrier, false)) {
+        fail(name(*running_) + " waits without having arrived at line " + std::to_string(place.line));
+    }
+    if (running_->block->cluster->phase == running_->cluster_phase) wait(place);
     yield();
 }
 

@@ -72,4 +72,9 @@ def _text(info: dict[str, Any]) -> str:
         mode = "training" if row["training"] else "inference"
         out.append(f"  {mode:<{width}}  {row['device']} {row['dtype']}: {row['engine'] or 'none'}")
         out += [f"      not loop: {'; '.join(row['against'])}"] if row["against"] else []
+        if row["device"] != "cpu":
+            cluster = row["against_cluster"] or [
+                "on request only, until a GPU has measured it; LCCONFORMER_ENGINE=cluster forces it"
+            ]
+            out.append(f"      not cluster: {'; '.join(cluster)}")
     return "\n".join(out)

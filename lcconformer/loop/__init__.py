@@ -1,8 +1,8 @@
 """The engines of the shared loop: all loops of an encoder as one computation instead of module by module.
 
 ``modules``: the layer's modules, loop by loop (:mod:`.modules`).  ``loop``: :mod:`.training` where autograd records, else
-:mod:`.inference`.  ``auto`` takes an engine where it can serve and is known to be no slower; a forced engine that cannot
-serve raises with its reasons.
+:mod:`.inference`.  ``cluster``: :mod:`.cluster`, on request only.  ``auto`` takes an engine where it can serve and is known to
+be no slower; a forced engine that cannot serve raises with its reasons.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from lcconformer.depth import ExitRule
 from lcconformer.ops.derivatives import transformed
 from lcconformer.ops.registry import Choice, forced_backend, strict
 from lcconformer.packing import Packing
 from lcconformer.stack import LayerStack
 
-from . import captured, inference, modules, training, watch
+from . import captured, cluster, inference, modules, training, watch
 from .captured import captured_training
 from .kernels import explain_ops
 
@@ -32,6 +33,7 @@ __all__ = [
     "ENGINES",
     "Decision",
     "Explanation",
+    "adaptive",
     "captured_training",
     "choose",
     "decide",
@@ -40,7 +42,7 @@ __all__ = [
     "forced_engine",
 ]
 
-ENGINES = ("modules", "loop")
+ENGINES = ("modules", "loop", "cluster")
 _log = logging.getLogger("lcconformer")
 _said: set[str] = set()
 _forced: ContextVar[str] = ContextVar("lcconformer.engine", default="")
@@ -62,8 +64,9 @@ def forced_engine() -> str:
 
 @contextmanager
 def engine(name: str) -> Iterator[None]:
-    """Run every encoder inside the block module by module (``modules``), on an engine of the loop (``loop``), or as is best
-    (``auto``).  The block holds for the thread (or asyncio task) that enters it.
+    """Run every encoder inside the block module by module (``modules``), on an engine of the loop (``loop``), on the
+    cluster-resident loop of sm_90 (``cluster``, at most 16 frames), or as is best (``auto``).  The block holds for the thread
+    (or asyncio task) that enters it.
 
     Raises:
         ValueError: unknown name.  An encoder that the engine cannot serve raises NotImplementedError with the reasons.
@@ -80,7 +83,7 @@ class Decision:
     """What will run the loops of one call.
 
     Attributes:
-        engine: ``"modules"``, ``"training"`` or ``"inference"``; None: the forced engine cannot serve.
+        engine: ``"modules"``, ``"training"``, ``"inference"`` or ``"cluster"``; None: the forced engine cannot serve.
         run: runs them; None with ``engine``.
         against: why no engine of the loop serves; empty if one does.
         lost: the modules serve in the place of a faster engine because of something that the user can change.
@@ -100,19 +103,51 @@ def choose(stack: LayerStack, x: Tensor, backprop_depth: int, *, packed: bool = 
         packed: x is a packed batch, ``[1, total, d_model]``.
 
     Raises:
-        NotImplementedError: ``loop`` was forced and cannot serve, or ``LCCONFORMER_STRICT=1`` and an engine is lost.
+        NotImplementedError: an engine was forced and cannot serve, or ``LCCONFORMER_STRICT=1`` and an engine is lost.
     """
     if torch.compiler.is_compiling():
         return functools.partial(modules.run, backprop_depth=backprop_depth)
     decision = decide(stack, x, backprop_depth, packed=packed)
     if decision.run is None:
-        raise NotImplementedError(
-            f"ConformerEncoder: engine 'loop' was forced but cannot serve these inputs: {'; '.join(decision.against)}. "
-            "Change the inputs or the encoder, or let LCCONFORMER_ENGINE=auto choose"
-        )
+        raise _cannot_serve(decision.against)
     if decision.lost:
         _lost(decision.against)
     return decision.run
+
+
+def _cannot_serve(reasons: tuple[str, ...]) -> NotImplementedError:
+    return NotImplementedError(
+        f"ConformerEncoder: engine {forced_engine()!r} was forced but cannot serve these inputs: {'; '.join(reasons)}. "
+        "Change the inputs or the encoder, or let LCCONFORMER_ENGINE=auto choose"
+    )
+
+
+def adaptive(
+    stack: LayerStack, x: Tensor, lengths: Tensor | None, rule: ExitRule, depth: int
+) -> tuple[Tensor, Tensor] | None:
+    """Run each utterance of ``x [B, T, d_model]`` until ``rule`` stops it, where an engine that does so is forced.
+
+    Args:
+        depth: loops at most.
+
+    Returns:
+        ``(output [B, T, d_model], exit_depths [B] int64)``, or None: it is left to the modules.
+
+    Raises:
+        NotImplementedError: the engine cannot serve.
+    """
+    if forced_engine() != "cluster":
+        return None
+    against = _against_cluster(stack, x, packed=False)
+    if rule.kind == "cosine":
+        against += ("the cosine distance is left to the modules",)
+    if against:
+        raise _cannot_serve(against)
+    return cluster.adaptive(stack, x, lengths, rule, depth)
+
+
+def _against_cluster(stack: LayerStack, x: Tensor, packed: bool) -> tuple[str, ...]:
+    return (*_chosen(x), *cluster.reasons(stack, x, records=_records(stack, x), packed=packed))
 
 
 def decide(
@@ -129,6 +164,9 @@ def decide(
     want = forced_engine()
     if want == "modules":
         return Decision("modules", by_modules, ("engine 'modules' is forced",))
+    if want == "cluster":
+        against = _against_cluster(stack, x, packed)
+        return Decision(None, None, against) if against else Decision("cluster", cluster.run)
     chosen, kernels = _chosen(x), None
     if _records(stack, x):
         chosen += training.chosen(stack, x)
@@ -186,10 +224,11 @@ class Explanation:
     """What would serve a call of an encoder, and why nothing faster (:meth:`lcconformer.ConformerEncoder.explain`).
 
     Attributes:
-        engine: ``"modules"``, ``"training"`` or ``"inference"``; None: a forced engine cannot serve, and the call raises.
+        engine: ``"modules"``, ``"training"``, ``"inference"`` or ``"cluster"``; None: a forced engine cannot serve, and the
+            call raises.
         against: why no engine of the loop serves; empty if one does.
         ops: the choice of backend of each op.  The inference engine has one for all, ``shared_loop``: ``"cpu"``, ``"triton"``,
-            or ``"modules"``, whose ops follow.
+            or ``"modules"``, whose ops follow; so has the cluster-resident loop: ``"cuda"``.
     """
 
     engine: str | None
@@ -201,6 +240,7 @@ class Explanation:
             "modules": "module by module",
             "training": "by the training engine",
             "inference": "by the inference engine",
+            "cluster": "in a cluster of blocks, in one launch",
             None: "by nothing: the call raises",
         }
         lines = [f"loops run {names[self.engine]}"]
@@ -219,5 +259,8 @@ def explain(stack: LayerStack, x: Tensor, *, packed: bool = False) -> Explanatio
         packed: x is a packed batch, ``[1, total, d_model]``.
     """
     decision = decide(stack, x, len(stack.layer_map), packed=packed, explaining=True)
-    ops = inference.explain(stack, x) if decision.engine == "inference" else explain_ops(stack, x)
+    if decision.engine == "cluster":
+        ops = {cluster.OP: Choice(cluster.OP, "cuda")}
+    else:
+        ops = inference.explain(stack, x) if decision.engine == "inference" else explain_ops(stack, x)
     return Explanation(decision.engine, decision.against, ops)

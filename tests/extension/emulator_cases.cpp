@@ -7,6 +7,7 @@
 #include <map>
 #include <vector>
 
+#include "cuda/cluster.cuh"
 #include "cuda/common.cuh"
 #include "cuda/tensor_cores.cuh"
 
@@ -185,7 +186,7 @@ void copy_of_what_changes(float* out) {
 // prints what each thread has got
 int run_copy_of_what_changes() {
     std::vector<float> out(kThreads, -2.0f);
-    lcc::emulate("case", copy_of_what_changes, dim3(1), dim3(kThreads), 4 * kThreads * sizeof(float), false,
+    lcc::emulate("case", copy_of_what_changes, dim3(1), dim3(kThreads), 4 * kThreads * sizeof(float), false, 1,
                  out.data());
     for (const float x : out) std::printf("%g ", x);
     return 0;
@@ -248,6 +249,91 @@ int run_copies() {
     return run(copies<kMissing>, 4 * kThreads * sizeof(float), false);
 }
 
+constexpr int kCluster = 4, kClusters = 2;
+
+// Each thread gives its block's successor in the cluster a pair, twice in the same place. What is missing is the
+// barrier of the cluster after the 'i'nit, the 'b'lock's barrier ahead of the arrival, an 'a'rrival, the 'w'ait, the
+// wait before the place is taken a'g'ain; or block 1 returns 'e'arly, or stores to a block that is 'n'ot there.
+template <char kMissing>
+void ring_of_blocks(float* out) {
+    lcc::SharedMemory shared;
+    const lcc::Shared values = shared.take(2 * kThreads), barrier = shared.take(2);
+    const int i = threadIdx.x, rank = lcc::cluster_rank(), next = (rank + 1) % kCluster;
+    if (i == 0) lcc::init_barrier(barrier, 0, kCluster);
+    if (kMissing != 'i') {
+        lcc::cluster_arrive();
+        lcc::cluster_wait();
+    }
+    if (kMissing == 'e' && rank == 1) return;
+    const auto meet = [&](int parity) {
+        if (kMissing != 'b') __syncthreads();
+        if (i < kCluster && !(kMissing == 'a' && rank == 2)) lcc::arrive_at(barrier, 0, i);
+        if (kMissing != 'w') lcc::wait_at(barrier, 0, parity);
+    };
+    float sum = 0.0f;
+    for (int round = 0; round < 2; ++round) {
+        lcc::store_to(values, 2 * i, kMissing == 'n' ? kCluster : next, make_float2(i, 10.0f * rank + round));
+        meet(0);
+        const auto got = values.load<float2>(2 * ((i + 1) % kThreads));
+        sum += got.x + got.y;
+        if (kMissing != 'g') meet(1);
+        if (kMissing == 'g') meet(0);
+    }
+    const int before = (rank + kCluster - 1) % kCluster;
+    const bool right = sum == 2.0f * ((i + 1) % kThreads + 10.0f * before) + 1.0f;
+    out[blockIdx.x * kThreads + i] = right ? rotated(i) : -1.0f;
+}
+
+// the same by the barrier of all threads; some return ahead of it and are not waited for
+template <char kMissing>
+void barrier_of_all_threads(float* out) {
+    lcc::SharedMemory shared;
+    const lcc::Shared values = shared.take(kThreads);
+    const int i = threadIdx.x, rank = lcc::cluster_rank(), me = blockIdx.x * kThreads + i;
+    lcc::cluster_arrive();
+    if (kMissing == 't') lcc::cluster_arrive();
+    lcc::cluster_wait();
+    out[me] = rotated(i);
+    lcc::store_to(values, i, (rank + 1) % kCluster, 1.0f * i);
+    if (kMissing != 'a') lcc::cluster_arrive();
+    lcc::cluster_wait();
+    out[me] += values.load<float>((i + 5) % kThreads) - (i + 5) % kThreads;
+    if (i % 3 == 0) return;
+    lcc::cluster_arrive();
+    lcc::cluster_wait();
+}
+
+// a store that nothing has released when its block returns
+void store_left_on_its_way(float*) {
+    lcc::SharedMemory shared;
+    const lcc::Shared values = shared.take(kThreads);
+    lcc::cluster_arrive();
+    lcc::cluster_wait();
+    if (threadIdx.x == 3) lcc::store_to(values, 0, (lcc::cluster_rank() + 1) % kCluster, 1.0f);
+}
+
+// two threads store to one place without a barrier between them
+void stores_to_one_place(float*) {
+    lcc::SharedMemory shared;
+    const lcc::Shared values = shared.take(kThreads);
+    lcc::cluster_arrive();
+    lcc::cluster_wait();
+    if (threadIdx.x < 2) lcc::store_to(values, 0, 0, 1.0f);
+    lcc::cluster_arrive();
+    lcc::cluster_wait();
+}
+
+int run_clusters(Kernel kernel, int blocks = kCluster * kClusters, size_t shared = 4 * kThreads * sizeof(float)) {
+    std::vector<float> out(blocks * kThreads, -2.0f);
+    lcc::emulate("case", kernel, dim3(blocks), dim3(kThreads), shared, false, kCluster, out.data());
+    for (int i = 0; i < blocks * kThreads; ++i) {
+        if (out[i] == rotated(i % kThreads)) continue;
+        std::fprintf(stderr, "out[%d] is %g, expected %g\n", i, out[i], rotated(i % kThreads));
+        return 3;
+    }
+    return 0;
+}
+
 int arrivals, order_hash;
 
 void atomics(float* out) {
@@ -275,7 +361,7 @@ int traffic() {
     std::vector<float> out(kBlocks * kThreads);
     emulation::traffic() = {true};
     lcc::emulate("case", rows_in_shared_memory<V, kPitch>, dim3(kBlocks), dim3(kThreads),
-                 kThreads * kPitch * sizeof(float), false, out.data());
+                 kThreads * kPitch * sizeof(float), false, 1, out.data());
     std::printf("%d %d\n", static_cast<int>(emulation::traffic().wavefronts),
                 static_cast<int>(emulation::traffic().conflicts));
     return 0;
@@ -311,7 +397,7 @@ void order(float*) { order_hash = (order_hash * 31 + static_cast<int>(threadIdx.
 
 int run(Kernel kernel, size_t shared, bool cooperative) {
     std::vector<float> out(kBlocks * kThreads, -2.0f);
-    lcc::emulate("case", kernel, dim3(kBlocks), dim3(kThreads), shared, cooperative, out.data());
+    lcc::emulate("case", kernel, dim3(kBlocks), dim3(kThreads), shared, cooperative, 1, out.data());
     for (int i = 0; i < kBlocks * kThreads; ++i) {
         if (!(out[i] == rotated(i % kThreads))) {
             std::fprintf(stderr, "out[%d] is %g, expected %g\n", i, out[i], rotated(i % kThreads));
@@ -366,9 +452,24 @@ int main(int, char** argv) {
         {"traffic_of_fours_of_every_other_four", traffic<float4, 8>},
         {"device_after_a_launch", device_after_a_launch},
         {"missing_device", launch_on_a_missing_device},
+        {"ring_of_blocks", [] { return run_clusters(ring_of_blocks<' '>); }},
+        {"barrier_not_seen_yet", [] { return run_clusters(ring_of_blocks<'i'>); }},
+        {"arrival_ahead_of_the_block", [] { return run_clusters(ring_of_blocks<'b'>); }},
+        {"missing_arrival", [] { return run_clusters(ring_of_blocks<'a'>); }},
+        {"missing_wait_of_the_cluster", [] { return run_clusters(ring_of_blocks<'w'>); }},
+        {"store_to_what_is_read", [] { return run_clusters(ring_of_blocks<'g'>); }},
+        {"block_that_has_returned", [] { return run_clusters(ring_of_blocks<'e'>); }},
+        {"block_that_is_not_there", [] { return run_clusters(ring_of_blocks<'n'>); }},
+        {"barrier_of_all_threads", [] { return run_clusters(barrier_of_all_threads<' '>); }},
+        {"arrives_twice", [] { return run_clusters(barrier_of_all_threads<'t'>); }},
+        {"waits_without_arrival", [] { return run_clusters(barrier_of_all_threads<'a'>); }},
+        {"store_left_on_its_way", [] { return run_clusters(store_left_on_its_way); }},
+        {"stores_to_one_place", [] { return run_clusters(stores_to_one_place); }},
+        {"part_of_a_cluster", [] { return run_clusters(nothing, kCluster + 1); }},
+        {"clusters_beyond_device", [] { return run_clusters(nothing, kCluster, 228 << 10); }},
         {"order",
          [] {
-             lcc::emulate("case", order, dim3(1), dim3(kThreads), 0, false, static_cast<float*>(nullptr));
+             lcc::emulate("case", order, dim3(1), dim3(kThreads), 0, false, 1, static_cast<float*>(nullptr));
              std::printf("%d\n", order_hash);
              return 0;
          }},

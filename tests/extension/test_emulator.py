@@ -26,7 +26,7 @@ def run_case(gxx):
     "case",
     [
         "barriers", "warp_operations", "atomics", "grid_barrier", "copies", "copies_in_two_groups",
-        "ring_of_copies",
+        "ring_of_copies", "ring_of_blocks", "barrier_of_all_threads",
         "products_of_float16", "products_of_bfloat16", "transposed_products_of_float16", "transposed_products_of_bfloat16",
     ],
 )  # fmt: skip
@@ -73,6 +73,29 @@ def test_a_copy_reads_its_source_at_a_random_step_before_its_wait(run_case):
     assert run_case("copy_of_what_changes", 0).stdout.split() == seen[0]
 
 
+IN_CLUSTERS = {
+    "barrier_not_seen_yet": r"(has not taken|where there is no barrier yet)",
+    "arrival_ahead_of_the_block": r"where the store at line \d+ of block .* is on its way",
+    "missing_arrival": r"deadlock: .*wait_at at .*cases.cpp:\d+",
+    "missing_wait_of_the_cluster": r"where the store at line \d+ of block .* is on its way",
+    "store_to_what_is_read": r"where the store at line \d+ of block .* is on its way",
+    "block_that_has_returned": r"(which has returned|has returned; \d+ threads wait|returns while the store at line \d+)",
+    "block_that_is_not_there": r"stores to block 4 .*which there is not",
+    "arrives_twice": r"arrives again without a wait at line \d+",
+    "waits_without_arrival": r"waits without having arrived at line \d+",
+    "store_left_on_its_way": r"thread \(3, 0, 0\) has not released its store at line \d+",
+    "stores_to_one_place": r"where the store at line \d+ of .* is on its way",
+}
+
+
+@pytest.mark.parametrize("case", IN_CLUSTERS)
+def test_what_goes_wrong_in_a_cluster_is_named(run_case, case):
+    for seed in SEEDS:
+        result = run_case(case, seed)
+        assert result.returncode == 4, result.stderr
+        assert re.search(IN_CLUSTERS[case], result.stderr, re.DOTALL), result.stderr
+
+
 @pytest.mark.parametrize("case", ["missing_barrier_before_read", "missing_barrier_before_write"])
 def test_a_missing_barrier_gives_a_wrong_result(run_case, case):
     for seed in SEEDS:
@@ -117,6 +140,8 @@ def test_a_misaligned_load_is_caught(run_case):
         ("shared_too_small", r"takes 4194304 bytes of dynamic shared memory; the launch gave 1024"),
         ("shared_beyond_device", r"more than 99 KiB"),
         ("grid_barrier_without_cooperation", r"not cooperative"),
+        ("part_of_a_cluster", r"not whole clusters"),
+        ("clusters_beyond_device", r"more than 227 KiB"),
     ],
 )
 def test_what_would_hang_or_fail_to_launch_is_named(run_case, case, message):

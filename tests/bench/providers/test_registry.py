@@ -25,6 +25,16 @@ def test_each_engine_has_a_row_of_its_own():
     assert chosen["lcconformer:cpu+loop"].missing(SMALL.replace(mode="feed_forward:forward")) == "has no such op"
 
 
+def test_the_loop_in_a_cluster_is_for_short_utterances():
+    (provider,) = registry.choose("lcconformer:cuda+cluster")
+    gpu = SMALL.replace(device="cuda", dtype="bfloat16")
+    assert provider.engine == "cluster"
+    assert provider.missing(gpu) is None
+    assert provider.missing(SMALL) == "needs a CUDA device"
+    assert provider.missing(gpu.replace(frames=17)) == "is for inference of at most 16 frames"
+    assert provider.missing(gpu.replace(mode="training")) == "is for inference of at most 16 frames"
+
+
 def test_what_compiles_for_minutes_is_chosen_by_its_full_name_alone():
     assert [str(p) for p in registry.choose("compile")] == ["compile:inductor", "compile:graphs"]
     assert [str(p) for p in registry.choose("compile:max-autotune")] == ["compile:max-autotune"]

@@ -12,6 +12,7 @@ CASES = {
     "tests.ptx.test_kernels.test_shipped[residual_layer_norm-sm90-t=19-d=512-bf16]": "executed",
     "tests.ptx.test_kernels.test_shipped[chain_depthwise-sm80-c=200-layer-bf16]": "executed",
     "tests.loop.test_chain.test_every_depth[batch]": "interpreted",
+    "tests.extension.test_cuda_cluster_loop.test_every_depth[emulated]": "emulated",
     "tests.loop.test_graphs.test_chain": None,
     "tests.ptx.test_interpreter.test_feed_forward": None,
     "tests.test_config.test_feed_forward": None,
@@ -47,6 +48,7 @@ def test_places_decide_the_step(report, tmp_path):
         ("glu_depthwise_conv", "emulated"),
         ("chain", "executed"),
         ("chain", "interpreted"),
+        ("cluster_loop", "emulated"),
     }
     assert evidence.load(table) == found
 
