@@ -71,8 +71,8 @@ def _evaluates(parts: Parts) -> bool:
     conv, ffn1, ffn2 = parts.conv, parts.ffn1, parts.ffn2
     drops = any((ffn1.inside, ffn1.on, ffn2.inside, ffn2.on, parts.attention_inside, parts.attention_on, conv.on))
     batch = type(conv.depthwise_norm) is nn.BatchNorm1d and conv.depthwise_norm.training
-    silu = ffn1.activation == ffn2.activation == conv.activation == "silu"
-    return silu and not drops and not batch and not conv.causal
+    same = ffn1.activation == ffn2.activation == conv.activation
+    return same and not drops and not batch and not conv.causal
 
 
 def _serves(x: Tensor) -> bool:

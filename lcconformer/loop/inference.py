@@ -53,8 +53,6 @@ def chosen(stack: LayerStack, x: Tensor, packed: bool) -> list[str]:
         return found
     if forced_backend() not in ("auto", "cpu"):
         found.append(f"backend {forced_backend()!r} is forced, and the engine is made of CPU kernels")
-    if stack.config.activation != "silu":
-        found.append(f"activation {stack.config.activation!r} is not fused, only 'silu' is")
     if stack.config.position == "rotary":
         found.append("rotary positions are left to the modules")
     return found
@@ -199,6 +197,7 @@ class Loop:
         _, _, d = self.x.shape
         if ffn is not None:
             parts |= {"hidden_norm": ffn.norm.args, "up": ffn.up.args, "down": ffn.down.args}
+            parts["activation"] = getattr(self.cpu.Activation, self.config.activation)
         args = self.cpu.RowsForward(
             **self.common,
             rows=self.x.shape[0] * self.x.shape[1],
@@ -275,6 +274,7 @@ class Loop:
             norm_weight=pointer(norm.weight) if norm else 0,
             norm_bias=pointer(norm.bias) if norm else 0,
             eps=config.layer_norm_eps,
+            activation=getattr(self.cpu.Activation, config.activation),
             out=pointer(out),
             own_threads=True,
             **statistics,
