@@ -1,4 +1,4 @@
-"""Generate the README's performance section from result files: ``python -m lcconformer.bench.reports.readme``."""
+"""Generate the README's tables from result files: ``python -m lcconformer.bench.reports.readme``."""
 
 from __future__ import annotations
 
@@ -9,29 +9,31 @@ from pathlib import Path
 from lcconformer.runtime import write_atomically
 
 from ..core.rows import Results, Row
-from . import RESULTS
+from . import RESULTS, accelerated
 from .table import number
 
 __all__ = ["README", "refresh", "section"]
 
 README = RESULTS.parents[1] / "README.md"
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 # columns of the table; all do the same maths but torchaudio, which has no relative positions
 COLUMNS = ("eager", "sdpa", "compile", "transformers", "torchaudio")
 
 
 def refresh(readme: Path = README, results: Path = RESULTS) -> None:
-    """Rewrite the text between the markers of a README.
+    """Rewrite the texts between the markers of a README.
 
     Raises:
-        ValueError: the file has no markers.
+        ValueError: the file lacks markers.
     """
     text = readme.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"bench: {readme} lacks the lines {BEGIN} and {END}; add them where the section belongs")
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    write_atomically(readme, f"{head}{BEGIN}\n{section(results)}\n{END}{tail}")
+    for name, make in (("bench", section), ("accelerated", accelerated.section)):
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if begin not in text or end not in text:
+            raise ValueError(f"bench: {readme} lacks the lines {begin} and {end}; add them where the section belongs")
+        head, _, rest = text.partition(begin)
+        _, _, tail = rest.partition(end)
+        text = f"{head}{begin}\n{make(results)}\n{end}{tail}"
+    write_atomically(readme, text)
 
 
 def section(results: Path = RESULTS) -> str:

@@ -26,7 +26,7 @@ from lcconformer.stack import LayerStack
 from . import chain, graphs, weights
 from .kernels import explain_ops
 from .watch import watch
-from .weights import FeedForward, PackedLayer, padded_columns
+from .weights import FeedForward, PackedLayer, Table, padded_columns
 
 __all__ = ["OP", "Launch", "Loop", "chosen", "convert", "explain", "reasons", "run", "run_layer", "slower"]
 
@@ -119,10 +119,16 @@ def run(
     return outputs
 
 
-def run_layer(config: ConformerConfig, layer: PackedLayer, x: Tensor, lengths: Tensor | None) -> Tensor:
-    """Run one packed layer on the CPU: float32 ``[B, T, d_model] -> [B, T, d_model]``."""
+def run_layer(
+    config: ConformerConfig, layer: PackedLayer, x: Tensor, lengths: Tensor | None, table: Table | None = None
+) -> Tensor:
+    """Run one packed layer on the CPU: float32 ``[B, T, d_model] -> [B, T, d_model]``.
+
+    Args:
+        table: of relative positions, instead of the layer's own.
+    """
     note(Choice(OP, "cpu"))
-    loop = Loop(config, x, lengths, layer.dtype)
+    loop = Loop(config, x, lengths, layer.dtype, table)
     loop.step(layer)
     return loop.x
 
@@ -142,9 +148,14 @@ class Loop:
     """The residual stream of one call, its buffers, and the kernels of each layer with their arguments."""
 
     def __init__(
-        self, config: ConformerConfig, x: Tensor, lengths: Tensor | Packing | None, dtype: torch.dtype
+        self,
+        config: ConformerConfig,
+        x: Tensor,
+        lengths: Tensor | Packing | None,
+        dtype: torch.dtype,
+        table: Table | None = None,
     ) -> None:
-        self.config = config
+        self.config, self.table = config, table
         cpu = self.cpu = cpu_kernels()
         b, t, d = x.shape
 
@@ -214,7 +225,7 @@ class Loop:
     def _attention(self, layer: PackedLayer) -> Iterator[tuple[Launch, Any]]:
         b, t, d = self.x.shape
         h, pitch, attention = self.config.num_heads, self.wide.stride(0), layer.attention
-        panels = layer.position_panels(self.sizes["frames"])
+        panels = layer.position_panels(self.sizes["frames"], self.table)
         self.panels.append(panels)
         strides = {"batch_stride": t * pitch, "frame_stride": pitch, "head_stride": d // h}
         q, k, v = (self.cpu.Heads(data=pointer(self.wide, i * d), **strides) for i in range(3))

@@ -217,7 +217,7 @@ def test_encoders_of_transformers(encoder, served, name, position, attention):
     model = copy.deepcopy(peer)
     assert len(accelerate(model, strict=True).accelerated) == 2
     check_same_state(model, peer.state_dict())
-    packed = position in ("relative", None) and name in ("wav2vec2_conformer", "seamless_m4t")
+    packed = position != "rotary"
     for frames in (1, 2, 13, 40):
         for padded in (False, True):
             x = torch.randn(3, frames, 24)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from lcconformer.bench.core.rows import Results, Row
-from lcconformer.bench.reports import readme
+from lcconformer.bench.reports import accelerated, readme
 from lcconformer.bench.reports.filing import file_results, slug
 
 from lcconformer.runtime import commit
@@ -37,8 +37,8 @@ def place(tmp_path):
         results.add(rows)
 
     (tmp_path / "results").mkdir()
-    text = "# title\n\n<!-- bench:begin -->\nold\n<!-- bench:end -->\n\ntail\n"
-    (tmp_path / "README.md").write_text(text)
+    markers = "<!-- bench:begin -->\nold\n<!-- bench:end -->\n\n<!-- accelerated:begin --><!-- accelerated:end -->"
+    (tmp_path / "README.md").write_text(f"# title\n\n{markers}\ntail\n")
     return tmp_path, write
 
 
@@ -59,7 +59,9 @@ def test_rows_go_to_a_folder_of_their_machine(place, capsys):
     assert len(Results(path / "results/a-cpu-2-threads/2026-01-02-abc123.json").rows) == 1
     text = (path / "README.md").read_text()
     assert text.startswith("# title\n\n<!-- bench:begin -->\n**Some GPU 9**, 2026-01-02, commit abc123, torch 2.11.0")
-    assert text.endswith("<!-- bench:end -->\n\ntail\n")
+    assert text.endswith(
+        "<!-- bench:end -->\n\n<!-- accelerated:begin -->\nNo results are filed yet.\n<!-- accelerated:end -->\ntail\n"
+    )
     assert text.index("**Some GPU 9**") < text.index("**A CPU, 2 threads (CPU)**")
     assert "old" not in text
 
@@ -128,11 +130,12 @@ def test_slug():
 
 def test_the_readme_is_not_stale():
     text = (REPOSITORY / "README.md").read_text()
-    between = re.search(r"<!-- bench:begin -->\n(.*)\n<!-- bench:end -->", text, re.S)
-    assert between, "the README has lost its benchmark section"
-    assert between.group(1) == readme.section(REPOSITORY / "bench" / "results"), (
-        "run python -m lcconformer.bench.reports.readme"
-    )
+    for name, section in (("bench", readme.section), ("accelerated", accelerated.section)):
+        between = re.search(rf"<!-- {name}:begin -->\n(.*)\n<!-- {name}:end -->", text, re.S)
+        assert between, f"the README has lost its section {name}"
+        assert between.group(1) == section(REPOSITORY / "bench" / "results"), (
+            "run python -m lcconformer.bench.reports.readme"
+        )
 
 
 def test_commit_of_a_copy_comes_from_the_variable(monkeypatch, tmp_path):
