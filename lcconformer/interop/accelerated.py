@@ -59,7 +59,7 @@ class AcceleratedLayer(nn.Module):
         position: str | None,
         table: Table | None = None,
     ) -> Tensor:
-        """Run the layer on ``x [B, T, D]``; ``position``, ``table`` as in :func:`.engine.run`, ``position`` None: not there."""
+        """Run the layer on ``x [B, T, D]``; ``position``, ``table`` are those of :func:`.engine.run`, None: it has none."""
         if position is not None:
             y = engine.run(self, self.keys, parts, x, lengths, heads=heads, position=position, table=table)
             if y is not None:
