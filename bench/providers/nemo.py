@@ -4,34 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from torch import nn
 
+from .bare import bare_packages, folder_of
+
 __all__ = ["missing", "source"]
 
 _ASR = "nemo.collections.asr"
-
-
-class _BarePackages:
-    """Finds NeMo's packages without running their ``__init__``, which import the toolkit and its many dependencies."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
-        directory = self.root.joinpath(*name.split(".")[1:])
-        if name.partition(".")[0] != "nemo" or not directory.is_dir():
-            return None
-        spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
-        spec.submodule_search_locations = [str(directory)]
-        return spec
 
 
 def _stub(name: str, **contents: object) -> None:
@@ -39,16 +24,9 @@ def _stub(name: str, **contents: object) -> None:
     vars(module).update(contents)
 
 
-def _folder() -> Path | None:
-    found = importlib.util.find_spec("nemo")
-    if found is None or not found.submodule_search_locations:
-        return None
-    return Path(next(iter(found.submodule_search_locations)))
-
-
 def missing() -> str | None:
     """Return what keeps NeMo's source from being imported; None: nothing."""
-    if _folder() is None:
+    if folder_of("nemo") is None:
         return "NeMo is not installed; pip install --no-deps nemo_toolkit and pip install omegaconf"
     return "pip install omegaconf" if importlib.util.find_spec("omegaconf") is None else None
 
@@ -56,11 +34,7 @@ def missing() -> str | None:
 @contextlib.contextmanager
 def source() -> Iterator[Any]:
     """Import NeMo's ``conformer_encoder`` for the block; stubbed are its loggers, checks of types, configs and exporter."""
-    folder = _folder()
-    assert folder is not None
-    finder: Any = _BarePackages(folder)
-    sys.meta_path.insert(0, finder)
-    try:
+    with bare_packages("nemo"):
         anything = type("Anything", (), {"__init__": lambda self, *a, **k: None})
         cast = importlib.import_module("nemo.utils.cast_utils")
         utils: Any = sys.modules["nemo.utils"]
@@ -77,7 +51,3 @@ def source() -> Iterator[Any]:
         mixins: Any = sys.modules["nemo.core.classes.mixins"]
         mixins.AccessMixin = access.AccessMixin
         yield importlib.import_module(f"{_ASR}.modules.conformer_encoder")
-    finally:
-        sys.meta_path.remove(finder)
-        for name in [name for name in sys.modules if name.partition(".")[0] == "nemo"]:
-            del sys.modules[name]
