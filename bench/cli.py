@@ -73,6 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--streams", action="store_true", help="time a chunk of T frames for B streams")
     add("--long", action="store_true", help="time one layer on long audio: other defaults of shapes, layers, providers")
+    add(
+        "--accelerated",
+        action="store_true",
+        help="time the encoders of other packages against themselves under accelerate; --providers names some of them",
+    )
     add("--compare", metavar="REF", help="time this working tree against commit REF, interleaved")
     add(
         "--import",
@@ -147,6 +152,10 @@ def _timed(args: argparse.Namespace, todo: list[Case]) -> int:
         from .runs.ladder import ladder
 
         return ladder(todo, args.seconds, args.rounds)
+    if args.accelerated:
+        from .runs.accelerated import accelerated
+
+        return accelerated(todo, args.providers, args.json, args.seconds, args.rounds)
     if args.packed or args.streams:
         from .runs import speech
 

@@ -17,7 +17,15 @@ from lcconformer.interop.keys import Key
 
 from ..core.case import Case
 
-__all__ = ["PARAKEET_KEYS", "WAV2VEC2_KEYS", "parakeet", "torchaudio", "torchaudio_file", "wav2vec2"]
+__all__ = [
+    "PARAKEET_KEYS",
+    "WAV2VEC2_KEYS",
+    "import_transformers",
+    "parakeet",
+    "torchaudio",
+    "torchaudio_file",
+    "wav2vec2",
+]
 
 
 class _Call(nn.Module):
@@ -58,7 +66,7 @@ def torchaudio_file() -> Path | None:
 
 def torchaudio(case: Case) -> nn.Module:
     """Build ``torchaudio.models.Conformer``: no positions, BatchNorm."""
-    spec = importlib.util.spec_from_file_location("_bench_torchaudio_conformer", torchaudio_file())
+    spec = importlib.util.spec_from_file_location("torchaudio.models.conformer", torchaudio_file())
     assert spec is not None
     assert spec.loader is not None
     module: Any = importlib.util.module_from_spec(spec)
@@ -67,7 +75,7 @@ def torchaudio(case: Case) -> nn.Module:
     return _TorchaudioCall(model, model.conformer_layers)
 
 
-def _import_transformers() -> None:
+def import_transformers() -> None:
     """Import transformers' audio code, which imports torchaudio if installed: hide it where its library does not fit torch."""
     try:
         import torchaudio  # noqa: F401
@@ -82,7 +90,7 @@ def _import_transformers() -> None:
 
 def wav2vec2(case: Case) -> nn.Module:
     """Build transformers' Wav2Vec2Conformer encoder: relative positions, BatchNorm, no convolution biases."""
-    _import_transformers()
+    import_transformers()
     from transformers import Wav2Vec2ConformerConfig
     from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import Wav2Vec2ConformerEncoder
 
@@ -110,7 +118,7 @@ def wav2vec2(case: Case) -> nn.Module:
 
 def parakeet(case: Case) -> nn.Module:
     """Build transformers' Parakeet (FastConformer) encoder: BatchNorm, no dropout on residual branches."""
-    _import_transformers()
+    import_transformers()
     from transformers import ParakeetEncoder, ParakeetEncoderConfig
 
     config: Any = ParakeetEncoderConfig(

@@ -1,6 +1,7 @@
 """Generate the tables of the README and of docs/engines.md from result files: ``python -m lcconformer.bench.reports.readme``.
 
-``<date>-<commit>.json`` has rows of PyTorch's implementations, ``runtimes-<date>-<commit>.json`` those of inference runtimes.
+``<date>-<commit>.json`` has rows of PyTorch's implementations, ``runtimes-<date>-<commit>.json`` those of inference runtimes;
+those of models under ``accelerate`` are read by :mod:`.accelerated`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from lcconformer.runtime import write_atomically
 
 from ..core.rows import Results, Row
-from . import RESULTS
+from . import RESULTS, accelerated
 from .table import number
 
 __all__ = ["ENGINES", "README", "RUNTIMES", "refresh", "runtimes_section", "section"]
@@ -31,6 +32,7 @@ def refresh(readme: Path = README, engines: Path = ENGINES, results: Path = RESU
         ValueError: a file lacks markers.
     """
     _rewrite(readme, "bench", section(results))
+    _rewrite(readme, "accelerated", accelerated.section(results))
     for page in (readme, engines):
         _rewrite(page, "runtimes", runtimes_section(results))
 

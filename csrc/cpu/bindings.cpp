@@ -72,6 +72,10 @@ void check(const char* kernel, const S& args) {
 }
 
 void bind_parts(py::module_& m) {
+    py::enum_<Activation>(m, "Activation", "Activation of feed-forward and convolution; gelu is the exact one")
+        .value("silu", Activation::silu)
+        .value("gelu", Activation::gelu)
+        .value("relu", Activation::relu);
     py::enum_<Norm>(m, "Norm", "Norm inside glu_depthwise_conv")
         .value("none", Norm::none)
         .value("layer", Norm::layer)
@@ -184,6 +188,7 @@ void add_glu_depthwise_conv(Arguments<S>& args) {
         .template optional<&S::norm_weight>("norm_weight")
         .template optional<&S::norm_bias>("norm_bias")
         .template required<&S::eps>("eps")
+        .template required<&S::activation>("activation")
         .template optional<&S::mean>("mean")
         .template optional<&S::var>("var")
         .template optional<&S::count>("count");
@@ -265,15 +270,16 @@ void add_feed_forward_elements(Arguments<S>& args) {
 }
 
 void bind_feed_forward(py::module_& m) {
-    using Activation = FeedForwardActivationForward;
-    Arguments<Activation> activation(m, "FeedForwardActivationForward", "Arguments of feed_forward_activation_forward");
+    using Forward = FeedForwardActivationForward;
+    Arguments<Forward> activation(m, "FeedForwardActivationForward", "Arguments of feed_forward_activation_forward");
     add_feed_forward_elements(activation);
-    activation.required<&Activation::u>("u").optional<&Activation::bias>("bias");
+    activation.required<&Forward::activation>("activation").required<&Forward::u>("u").optional<&Forward::bias>("bias");
 
     using Slope = FeedForwardActivationBackward;
     Arguments<Slope> slope(m, "FeedForwardActivationBackward", "Arguments of feed_forward_activation_backward");
     add_feed_forward_elements(slope);
-    slope.required<&Slope::u>("u")
+    slope.required<&Slope::activation>("activation")
+        .required<&Slope::u>("u")
         .required<&Slope::d>("d")
         .optional<&Slope::bias>("bias")
         .required<&Slope::g>("g")
@@ -310,6 +316,7 @@ void bind_rows(py::module_& m) {
         .optional<&Forward::hidden_norm>("hidden_norm")
         .optional<&Forward::up>("up")
         .optional<&Forward::down>("down")
+        .optional<&Forward::activation>("activation")
         .optional<&Forward::norm>("norm")
         .optional<&Forward::next>("next")
         .optional<&Forward::out>("out")

@@ -68,6 +68,9 @@ struct RelposAttentionPackPositions {
     int threads;
 };
 
+// the exact gelu, x Phi(x)
+enum class Activation : int { silu, gelu, relu };
+
 // running: statistics are given; batch, group: taken from the input
 enum class Norm : int { none, layer, running, batch, group };
 
@@ -85,6 +88,7 @@ struct GluDepthwiseConv {
     float *mean, *var;                     // [C]; [B, G] for group; unused for none, layer
     float* count;                          // [1], real frames (batch)
     float eps;
+    Activation activation;
     int threads;
 };
 
@@ -139,12 +143,14 @@ struct FeedForwardElements {
     int threads;
 };
 
-struct FeedForwardActivationForward : FeedForwardElements {  // out = drop(silu(u + bias))
+struct FeedForwardActivationForward : FeedForwardElements {  // out = drop(act(u + bias))
+    Activation activation;
     const void* u;
 };
 
 struct FeedForwardActivationBackward
-    : FeedForwardElements {  // out = silu'(u + bias) * drop'(d), g = drop(silu(u + bias))
+    : FeedForwardElements {  // out = act'(u + bias) * drop'(d), g = drop(act(u + bias))
+    Activation activation;
     const void *u, *d;
     void* g;
     float* dbias;  // [N], sum of out
@@ -176,7 +182,7 @@ struct Affine {                  // of a LayerNorm; null: no norm
 };
 
 // What a layer does to each row between attention and convolution, for inference. In this order, each if there:
-//   x += merge(branch);   x += down(silu(up(LN(x))));   out = next(LN(x)), or without a matrix x = LN(x)
+//   x += merge(branch);   x += down(act(up(LN(x))));   out = next(LN(x)), or without a matrix x = LN(x)
 // In bfloat16 the matrices multiply bfloat16 into float32, and x and the norms are float32.
 struct RowsForward {
     Element element;        // of branch, panels and out
@@ -184,6 +190,7 @@ struct RowsForward {
     float* x;               // [M, D], changed in place
     const void* branch;     // [M, inputs of merge]
     Matrix merge, up, down, next;
+    Activation activation = Activation::silu;
     Affine hidden_norm, norm;
     void* out;               // [M, out_row_stride]
     int64_t out_row_stride;  // at least the columns of next, rounded up to kPanelColumns

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..plain import altered
-from . import espnet, lucidrains, nemo, torchaudio, transformers
+from . import espnet, lucidrains, nemo, speechbrain, torchaudio, transformers
 from .accelerated import AcceleratedLayer, accelerated_class
 from .adapter import Unsupported, need
 
@@ -21,6 +21,7 @@ _PEERS: dict[str, type[AcceleratedLayer]] = {
     "torchaudio.models.conformer.ConformerLayer": torchaudio.TorchaudioLayer,
     "espnet.nets.pytorch_backend.conformer.encoder_layer.EncoderLayer": espnet.ESPnetLayer,
     "conformer.conformer.ConformerBlock": lucidrains.LucidrainsLayer,
+    "speechbrain.lobes.models.transformer.Conformer.ConformerEncoderLayer": speechbrain.SpeechBrainLayer,
     "nemo.collections.asr.parts.submodules.conformer_modules.ConformerLayer": nemo.NemoLayer,
     f"{_MODELS}wav2vec2_conformer.modeling_wav2vec2_conformer.Wav2Vec2ConformerEncoderLayer": (
         transformers.Wav2Vec2ConformerLayer
@@ -79,8 +80,9 @@ def _listed(names: Sequence[str]) -> str:
 def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
     """Compute the Conformer layers of a loaded model by our kernels, in place.
 
-    Served are torchaudio's Conformer, ESPnet's with relative positions ("latest"), NeMo's ("rel_pos"), that of the package
-    ``conformer`` (lucidrains), and transformers' Wav2Vec2Conformer, Wav2Vec2Bert, SeamlessM4T (both versions) and Parakeet.
+    Served are torchaudio's Conformer, ESPnet's with relative positions ("latest"), NeMo's ("rel_pos"), SpeechBrain's with
+    rotary positions ("RoPEMHA"), that of the package ``conformer`` (lucidrains), and transformers' Wav2Vec2Conformer,
+    Wav2Vec2Bert, SeamlessM4T (both versions) and Parakeet.
     The layers stay the objects they were, with their modules, parameters, hooks, modes and names, so that optimizers, PEFT,
     checkpoints and ``save_pretrained`` see no difference; only their class gets another ``forward``.
 

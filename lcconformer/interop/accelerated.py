@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..loop.weights import Table
 from . import engine, layer
 from .adapter import Unsupported, need
 from .keys import Key
@@ -49,10 +50,18 @@ class AcceleratedLayer(nn.Module):
         """
         raise Unsupported("no configuration describes this layer")
 
-    def run(self, parts: layer.Parts, x: Tensor, lengths: Tensor | None, heads: int, position: str | None) -> Tensor:
-        """Run the layer on ``x [B, T, D]``; ``position`` None: as no engine has it."""
+    def run(
+        self,
+        parts: layer.Parts,
+        x: Tensor,
+        lengths: Tensor | None,
+        heads: int,
+        position: str | None,
+        table: Table | None = None,
+    ) -> Tensor:
+        """Run the layer on ``x [B, T, D]``; ``position``, ``table`` are those of :func:`.engine.run`, None: it has none."""
         if position is not None:
-            y = engine.run(self, self.keys, parts, x, lengths, heads=heads, position=position)
+            y = engine.run(self, self.keys, parts, x, lengths, heads=heads, position=position, table=table)
             if y is not None:
                 return y
         return layer.run(parts, x, lengths)

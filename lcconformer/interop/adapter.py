@@ -15,18 +15,19 @@ from ..ops.checks import frame_mask
 from ..ops.derivatives import transformed
 from ..plain import altered, readable
 from ..positions import relative_sinusoids
+from .engine import Given
 
 __all__ = [
     "NotPadding",
     "Unsupported",
     "activation_of",
-    "are_sinusoids",
     "check_activations",
     "check_convolutions",
     "check_norms",
     "lengths_of_padding",
     "lengths_of_scores_mask",
     "need",
+    "relative_table",
     "untouched",
 ]
 
@@ -179,17 +180,33 @@ def lengths_of_scores_mask(mask: Tensor, batch: int, *, queries: bool, keep: boo
     return _masks.get(mask, ("scores", batch, queries, keep), find) if isinstance(mask, Tensor) else find()
 
 
-def are_sinusoids(table: Tensor) -> bool:
-    """Return whether ``table [B, 2T-1, D]`` are the relative positions that the engine computes for itself."""
-    if torch.compiler.is_compiling() or table.device.type != "cpu":
-        return False  # the engine is not asked
-    return _tables.get(table, "", functools.partial(_are_sinusoids, table))
+def relative_table(table: Tensor) -> Given | None:
+    """Return the relative positions ``table [B, 2T-1, D]``, alike for all utterances, as the engine takes them.
+
+    None: they are those that the engine computes for itself, or it is not asked.
+    """
+    if torch.compiler.is_compiling() or table.device.type != "cpu" or table.dtype != torch.float32:
+        return None
+    return _tables.get(table, "", functools.partial(_relative_table, table[0]))
 
 
 _sinusoids_of = functools.lru_cache(maxsize=1)(relative_sinusoids)
 
 
-def _are_sinusoids(table: Tensor) -> bool:
-    rows, width = table.shape[1:]
+class _LatestGiven(threading.local):
+    """The latest table that was no other: the engine keeps what it makes of one."""
+
+    table: Given | None = None
+
+
+_given = _LatestGiven()
+
+
+def _relative_table(table: Tensor) -> Given | None:
+    rows, width = table.shape
     ours = _sinusoids_of((rows + 1) // 2, width, device=table.device, dtype=table.dtype)
-    return ours.shape == table.shape[1:] and bool((table - ours).abs().max() < 1e-5)
+    if ours.shape == table.shape and bool((table - ours).abs().max() < 1e-5):
+        return None
+    if _given.table is None or not torch.equal(_given.table.rows, table):
+        _given.table = Given(table.detach().clone(memory_format=torch.contiguous_format))
+    return _given.table

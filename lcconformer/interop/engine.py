@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from itertools import chain
 from operator import attrgetter
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
 
 from ..config import ConformerConfig
 from ..layer import ConformerLayer
@@ -21,11 +23,12 @@ from ..plain import NORMS, PLAIN, altered
 from .keys import Key, from_peer
 from .layer import Parts
 
-__all__ = ["layer_config", "run"]
+__all__ = ["Embedded", "Given", "layer_config", "run"]
 
 # whose parameters are read: plain modules, and torch's attention with its projection
-_READ = PLAIN | {nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear}
+_READ = PLAIN | {nn.Embedding, nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear}
 _version = attrgetter("_version")
+_WIDEST = 63  # kernel of the depthwise convolution
 
 
 def run(
@@ -37,6 +40,7 @@ def run(
     *,
     heads: int,
     position: str,
+    table: weights.Table | None = None,
 ) -> Tensor | None:
     """Run a peer's layer on ``x [B, T, D]``, or return None where the engine cannot stand in for it.
 
@@ -47,8 +51,11 @@ def run(
         x, lengths: its input, and the real frames of each utterance, None for all.
         heads: of attention.
         position: ``"relative"`` or ``"none"``.
+        table: of the relative positions; None: sinusoids, or none.
     """
     if not (_evaluates(parts) and _serves(x)) or _records(module, x):
+        return None
+    if isinstance(table, Given) and len(table.rows) != 2 * x.shape[1] - 1:
         return None
     if lengths is not None and parts.conv.masked and type(parts.conv.depthwise_norm) is nn.GroupNorm:
         return None  # the kernels leave padding out of its statistics
@@ -61,9 +68,42 @@ def run(
         _kept.pop(module, None)
         if not _readable(module, _READ | parts.layer_norms | {parts.conv.depthwise_class}):
             return None
-        packed = _kept[module] = _Packed(module, keys, config, epsilon)
+        packed = _kept[module] = _Packed(module, keys, config, epsilon, causal=parts.conv.causal)
     with torch.no_grad():
-        return inference.run_layer(config, packed.layer, x, lengths)
+        return inference.run_layer(config, packed.layer, x, lengths, table)
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedded:
+    """The relative positions of a layer whose heads share an embedding of clipped distances.
+
+    Attributes:
+        embedding: ``[left + right + 1, D / H]``, of key minus query, -left ... right.
+        left, right: where the distances are clipped.
+    """
+
+    embedding: nn.Embedding
+    left: int
+    right: int
+
+    def rows(self, frames: int, device: torch.device) -> Tensor:
+        """Return the rows ``[2T-1, D / H]`` of distances -(T-1) ... T-1."""
+        distances = torch.arange(1 - frames, frames, device=device).clamp(-self.left, self.right) + self.left
+        return self.embedding(distances)
+
+    def __call__(self, layer: weights.PackedLayer, frames: int) -> Tensor:
+        return self.rows(frames, torch.device("cpu")).repeat(1, layer.heads)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Given:
+    """Relative positions ``[2T-1, D]`` float32 in front of their projection."""
+
+    rows: Tensor
+
+    def __call__(self, layer: weights.PackedLayer, frames: int) -> Tensor:
+        assert layer.attention.pos is not None
+        return weights.project(layer.attention.pos, self.rows)
 
 
 def _evaluates(parts: Parts) -> bool:
@@ -71,8 +111,11 @@ def _evaluates(parts: Parts) -> bool:
     conv, ffn1, ffn2 = parts.conv, parts.ffn1, parts.ffn2
     drops = any((ffn1.inside, ffn1.on, ffn2.inside, ffn2.on, parts.attention_inside, parts.attention_on, conv.on))
     batch = type(conv.depthwise_norm) is nn.BatchNorm1d and conv.depthwise_norm.training
-    silu = ffn1.activation == ffn2.activation == conv.activation == "silu"
-    return silu and not drops and not batch and not conv.causal
+    same = ffn1.activation == ffn2.activation == conv.activation
+    # a causal convolution is a centred one whose later taps are zero
+    depthwise: Any = conv.depthwise
+    fits = not conv.causal or 2 * depthwise.kernel_size[0] - 1 <= _WIDEST
+    return same and not drops and not batch and fits
 
 
 def _serves(x: Tensor) -> bool:
@@ -111,7 +154,7 @@ def layer_config(parts: Parts, heads: int, position: str) -> ConformerConfig | N
         num_heads=heads,
         ffn_dim=up.out_features,
         num_layers=1,
-        conv_kernel_size=depthwise.kernel_size[0],
+        conv_kernel_size=depthwise.kernel_size[0] * (2 if conv.causal else 1) - conv.causal,
         position=position,
         conv_norm=NORMS[type(depthwise_norm)],
         conv_norm_groups=getattr(depthwise_norm, "num_groups", 1),
@@ -149,7 +192,9 @@ def _readable(module: nn.Module, known: frozenset[type[nn.Module]]) -> bool:
 class _Packed:
     """The packed weights of one layer, and the state of its modules and tensors when they were packed."""
 
-    def __init__(self, module: nn.Module, keys: tuple[Key, ...], config: ConformerConfig, epsilon: float) -> None:
+    def __init__(
+        self, module: nn.Module, keys: tuple[Key, ...], config: ConformerConfig, epsilon: float, *, causal: bool
+    ) -> None:
         modules = list(module.modules())
         self._owners: list[dict[str, Any]] = [d for m in modules for d in (m._parameters, m._buffers, m._modules)]
         self._found = self._ids()
@@ -162,8 +207,16 @@ class _Packed:
         with torch.device("meta"):
             layer = ConformerLayer(config)
         layer.conv.depthwise_norm.eps = epsilon  # type: ignore[assignment]
-        layer.load_state_dict(from_peer(keys, module.state_dict()), assign=True)
+        state = from_peer(keys, module.state_dict())
+        if causal:
+            taps = state["conv.depthwise.weight"]
+            state["conv.depthwise.weight"] = F.pad(taps, (0, taps.shape[-1] - 1))
+        layer.load_state_dict(state, assign=True)
         self.layer = weights.pack(layer, {})
+        if self.layer.attention.v_bias is None:  # a table may be there all the same
+            none = torch.zeros(config.num_heads, config.d_model // config.num_heads)
+            attention = dataclasses.replace(self.layer.attention, v_bias=none)
+            self.layer = dataclasses.replace(self.layer, attention=attention)
 
     def _ids(self) -> list[int]:
         return list(map(id, chain.from_iterable(map(dict.values, self._owners))))

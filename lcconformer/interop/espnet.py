@@ -13,11 +13,11 @@ from .accelerated import AcceleratedLayer
 from .adapter import (
     NotPadding,
     activation_of,
-    are_sinusoids,
     check_convolutions,
     check_norms,
     lengths_of_padding,
     need,
+    relative_table,
     untouched,
 )
 from .keys import STATISTICS, Key, weight_and_bias
@@ -175,4 +175,4 @@ class ESPnetLayer(AcceleratedLayer):
         if parts is None:
             return None
         attention: Any = self.self_attn
-        return self.run(parts, x, lengths, attention.h, "relative" if are_sinusoids(positions) else None)
+        return self.run(parts, x, lengths, attention.h, "relative", relative_table(positions))

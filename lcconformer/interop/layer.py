@@ -39,6 +39,7 @@ class Convolution(NamedTuple):
         causal: the depthwise convolution sees no later frames.
         on: dropout on the output.
         depthwise_class: class of the depthwise convolution, which computes what ``nn.Conv1d`` with this padding does.
+        masked_output: frames beyond the lengths are zeroed in the output.
 
     A BatchNorm in training and a GroupNorm take the statistics of all frames, padding included, as every peer does.
     """
@@ -53,6 +54,7 @@ class Convolution(NamedTuple):
     causal: bool
     on: float
     depthwise_class: type[nn.Module] = nn.Conv1d
+    masked_output: bool = False
 
 
 class Parts(NamedTuple):
@@ -89,7 +91,15 @@ def run(parts: Parts, x: Tensor, lengths: Tensor | None) -> Tensor:
     """Run the layer on ``x [B, T, D]`` with ``lengths [B]`` real frames, None: all."""
     masked = lengths if parts.conv.masked else None
     attention = (parts.attention_norm, lambda h: parts.attend(h, lengths), parts.attention_on)
-    convolution = (parts.conv.norm, lambda h: _convolve(parts.conv, h, masked), parts.conv.on)
+    real = None
+    if parts.conv.masked_output and lengths is not None:
+        real = frame_mask(lengths, x.shape[1])[..., None]
+
+    def convolve(h: Tensor) -> Tensor:
+        y = _convolve(parts.conv, h, masked)
+        return y if real is None else y.masked_fill(~real, 0.0)
+
+    convolution = (parts.conv.norm, convolve, parts.conv.on)
     (norm, first, drop_first), (following, second, drop_second) = (
         (convolution, attention) if parts.convolution_first else (attention, convolution)
     )

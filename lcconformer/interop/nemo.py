@@ -14,12 +14,12 @@ from .accelerated import AcceleratedLayer
 from .adapter import (
     NotPadding,
     activation_of,
-    are_sinusoids,
     check_convolutions,
     check_norms,
     lengths_of_padding,
     lengths_of_scores_mask,
     need,
+    relative_table,
     untouched,
 )
 from .keys import STATISTICS, Key, weight_and_bias
@@ -189,7 +189,7 @@ class NemoLayer(AcceleratedLayer):
         parts = self.parts(positions)
         if parts is None:
             return None
-        return self.run(parts, x, lengths, layer.self_attn.h, "relative" if are_sinusoids(positions) else None)
+        return self.run(parts, x, lengths, layer.self_attn.h, "relative", relative_table(positions))
 
     def _needs_peer(self, x: Tensor) -> bool:
         """Whether NeMo is to record the output, or would widen float16 autocast within attention."""

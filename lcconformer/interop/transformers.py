@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..loop.weights import Table
 from ..ops.checks import readable as readable_values
 from ..plain import readable
 from ..positions import apply_rotary
@@ -20,15 +21,16 @@ from .accelerated import AcceleratedLayer
 from .adapter import (
     NotPadding,
     activation_of,
-    are_sinusoids,
     check_activations,
     check_convolutions,
     check_norms,
     lengths_of_padding,
     lengths_of_scores_mask,
     need,
+    relative_table,
     untouched,
 )
+from .engine import Embedded
 from .keys import STATISTICS, Key, weight_and_bias
 from .layer import Convolution, FeedForward, Parts, probability
 
@@ -67,6 +69,13 @@ LAYER_KEYS: tuple[Key, ...] = (
     *weight_and_bias("norm", "final_layer_norm"),
 )
 """Keys of ``Wav2Vec2ConformerEncoderLayer``, which SeamlessM4T's has as well."""
+
+_CAUSAL_KEYS = (
+    *(key for key in LAYER_KEYS if not key.ours.startswith("conv.depthwise_norm.")),
+    *weight_and_bias("conv.depthwise_norm", "conv_module.depthwise_layer_norm"),
+)
+# position_embeddings_type -> position of the engine, which has the distances of relative_key as a table; it has no rotary
+_POSITIONS = {None: "none", "relative": "relative", "relative_key": "none"}
 
 PARAKEET_LAYER_KEYS: tuple[Key, ...] = (
     *weight_and_bias("ffn1.norm", "norm_feed_forward1"),
@@ -205,18 +214,17 @@ class _Wav2Vec2Layer(AcceleratedLayer):
             table = attention.linear_pos(positions[0]).unflatten(-1, split)  # [2T-1, H, D/H]
             relative = table, attention.pos_bias_u, attention.pos_bias_v
         elif kind == "relative_key":
-            table = attention.distance_embedding(self._distances(h)).unsqueeze(1).expand(-1, *split)
+            table = self._embedded().rows(h.shape[1], h.device).unsqueeze(1).expand(-1, *split)
             relative = table, h.new_zeros(split), h.new_zeros(split)
         o = ops.relpos_attention(
             q, k, v, *(x.to(q.dtype) for x in relative), lengths=lengths, dropout_p=probability(attention.dropout)
         )
         return attention.linear_out(o.flatten(-2))
 
-    def _distances(self, h: Tensor) -> Tensor:
-        """Return the rows of the embedding of key minus query, -(T-1) ... T-1, clipped."""
+    def _embedded(self) -> Embedded:
         attention: Any = self.self_attn
-        left, right = attention.left_max_position_embeddings, attention.right_max_position_embeddings
-        return torch.arange(1 - h.shape[1], h.shape[1], device=h.device).clamp(-left, right) + left
+        clip = attention.left_max_position_embeddings, attention.right_max_position_embeddings
+        return Embedded(attention.distance_embedding, *clip)
 
     def serve(
         self, x: Tensor, scores: Tensor | None, frames: Tensor | None, positions: Tensor | None, kwargs: dict[str, Any]
@@ -245,12 +253,13 @@ class _Wav2Vec2Layer(AcceleratedLayer):
         parts = self.parts(positions)
         if parts is None:
             return None
-        position = None
-        if kind is None:
-            position = "none"
-        elif kind == "relative" and positions is not None and are_sinusoids(positions):
-            position = "relative"
-        return self.run(parts, x, lengths, attention.num_heads, position)
+        position = _POSITIONS.get(kind)
+        table: Table | None = None
+        if kind == "relative_key":
+            table = self._embedded()
+        elif kind == "relative" and positions is not None:
+            table = relative_table(positions)
+        return self.run(parts, x, lengths, attention.num_heads, position, table)
 
 
 class Wav2Vec2ConformerLayer(_Wav2Vec2Layer):
@@ -301,12 +310,14 @@ class SeamlessM4TLayer(_Wav2Vec2Layer):
 class Wav2Vec2BertLayer(SeamlessM4TLayer):
     """As :class:`SeamlessM4TLayer`, with a causal convolution and a LayerNorm in it."""
 
+    keys = _CAUSAL_KEYS
     causal = True
 
 
 class SeamlessM4Tv2Layer(_Wav2Vec2Layer):
     """``(hidden_states [B, T, D], attention_mask, conv_attention_mask [B, T]) -> [B, T, D]``."""
 
+    keys = _CAUSAL_KEYS
     masked = True
     causal = True
     # eager attention of transformers adds the boolean mask to the scores (5.18), and padding leaks
@@ -433,5 +444,4 @@ class ParakeetLayer(AcceleratedLayer):
         parts = self.parts(positions)
         if parts is None:
             return None
-        known = are_sinusoids(positions)
-        return self.run(parts, x, lengths, config.num_attention_heads, "relative" if known else None)
+        return self.run(parts, x, lengths, config.num_attention_heads, "relative", relative_table(positions))

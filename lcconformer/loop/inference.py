@@ -27,7 +27,7 @@ from lcconformer.stack import LayerStack
 from . import chain, graphs, weights
 from .kernels import explain_ops
 from .watch import Watch
-from .weights import FeedForward, PackedLayer, padded_columns
+from .weights import FeedForward, PackedLayer, Table, padded_columns
 
 __all__ = ["OP", "Loop", "chosen", "convert", "explain", "reasons", "run", "run_layer", "slower"]
 
@@ -56,8 +56,6 @@ def chosen(stack: LayerStack, layers: Watch, x: Tensor, packed: bool) -> list[st
         return found
     if forced_backend() not in ("auto", "cpu"):
         found.append(f"backend {forced_backend()!r} is forced, and the engine is made of CPU kernels")
-    if stack.config.activation != "silu":
-        found.append(f"activation {stack.config.activation!r} is not fused, only 'silu' is")
     if stack.config.position == "rotary":
         found.append("rotary positions are left to the modules")
     return found
@@ -144,10 +142,16 @@ def _key(x: Tensor, lengths: Tensor | Packing | None) -> tuple | None:
     return (*x.shape, lengths is None, torch.get_num_threads(), cpu_kernels().simd_level())
 
 
-def run_layer(config: ConformerConfig, layer: PackedLayer, x: Tensor, lengths: Tensor | None) -> Tensor:
-    """Run one packed layer on the CPU: float32 ``[B, T, d_model] -> [B, T, d_model]``."""
+def run_layer(
+    config: ConformerConfig, layer: PackedLayer, x: Tensor, lengths: Tensor | None, table: Table | None = None
+) -> Tensor:
+    """Run one packed layer on the CPU: float32 ``[B, T, d_model] -> [B, T, d_model]``.
+
+    Args:
+        table: of relative positions, instead of the layer's own.
+    """
     note(Choice(OP, "cpu"))
-    loop = Loop(config, x, lengths, layer.dtype)
+    loop = Loop(config, x, lengths, layer.dtype, table)
     loop.enter(x, lengths)
     loop.step(layer)
     return loop.x
@@ -176,9 +180,14 @@ class Loop:
     """
 
     def __init__(
-        self, config: ConformerConfig, x: Tensor, lengths: Tensor | Packing | None, dtype: torch.dtype
+        self,
+        config: ConformerConfig,
+        x: Tensor,
+        lengths: Tensor | Packing | None,
+        dtype: torch.dtype,
+        table: Table | None = None,
     ) -> None:
-        self.config = config
+        self.config, self.table = config, table
         cpu = self.cpu = cpu_kernels()
         b, t, d = x.shape
 
@@ -247,6 +256,7 @@ class Loop:
         _, _, d = self.x.shape
         if ffn is not None:
             parts |= {"hidden_norm": ffn.norm.args, "up": ffn.up.args, "down": ffn.down.args}
+            parts["activation"] = getattr(self.cpu.Activation, self.config.activation)
         return self.cpu.RowsForward(
             **self.common,
             rows=self.x.shape[0] * self.x.shape[1],
@@ -262,7 +272,7 @@ class Loop:
     def _attention(self, layer: PackedLayer) -> Iterator[Any]:
         b, t, d = self.x.shape
         h, pitch, attention = self.config.num_heads, self.wide.stride(0), layer.attention
-        panels = layer.position_panels(self.sizes["frames"])
+        panels = layer.position_panels(self.sizes["frames"], self.table)
         self.panels.append(panels)
         strides = {"batch_stride": t * pitch, "frame_stride": pitch, "head_stride": d // h}
         q, k, v = (self.cpu.Heads(data=pointer(self.wide, i * d), **strides) for i in range(3))
@@ -322,6 +332,7 @@ class Loop:
             norm_weight=pointer(norm.weight) if norm else 0,
             norm_bias=pointer(norm.bias) if norm else 0,
             eps=config.layer_norm_eps,
+            activation=getattr(self.cpu.Activation, config.activation),
             out=pointer(out),
             own_threads=True,
             **statistics,

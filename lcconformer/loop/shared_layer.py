@@ -54,6 +54,7 @@ class Plan:
         heads: of attention.
         eps: of the norms in front of each branch, and of the last one.
         inside, on: dropout probability inside of and on each branch.
+        activation: of feed-forwards and convolution.
         norm, groups, conv_training, conv_eps, momentum: of the convolution.
         masked: whether the convolution gets the lengths.
         framewise: whether its norm looks at one frame at a time.
@@ -67,6 +68,7 @@ class Plan:
     eps: tuple[float, ...]
     inside: tuple[float, ...]
     on: tuple[float, ...]
+    activation: str
     norm: str
     groups: int
     conv_training: bool
@@ -108,6 +110,7 @@ def plan_of(layer: ConformerLayer) -> Plan:
         eps=(*(n.eps for n in norms), layer.norm.eps),
         inside=tuple(p.get(b, 0.0) for b in branches),
         on=(p["ffn1"], residual, residual, p["ffn2"]),
+        activation=conv.config.activation,
         norm=conv.config.conv_norm,
         groups=conv.config.conv_norm_groups,
         conv_training=trained,
@@ -173,7 +176,7 @@ class SharedLayer:
             num_groups=plan.groups,
             training=plan.conv_training,
             eps=plan.conv_eps,
-            activation="silu",
+            activation=plan.activation,
         )
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
@@ -304,7 +307,7 @@ class SharedLayer:
 
     def _feed_forward(self, name: str, h: Tensor, seed: Tensor | None, p: float) -> tuple[Tensor, list[Tensor]]:
         weight, bias = self._weights[f"{name}.up.weight"], self._weights.get(f"{name}.up.bias")
-        u, g = self.kernels.feed_forward.up(h, weight, bias, seed, p)
+        u, g = self.kernels.feed_forward.up(h, weight, bias, seed, p, self.plan.activation)
         return self._linear(f"{name}.down", g), [u]
 
     def _feed_forward_backward(self, name, dy, inner, seed, p, gradients) -> tuple[Tensor, Tensor]:
@@ -317,6 +320,7 @@ class SharedLayer:
             bias,
             seed,
             p,
+            self.plan.activation,
             du=gradients.rows(f"{name}.up", "dy", dy, width, dy.dtype),
             g=gradients.rows(f"{name}.down", "h", dy, width, dy.dtype),
         )

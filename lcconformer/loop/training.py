@@ -44,8 +44,6 @@ def chosen(stack: LayerStack, x: Tensor) -> list[str]:
         found.append("BatchNorm statistics per depth are left to the modules")
     if config.position != "relative":
         found.append(f"position {config.position!r} is left to the modules; the engine knows 'relative'")
-    if config.activation != "silu":
-        found.append(f"activation {config.activation!r} is not fused, only 'silu' is")
     return found
 
 

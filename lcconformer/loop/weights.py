@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -40,11 +41,13 @@ __all__ = [
     "Fingerprint",
     "Matrix",
     "PackedLayer",
+    "Table",
     "cacheable",
     "forget",
     "pack",
     "packed",
     "padded_columns",
+    "project",
 ]
 
 
@@ -146,28 +149,34 @@ class PackedLayer:
     kept: dict[tuple, Any] = field(default_factory=dict, repr=False)
     # grow-only: rows of positions Tmax-1 ... -(Tmax-1), [2 Tmax - 1, d_model padded]
     _positions: Tensor | None = field(default=None, repr=False)
-    # of the latest T: (T, SIMD level, panels of each head)
-    _panels: tuple[int, str, Tensor] | None = field(default=None, repr=False)
+    # of the latest T: (T, SIMD level, table, panels of each head)
+    _panels: tuple[int, str, Table | None, Tensor] | None = field(default=None, repr=False)
 
     def positions(self, frames: int) -> Tensor:
         """Projected relative positions frames-1 ... -(frames-1), ``[2 frames - 1, d_model padded]``."""
         assert self.attention.pos is not None
         rows = self._positions
         if rows is None or rows.shape[0] < 2 * frames - 1:
-            rows = self._positions = _project(self.attention.pos, frames)
+            width = self.attention.pos.inputs
+            table = relative_sinusoids(frames, width, device=torch.device("cpu"), dtype=torch.float32)
+            rows = self._positions = project(self.attention.pos, table)
         last = (rows.shape[0] + 1) // 2 + frames - 1
         return rows[last - (2 * frames - 1) : last]
 
-    def position_panels(self, frames: int) -> Tensor | None:
-        """Projected relative positions of ``frames`` frames as the attention kernel takes them; None without positions."""
-        if self.attention.pos is None:
+    def position_panels(self, frames: int, table: Table | None = None) -> Tensor | None:
+        """Projected relative positions of ``frames`` frames as the attention kernel takes them; None without positions.
+
+        Args:
+            table: makes those of ``frames`` frames of this layer instead, ``[2 frames - 1, d_model]``.
+        """
+        if self.attention.pos is None and table is None:
             return None
         cpu = cpu_kernels()
         level, kept = cpu.simd_level(), self._panels
-        if kept is not None and kept[:2] == (frames, level):
-            return kept[2]
-        rows = self.positions(frames)
-        width = self.attention.pos.columns // self.heads
+        if kept is not None and kept[:3] == (frames, level, table):
+            return kept[3]
+        rows = self.positions(frames) if table is None else table(self, frames)
+        width = self.attention.qkv.inputs // self.heads
         products = common(self.attention.qkv.panels)["element"]
         size = self.heads * cpu.relpos_attention_position_size(products, frames, width)
         panels = rows.new_empty(size, dtype=self.dtype)
@@ -183,13 +192,15 @@ class PackedLayer:
             products=products,
         )
         cpu.relpos_attention_pack_positions(args)
-        self._panels = (frames, level, panels)
+        self._panels = (frames, level, table, panels)
         return panels
 
 
-def _project(pos: Matrix, frames: int) -> Tensor:
-    """Project by our own kernel: unlike a library's GEMM, it gives a row the same bits whatever the number of rows."""
-    table = relative_sinusoids(frames, pos.inputs, device=torch.device("cpu"), dtype=torch.float32)
+Table = Callable[[PackedLayer, int], Tensor]
+
+
+def project(pos: Matrix, table: Tensor) -> Tensor:
+    """Project ``[rows, d_model]`` by our own kernel, which gives a row the same bits whatever their number, unlike a GEMM."""
     cpu = cpu_kernels()
     out = table.new_empty(len(table) + cpu.TILE_ROWS, padded_columns(pos.columns))
     args = cpu.RowsForward(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lcconformer import extension
 from lcconformer.ops.registry import backend
@@ -17,6 +18,7 @@ if (_reason := extension.why_missing()) is not None:
 
 CPU = extension.load().cpu
 LEVELS: list[str] = CPU.simd_levels()
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 FRAMES = (1, 7, 63, 65, 127, 203)
 
 

@@ -9,6 +9,7 @@ from .cpu_kernels import CPU
 
 ROWS = {"element": CPU.Element.float32, "rows": 2, "columns": 16, "threads": 1, "x": 0}
 ELEMENTS = {"element": CPU.Element.float32, "rows": 0, "columns": 1, "threads": 1, "out": 0, "u": 0}
+ELEMENTS["activation"] = CPU.Activation.silu
 
 
 def test_fields_can_be_read_and_changed():
@@ -25,8 +26,10 @@ def test_fields_can_be_read_and_changed():
     conv = CPU.GluDepthwiseConvForward(
         element=CPU.Element.bfloat16, batch=0, frames=0, channels=1, width=1, threads=1, x=0, x_batch_stride=0,
         x_frame_stride=0, taps=0, norm=CPU.Norm.group, eps=0, out=0,
+        activation=CPU.Activation.gelu,
     )  # fmt: skip
     assert (conv.element, conv.norm, conv.groups) == (CPU.Element.bfloat16, CPU.Norm.group, 1)
+    assert (conv.activation, args.activation) == (CPU.Activation.gelu, CPU.Activation.silu)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from lcconformer import ops
 from lcconformer.ops import gemm
 from lcconformer.ops.dropout import dropout_seed
+from lcconformer.ops.feed_forward import cpu as feed_forward
 
-from .cpu_kernels import LEVELS, kernels, run
+from .cpu_kernels import ACTIVATIONS, LEVELS, kernels, run
 from .dropout import keep_factor
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -23,20 +24,24 @@ def make_inputs(b: int, t: int, d: int, f: int) -> list[Tensor]:
     return [x, 1 + 0.3 * gamma, beta, w1 / d**0.5, b1, w2 / f**0.5, b2]
 
 
-def reference(x, gamma, beta, w1, b1, w2, b2, hidden=1.0, output=1.0):
+def reference(x, gamma, beta, w1, b1, w2, b2, hidden=1.0, output=1.0, activation="silu"):
     """With dropout given as factors of the hidden layer and of the output."""
     h = F.layer_norm(x, x.shape[-1:], gamma, beta)
     hidden, output = (m.to(x.dtype) if isinstance(m, Tensor) else m for m in (hidden, output))
-    return x + 0.5 * (F.linear(F.silu(F.linear(h, w1, b1)) * hidden, w2, b2) * output)
+    return x + 0.5 * (F.linear(ACTIVATIONS[activation](F.linear(h, w1, b1)) * hidden, w2, b2) * output)
 
 
-def check(assert_close, inputs, dtype=torch.float32, layout="dense", level=None, masks=(1.0, 1.0), p=0.0) -> None:
+def check(
+    assert_close, inputs, dtype=torch.float32, layout="dense", level=None, masks=(1.0, 1.0), p=0.0, activation="silu"
+) -> None:
     dout = [torch.randn(inputs[0].shape, dtype=torch.float64)]
     inputs, dout = ([x.to(dtype).double() for x in xs] for xs in (inputs, dout))
     with kernels(level):
-        out, grads = run(lambda *x: ops.feed_forward(*x, dropout_p=p), inputs, dout, dtype, layout)
-    low, low_grads = run(lambda *x: reference(*x, *masks), inputs, dout, dtype)
-    ref, ref_grads = run(lambda *x: reference(*x, *masks), inputs, dout, torch.float64)
+        out, grads = run(
+            lambda *x: ops.feed_forward(*x, dropout_p=p, activation=activation), inputs, dout, dtype, layout
+        )
+    low, low_grads = run(lambda *x: reference(*x, *masks, activation), inputs, dout, dtype)
+    ref, ref_grads = run(lambda *x: reference(*x, *masks, activation), inputs, dout, torch.float64)
     assert_close("out", out[0], ref[0], low[0], 2)
     for i, (g, ref_g, low_g) in enumerate(zip(grads, ref_grads, low_grads)):
         assert_close(f"gradient {i}", g, ref_g, low_g, 3)
@@ -57,6 +62,39 @@ def test_layouts(assert_close, layout):
 @pytest.mark.parametrize("level", LEVELS)
 def test_bfloat16(assert_close, level):
     check(assert_close, make_inputs(2, 33, 40, 72), torch.bfloat16, level=level)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_activations(assert_close, activation, level, dtype):
+    check(assert_close, make_inputs(3, 45, 33, 130), dtype, level=level, activation=activation)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_of_every_size(assert_close, level, name):
+    """Where the tails of gelu are, at zero of either sign, and what is not finite."""
+    act = ACTIVATIONS[name]
+    sizes = torch.cat((torch.linspace(0, 15, 40_001), torch.logspace(-40, 30, 2_000)))
+    u = torch.cat((sizes, -sizes, torch.tensor([torch.nan, torch.inf, -torch.inf])))[None]
+    exact, eager = u.double().requires_grad_(), u.clone().requires_grad_()
+    outs = [act(exact), act(eager)]
+    slopes = [torch.autograd.grad(out.sum(), x)[0] for out, x in zip(outs, (exact, eager))]
+    with kernels(level):
+        out = feed_forward.activation(u, None, None, 0.0, name)
+        du, again, _ = feed_forward.activation_backward(torch.ones_like(u), u, None, None, 0.0, name)
+    assert torch.equal(out.nan_to_num(), again.nan_to_num())
+    finite = outs[0].isfinite() & slopes[0].isfinite()
+    # torch has NaN at infinity where a limit is known: 0 * inf
+    known = u.isfinite() | u.isnan()
+    assert torch.equal(finite & known, u.isfinite())
+    for got, low in ((out, outs[1]), (du, slopes[1])):
+        assert torch.equal(got.isnan() & known, low.isnan() & known)
+    small = u.abs() < 16  # the larger ones would hide the errors of the others
+    for part in (finite & small, finite & ~small & known):
+        assert_close("out", out[part], outs[0].detach()[part], outs[1].detach()[part], 2)
+        assert_close("slope", du[part], slopes[0][part], slopes[1][part], 3)
 
 
 @pytest.mark.parametrize("level", LEVELS)

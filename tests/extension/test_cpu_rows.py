@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lcconformer.loop.weights import Affine, Matrix, padded_columns
 
-from .cpu_kernels import CPU, LEVELS, kernels
+from .cpu_kernels import ACTIVATIONS, CPU, LEVELS, kernels
 
 PARTS = ["merge", "feed_forward", "next"]
 F32, BF16 = torch.float32, torch.bfloat16
@@ -34,14 +34,14 @@ def inputs_of_merge(d: int) -> int:
     return d + 3 + (d + 3) % 2  # bfloat16 takes even numbers
 
 
-def reference(v: dict[str, Tensor], parts: list[str]) -> tuple[Tensor, Tensor]:
+def reference(v: dict[str, Tensor], parts: list[str], activation: str = "silu") -> tuple[Tensor, Tensor]:
     """x as it is left, and the output."""
     x, shape = v["x"], v["x"].shape[1:]
     if "merge" in parts:
         x = x + F.linear(v["branch"], v["merge.weight"], v["merge.bias"])
     if "feed_forward" in parts:
         h = F.layer_norm(x, shape, v["hidden_norm.weight"], v["hidden_norm.bias"])
-        h = F.silu(F.linear(h, v["up.weight"], v["up.bias"]))
+        h = ACTIVATIONS[activation](F.linear(h, v["up.weight"], v["up.bias"]))
         x = x + F.linear(h, v["down.weight"], v["down.bias"])
     h = F.layer_norm(x, shape, v["norm.weight"], v["norm.bias"])
     if "next" in parts:
@@ -50,7 +50,12 @@ def reference(v: dict[str, Tensor], parts: list[str]) -> tuple[Tensor, Tensor]:
 
 
 def run(
-    v: dict[str, Tensor], parts: list[str], level: str | None = None, threads: int = 2, dtype: torch.dtype = F32
+    v: dict[str, Tensor],
+    parts: list[str],
+    level: str | None = None,
+    threads: int = 2,
+    dtype: torch.dtype = F32,
+    activation: str = "silu",
 ) -> tuple[Tensor, Tensor]:
     m, d = v["x"].shape
     v = {name: value.float() for name, value in v.items()}
@@ -67,7 +72,7 @@ def run(
         element=getattr(CPU.Element, "bfloat16" if dtype == BF16 else "float32"),
         **{name: part.args for name, part in (matrices | norms).items()},
         x=x.data_ptr(), branch=branch.data_ptr(), out=out.data_ptr(), out_row_stride=out.stride(0),
-        rows=m, columns=d, eps=1e-5, threads=threads,
+        rows=m, columns=d, eps=1e-5, threads=threads, activation=getattr(CPU.Activation, activation),
     )  # fmt: skip
     with kernels(level, threads):
         CPU.rows_forward(args)
@@ -75,8 +80,9 @@ def run(
 
 
 def check(assert_close, v: dict[str, Tensor], parts: list[str], **options) -> None:
-    low = reference({name: value.to(options.get("dtype", F32)) for name, value in v.items()}, parts)
-    for name, out, ref, eager in zip(("x", "out"), run(v, parts, **options), reference(v, parts), low):
+    activation = options.get("activation", "silu")
+    low = reference({name: value.to(options.get("dtype", F32)) for name, value in v.items()}, parts, activation)
+    for name, out, ref, eager in zip(("x", "out"), run(v, parts, **options), reference(v, parts, activation), low):
         assert_close(name, out, ref, eager, 2)
 
 
@@ -85,6 +91,13 @@ def check(assert_close, v: dict[str, Tensor], parts: list[str], **options) -> No
 @pytest.mark.parametrize(("d", "f", "n"), [(1, 1, 1), (7, 30, 14), (16, 64, 48), (65, 131, 195), (256, 1030, 768)])
 def test_widths(assert_close, level, d, f, n, dtype):
     check(assert_close, make(20, d, f, n, dtype), PARTS, level=level, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_activations(assert_close, activation, level, dtype):
+    check(assert_close, make(33, 24, 300, 40, dtype), PARTS, level=level, dtype=dtype, activation=activation)
 
 
 @pytest.mark.parametrize("m", [1, 5, 6, 7, 95, 97, 203, 400])

@@ -4,73 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
-import importlib.machinery
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from lcconformer.bench.providers import nemo as nemo_source
 from torch import nn
 
 from lcconformer import accelerate, restore
 from lcconformer.interop import engine, layer
 from lcconformer.tolerance import GRADIENT_FACTOR, OUTPUT_FACTOR, allowed_error, passes
 
-_ASR = "nemo.collections.asr"
-
-
-class _BarePackages:
-    """Finds NeMo's packages without running their ``__init__``, which import the toolkit and its many dependencies."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def find_spec(self, name, path=None, target=None):
-        directory = self.root.joinpath(*name.split(".")[1:])
-        if name.partition(".")[0] != "nemo" or not directory.is_dir():
-            return None
-        spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
-        spec.submodule_search_locations = [str(directory)]
-        return spec
-
-
-def _stub(name: str, **contents) -> None:
-    module = sys.modules[name] = ModuleType(name)
-    vars(module).update(contents)
-
 
 @pytest.fixture(scope="session")
 def nemo():
-    """NeMo's own encoder, layers and attention; stubbed are its loggers, checks of types, configs and exporter."""
-    found = importlib.util.find_spec("nemo")
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("NeMo is not installed; pip install --no-deps nemo_toolkit and pip install omegaconf")
-    pytest.importorskip("omegaconf", reason="pip install omegaconf")
-    finder = _BarePackages(Path(next(iter(found.submodule_search_locations))))
-    sys.meta_path.insert(0, finder)  # type: ignore[arg-type]
-    try:
-        anything = type("Anything", (), {"__init__": lambda self, *a, **k: None})
-        cast = importlib.import_module("nemo.utils.cast_utils")
-        utils = sys.modules["nemo.utils"]
-        utils.avoid_float16_autocast_context = cast.avoid_float16_autocast_context
-        utils.logging = SimpleNamespace(warning=print, info=print)
-        utils.logging_mode, utils.model_utils = SimpleNamespace(), SimpleNamespace()
-        types = "AcousticEncodedRepresentation BoolType ChannelType LengthsType NeuralType SpectrogramType"
-        _stub("nemo.core.neural_types", **dict.fromkeys(types.split(), anything))
-        _stub("nemo.core.classes.common", typecheck=lambda: lambda function: function)
-        _stub("nemo.core.classes.exportable", Exportable=type("Exportable", (), {}))
-        _stub("nemo.core.classes.module", NeuralModule=nn.Module)
-        _stub(f"{_ASR}.models.configs", CacheAwareStreamingConfig=SimpleNamespace)
-        access = importlib.import_module("nemo.core.classes.mixins.access_mixins")
-        sys.modules["nemo.core.classes.mixins"].AccessMixin = access.AccessMixin
-        yield importlib.import_module(f"{_ASR}.modules.conformer_encoder")
-    finally:
-        sys.meta_path.remove(finder)  # type: ignore[arg-type]
-        for name in [name for name in sys.modules if name.partition(".")[0] == "nemo"]:
-            del sys.modules[name]
+    """NeMo's own encoder, layers and attention."""
+    if (why := nemo_source.missing()) is not None:
+        pytest.skip(why)
+    with nemo_source.source() as module:
+        yield module
 
 
 @pytest.fixture

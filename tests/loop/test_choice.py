@@ -163,7 +163,6 @@ def test_hooks_are_called_again_once_they_are_there():
         ({"conditioning": ("film",)}, "conditioning"),
         ({"conv_norm": "batch", "conv_norm_statistics": "per_depth"}, "statistics per depth"),
         ({"position": "rotary"}, "position 'rotary'"),
-        ({"activation": "gelu"}, "activation 'gelu' is not fused"),
     ],
 )
 def test_configurations_it_does_not_serve(changes, reason):

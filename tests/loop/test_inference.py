@@ -66,6 +66,8 @@ OPTIONS: dict[str, dict] = {
     "peer padding": {"padding": "peer"},
     "peer padding, batch norm": {"padding": "peer", "conv_norm": "batch"},
     "peer padding, group norm": {"padding": "peer", "conv_norm": "group"},
+    "gelu": {"activation": "gelu"},
+    "relu": {"activation": "relu"},
     "two layers": {"sharing": "cycle:2"},
     "own layers": {"sharing": "none", "conv_norm": "group"},
     "front end": {"input_dim": 24},
@@ -198,7 +200,7 @@ def products(request, monkeypatch):
 
 @pytest.mark.usefixtures("products", "poisoned")
 @pytest.mark.parametrize(
-    "options", ["canon", "group norm", "film and lora", "convolution first", "peer padding, group norm"]
+    "options", ["canon", "gelu", "group norm", "film and lora", "convolution first", "peer padding, group norm"]
 )
 def test_bfloat16(assert_close, options):
     encoder = make_encoder(**OPTIONS[options]).bfloat16()
@@ -395,7 +397,7 @@ def test_refuses_under_hooks_on_every_module():
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [({"position": "rotary"}, "rotary"), ({"activation": "gelu"}, "gelu")],
+    [({"position": "rotary"}, "rotary")],
 )
 def test_refuses_what_it_has_no_kernel_for(changes, reason):
     encoder, x = make_encoder(**changes), torch.randn(1, 9, 24)

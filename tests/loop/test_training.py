@@ -94,6 +94,11 @@ def test_without_biases():
     check_exact(make_encoder(torch.float64, attention_bias=False, conv_bias=False), data(), LENGTHS)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_activations(activation):
+    check_exact(make_encoder(torch.float64, activation=activation), data(), LENGTHS)
+
+
 def test_front_end_and_single_frame():
     encoder = make_encoder(torch.float64, input_dim=10, subsampling="conv", subsampling_factor=4)
     check_exact(encoder, torch.randn(3, 21, 10, dtype=torch.float64), torch.tensor([21, 9, 1]))
@@ -143,9 +148,16 @@ CPU = [("cpu", norm, padded) for norm in ("layer", "batch", "group") for padded 
 
 
 @pytest.mark.parametrize(
-    ("name", "norm", "padded"), [*CPU, ("triton", "layer", True), ("triton", "batch", False)], ids=str
+    ("name", "norm", "padded", "activation"),
+    [
+        *((*each, "silu") for each in CPU),
+        ("cpu", "layer", True, "gelu"),
+        ("triton", "layer", True, "silu"),
+        ("triton", "batch", False, "silu"),
+    ],
+    ids=str,
 )
-def test_fused(name, norm, padded, assert_close, monkeypatch):
+def test_fused(name, norm, padded, activation, assert_close, monkeypatch):
     """On the fused kernels: no further from float64 than the references are, by the tolerance rule."""
     loops = 2 if name == "triton" else 3
     if name == "triton":
@@ -153,7 +165,8 @@ def test_fused(name, norm, padded, assert_close, monkeypatch):
         monkeypatch.setattr(training, "_group", lambda *_: 2)
         monkeypatch.setattr(training, "_on_gpu", lambda _: True)
     sharing = "all" if name == "triton" else "cycle:2"
-    encoder, x = make_encoder(conv_norm=norm, sharing=sharing, num_layers=loops), data(torch.float32)
+    changes = {"conv_norm": norm, "sharing": sharing, "num_layers": loops, "activation": activation}
+    encoder, x = make_encoder(**changes), data(torch.float32)
     lengths = LENGTHS if padded else None
     low, low_gradients = as_low(encoder, x, lengths)
     exact, exact_gradients = step(copy.deepcopy(encoder).double(), x.double(), lengths, "modules")
@@ -354,7 +367,7 @@ def test_dropout_on_the_fused_kernels(convolution_first):
 
     def inside(seed):
         large = torch.full((27, 24), 100.0)
-        return (feed_forward.activation(large, None, seed, p) / 100).view(3, 9, 24)
+        return (feed_forward.activation(large, None, seed, p, "silu") / 100).view(3, 9, 24)
 
     def of_weights(seed):  # [B, H, T, T]
         q = torch.zeros(3, 9, 1, 16)

@@ -1,5 +1,6 @@
 // What feed_forward does to each element between its matrix products, forward and backward.
 #include "../kernels.h"
+#include "activation.h"
 #include "dropout.h"
 #include "memory.h"
 #include "threads.h"
@@ -62,7 +63,7 @@ template <class T>
 void activation(const FeedForwardActivationForward& a) {
     each_element(a, kHiddenStream, nullptr, [&](int64_t row, int64_t c, vec bias, vec factor) {
         vec u = load_at(row_of<T>(a.u, row, a.columns), c, a.columns) + bias;
-        store_at(row_of<T>(a.out, row, a.columns), u * sigmoid(u) * factor, c, a.columns);
+        store_at(row_of<T>(a.out, row, a.columns), activate(a.activation, u) * factor, c, a.columns);
         return vec{};
     });
 }
@@ -71,10 +72,10 @@ template <class T>
 void activation_gradient(const FeedForwardActivationBackward& a) {
     each_element_and_sum(a, kHiddenStream, a.dbias, [&](int64_t row, int64_t c, vec bias, vec factor) {
         vec u = load_at(row_of<T>(a.u, row, a.columns), c, a.columns) + bias;
-        vec s = sigmoid(u);
-        store_at(row_of<T>(a.g, row, a.columns), u * s * factor, c, a.columns);
+        Activated g = activate_with_slope(a.activation, u);
+        store_at(row_of<T>(a.g, row, a.columns), g.value * factor, c, a.columns);
         // columns beyond N have d = 0
-        vec du = load_at(row_of<T>(a.d, row, a.columns), c, a.columns) * factor * s * (1.0f + u * (1.0f - s));
+        vec du = load_at(row_of<T>(a.d, row, a.columns), c, a.columns) * factor * g.slope;
         store_at(row_of<T>(a.out, row, a.columns), du, c, a.columns);
         return du;
     });

@@ -1,9 +1,11 @@
-// GLU, padding zeroed, depthwise convolution, norm and SiLU over strips of frames that stay in cache, channels last.
+// GLU, padding zeroed, depthwise convolution, norm and activation over strips of frames that stay in cache, channels
+// last.
 //
 // A strip computes the GLU of its frames and of K/2 frames on either side, so strips are independent. Weight gradients
 // and statistics are sums over parts, in a fixed order; a part is a run of strips, and their number depends on the
 // sizes alone. Rows in scratch have a pitch of C rounded up to W, zeros at the end.
 #include "../kernels.h"
+#include "activation.h"
 #include "memory.h"
 #include "parallel.h"
 #include "threads.h"
@@ -127,13 +129,6 @@ struct ChannelNorm {
     vec apply(vec normal, int64_t c) const { return normal * load(weight + c) + load(bias + c); }
 };
 
-inline vec silu(vec z) { return z * sigmoid(z); }
-
-inline vec silu_slope(vec z) {
-    vec g = sigmoid(z);
-    return g * (1.0f + z * (1.0f - g));
-}
-
 // mean and sum of squared deviations of n values
 struct Moments {
     double n = 0, mean = 0, m2 = 0;
@@ -235,7 +230,7 @@ void forward(const GluDepthwiseConvForward& a) {
             norm.of_row(a, s, y + i * s.row);
             for (int64_t c = 0; c < s.C; c += W)
                 store_at(static_cast<T*>(a.out) + base + i * s.C,
-                         silu(norm.apply(norm.normal(load(y + i * s.row + c), c), c)), c, s.C);
+                         activate(a.activation, norm.apply(norm.normal(load(y + i * s.row + c), c), c)), c, s.C);
         }
     });
     if (!statistics) return;
@@ -248,7 +243,7 @@ void forward(const GluDepthwiseConvForward& a) {
             int64_t at = (strip.b * s.T + t) * s.C;
             for (int64_t c = 0; c < s.C; c += W) {
                 vec y = load_at(static_cast<const T*>(a.y) + at, c, s.C);
-                store_at(static_cast<T*>(a.out) + at, silu(norm.apply(norm.normal(y, c), c)), c, s.C);
+                store_at(static_cast<T*>(a.out) + at, activate(a.activation, norm.apply(norm.normal(y, c), c)), c, s.C);
             }
         }
     });
@@ -267,7 +262,7 @@ void norm_backward_row(const GluDepthwiseConvBackward& a, const Sizes& s, int64_
     vec total = {}, total_normal = {};
     for (int64_t c = 0; c < s.C; c += W) {
         vec normal = norm.normal(load(y + c), c);
-        vec dz = load_at(dout, c, s.C) * silu_slope(norm.apply(normal, c));
+        vec dz = load_at(dout, c, s.C) * activate_with_slope(a.activation, norm.apply(normal, c)).slope;
         if (dnorm) {
             store(dnorm + c, load(dnorm + c) + dz);
             store(dnorm + s.row + c, load(dnorm + s.row + c) + dz * normal);

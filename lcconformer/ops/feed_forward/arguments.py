@@ -69,9 +69,9 @@ class Backend(Protocol):
         """Return (dx, (dnorm_weight, dnorm_bias) ``[2, D]``, dw1, db1, dw2, db2)."""
 
     def up(
-        self, h: Tensor, w1: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: float, /
+        self, h: Tensor, w1: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: float, activation: str, /
     ) -> tuple[Tensor, Tensor]:
-        """Return (u = h W1', g = drop(silu(u + b1))), both ``[M, F]``, of rows h ``[M, D]``."""
+        """Return (u = h W1', g = drop(act(u + b1))), both ``[M, F]``, of rows h ``[M, D]``."""
 
     def up_backward(
         self,
@@ -81,6 +81,7 @@ class Backend(Protocol):
         b1: Tensor | None,
         seed: Tensor | None,
         dropout_p: float,
+        activation: str,
         /,
         *,
         du: Tensor | None = None,

@@ -18,17 +18,15 @@ _HIDDEN, _OUTPUT = 0, 1  # dropout streams
 
 def unsupported(traits: Traits) -> list[str]:
     reasons = cpu_reasons(traits.device, traits.dtype)
-    if traits.activation != "silu":
-        reasons.append(f"activation {traits.activation!r} is not fused, only 'silu' is")
     if traits.dtype != traits.weight_dtype:
         reasons.append(f"x is {traits.dtype} and the weights are {traits.weight_dtype} (autocast)")
     return reasons
 
 
 def activation(
-    u: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: float, *, overwrite: bool = False
+    u: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: float, name: str, *, overwrite: bool = False
 ) -> Tensor:
-    """g = drop(silu(u + b1)) of contiguous rows ``[M, F]``; in the memory of ``u`` if ``overwrite``."""
+    """g = drop(act(u + b1)) of contiguous rows ``[M, F]``; in the memory of ``u`` if ``overwrite``."""
     m, f = u.shape
     g = u if overwrite else torch.empty_like(u)
     bias = f32(b1)
@@ -39,6 +37,7 @@ def activation(
         columns=f,
         dropout=dropout(seed, dropout_p),
         out=pointer(g),
+        activation=getattr(cpu.Activation, name),
         u=pointer(u),
         bias=pointer(bias),
     )
@@ -52,6 +51,7 @@ def activation_backward(
     b1: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
+    name: str,
     *,
     du: Tensor | None = None,
     g: Tensor | None = None,
@@ -69,6 +69,7 @@ def activation_backward(
         columns=f,
         dropout=dropout(seed, dropout_p),
         out=pointer(du),
+        activation=getattr(cpu.Activation, name),
         u=pointer(u),
         d=pointer(dg),
         bias=pointer(bias),
@@ -79,10 +80,12 @@ def activation_backward(
     return du, g, db1
 
 
-def up(h: Tensor, w1: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: float) -> tuple[Tensor, Tensor]:
-    """(u = h W1', g = drop(silu(u + b1))), ``[M, F]``, of rows h ``[M, D]``."""
+def up(
+    h: Tensor, w1: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: float, name: str
+) -> tuple[Tensor, Tensor]:
+    """(u = h W1', g = drop(act(u + b1))), ``[M, F]``, of rows h ``[M, D]``."""
     u = matmul_transposed(h, w1)
-    return u, activation(u, b1, seed, dropout_p)
+    return u, activation(u, b1, seed, dropout_p, name)
 
 
 def up_backward(
@@ -92,12 +95,13 @@ def up_backward(
     b1: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
+    name: str,
     *,
     du: Tensor | None = None,
     g: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(du, g again ``[M, F]``, db1 float32 ``[1, F]``) from the gradient dz ``[M, D]`` of z = g W2'."""
-    du, g, db1 = activation_backward(matmul_transposed(dz, w2.t()), u, b1, seed, dropout_p, du=du, g=g)
+    du, g, db1 = activation_backward(matmul_transposed(dz, w2.t()), u, b1, seed, dropout_p, name, du=du, g=g)
     return du, g, db1[None]
 
 
@@ -107,7 +111,7 @@ def forward(args: FeedForward, save: bool) -> tuple[Tensor, Tensor, Tensor, Tens
     m, d = rows.shape
     h, mean, rstd = layer_norm(rows, args.norm_weight, args.norm_bias, args.eps, x.dtype)
     u = matmul_transposed(h, args.w1)
-    g = activation(u, args.b1, seed, args.dropout_p, overwrite=not save)
+    g = activation(u, args.b1, seed, args.dropout_p, args.activation, overwrite=not save)
     z = matmul_transposed(g, args.w2)
     out = x.new_empty(x.shape)
     bias = f32(args.b2)
@@ -151,7 +155,7 @@ def backward(
         dropout=dropout(seed, dropout_p),
     )
     cpu.feed_forward_residual_backward(launch)
-    du, g, db1 = activation_backward(matmul_transposed(dz, w2.t()), u, args.b1, seed, dropout_p)
+    du, g, db1 = activation_backward(matmul_transposed(dz, w2.t()), u, args.b1, seed, dropout_p, args.activation)
     dw2 = weight_gradient(dz, g)
     del g
     dh = matmul_transposed(du, w1.t())

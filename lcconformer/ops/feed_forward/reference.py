@@ -69,9 +69,11 @@ def backward(
     return of["x"], torch.stack((of["norm_weight"], of["norm_bias"])), of["w1"], db1, of["w2"], db2
 
 
-def up(h: Tensor, w1: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: float) -> tuple[Tensor, Tensor]:
+def up(
+    h: Tensor, w1: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: float, activation: str
+) -> tuple[Tensor, Tensor]:
     u = F.linear(h, w1)
-    return u, _activation(u, b1, seed, dropout_p)
+    return u, _activation(u, b1, seed, dropout_p, activation)
 
 
 def up_backward(
@@ -81,19 +83,20 @@ def up_backward(
     b1: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
+    activation: str,
     *,
     du: Tensor | None = None,
     g: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.enable_grad():
         leaf = u.detach().requires_grad_()
-        again = _activation(leaf, b1, seed, dropout_p)
+        again = _activation(leaf, b1, seed, dropout_p, activation)
     (gradient,) = torch.autograd.grad(again, leaf, F.linear(dz, w2.t()))
     du = gradient if du is None else du.copy_(gradient)
     g = again.detach() if g is None else g.copy_(again.detach())
     return du, g, du.sum(0)[None]
 
 
-def _activation(u: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: float) -> Tensor:
+def _activation(u: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: float, activation: str) -> Tensor:
     with drawn_from(seed):
-        return F.dropout(F.silu(u if b1 is None else u + b1), dropout_p)
+        return F.dropout(ACTIVATIONS[activation](u if b1 is None else u + b1), dropout_p)

@@ -43,7 +43,9 @@ def backward(
     )  # fmt: skip
 
 
-def up(h: Tensor, w1: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: float) -> tuple[Tensor, Tensor]:
+def up(
+    h: Tensor, w1: Tensor, b1: Tensor | None, seed: Tensor | None, dropout_p: float, activation: str
+) -> tuple[Tensor, Tensor]:
     from lcconformer.kernels import feed_forward as kernels
 
     u, g = kernels.up(h, w1, b1, seed, dropout_p)
@@ -58,6 +60,7 @@ def up_backward(
     b1: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
+    activation: str,
     *,
     du: Tensor | None = None,
     g: Tensor | None = None,

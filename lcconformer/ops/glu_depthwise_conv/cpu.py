@@ -15,10 +15,7 @@ __all__ = ["backward", "forward", "unsupported"]
 
 
 def unsupported(traits: Traits) -> list[str]:
-    reasons = cpu_reasons(traits.device, traits.dtype)
-    if traits.activation != "silu":
-        reasons.append(f"activation {traits.activation!r} is not fused, only 'silu' is")
-    return reasons
+    return cpu_reasons(traits.device, traits.dtype)
 
 
 def _norm(norm: str, training: bool) -> str:
@@ -26,7 +23,7 @@ def _norm(norm: str, training: bool) -> str:
     return "running" if norm == "batch" and not training else norm
 
 
-def _inputs(x, taps, lengths, norm, norm_weight, norm_bias, num_groups, eps) -> dict[str, Any]:
+def _inputs(x, taps, lengths, norm, norm_weight, norm_bias, num_groups, eps, activation) -> dict[str, Any]:
     """Arguments that forward and backward share."""
     b, t, _ = x.shape
     k, c = taps.shape
@@ -46,6 +43,7 @@ def _inputs(x, taps, lengths, norm, norm_weight, norm_bias, num_groups, eps) -> 
         "norm_weight": pointer(norm_weight),
         "norm_bias": pointer(norm_bias),
         "eps": eps,
+        "activation": getattr(cpu_kernels().Activation, activation),
     }
 
 
@@ -66,7 +64,7 @@ def forward(args: GluDepthwiseConv, save: bool, *, out: Tensor | None = None) ->
         mean, var = (s.to(torch.float32, copy=True) for s in (args.running_mean, args.running_var))
     cpu = cpu_kernels()
     launch = cpu.GluDepthwiseConvForward(
-        **_inputs(x, taps, lengths, kind, norm_weight, norm_bias, groups, args.eps),
+        **_inputs(x, taps, lengths, kind, norm_weight, norm_bias, groups, args.eps, args.activation),
         mean=pointer(mean),
         var=pointer(var),
         count=pointer(count),
@@ -93,7 +91,7 @@ def backward(
     dnorm = x.new_empty((0,) if norm_weight is None else (2, c), dtype=torch.float32)
     cpu = cpu_kernels()
     launch = cpu.GluDepthwiseConvBackward(
-        **_inputs(x, taps, lengths, kind, scale, shift, args.num_groups, args.eps),
+        **_inputs(x, taps, lengths, kind, scale, shift, args.num_groups, args.eps, args.activation),
         mean=pointer(saved.mean),
         var=pointer(saved.var),
         count=pointer(saved.frames),

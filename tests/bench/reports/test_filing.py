@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from lcconformer.bench.core.rows import Results, Row
-from lcconformer.bench.reports import readme
+from lcconformer.bench.reports import accelerated, readme
 from lcconformer.bench.reports.filing import file_results, slug
 
 from lcconformer.runtime import commit
@@ -37,8 +37,11 @@ def place(tmp_path):
         results.add(rows)
 
     (tmp_path / "results").mkdir()
+    accelerated_rows = "<!-- accelerated:begin --><!-- accelerated:end -->"
     runtimes = "<!-- runtimes:begin -->\nold\n<!-- runtimes:end -->\n\ntail\n"
-    (tmp_path / "README.md").write_text(f"# title\n\n<!-- bench:begin -->\nold\n<!-- bench:end -->\n\n{runtimes}")
+    (tmp_path / "README.md").write_text(
+        f"# title\n\n<!-- bench:begin -->\nold\n<!-- bench:end -->\n\n{accelerated_rows}\n\n{runtimes}"
+    )
     (tmp_path / "engines.md").write_text(f"# engines\n\n{runtimes}")
     return tmp_path, write
 
@@ -61,6 +64,7 @@ def test_rows_go_to_a_folder_of_their_machine(place, capsys):
     assert len(Results(path / "results/a-cpu-2-threads/2026-01-02-abc123.json").rows) == 1
     text = (path / "README.md").read_text()
     assert text.startswith("# title\n\n<!-- bench:begin -->\n**Some GPU 9**, 2026-01-02, commit abc123, torch 2.11.0")
+    assert "<!-- accelerated:begin -->\nNo results are filed yet.\n<!-- accelerated:end -->" in text
     assert text.endswith("No results are filed yet.\n<!-- runtimes:end -->\n\ntail\n")
     assert text.index("**Some GPU 9**") < text.index("**A CPU, 2 threads (CPU)**")
     assert "old" not in text
@@ -193,6 +197,7 @@ def test_slug():
     ("page", "name", "section"),
     [
         ("README.md", "bench", readme.section),
+        ("README.md", "accelerated", accelerated.section),
         ("README.md", "runtimes", readme.runtimes_section),
         ("docs/engines.md", "runtimes", readme.runtimes_section),
     ],

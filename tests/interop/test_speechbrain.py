@@ -1,0 +1,144 @@
+"""`accelerate` on SpeechBrain's Conformer encoder, against the package's own source."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from lcconformer.bench.providers.bare import bare_packages, folder_of
+from torch import nn
+
+from lcconformer import accelerate, restore
+from lcconformer.interop import layer
+from lcconformer.tolerance import GRADIENT_FACTOR, OUTPUT_FACTOR, allowed_error, passes
+
+
+@pytest.fixture(scope="session")
+def speechbrain():
+    """SpeechBrain's own encoder, layers and attention; torchaudio, which they do not call, need not fit torch."""
+    if folder_of("speechbrain") is None:
+        pytest.skip("SpeechBrain is not installed; pip install --no-deps speechbrain")
+    with bare_packages("speechbrain"), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torchaudio", ModuleType("torchaudio"))
+        yield importlib.import_module("speechbrain.lobes.models.transformer.Conformer")
+
+
+@pytest.fixture
+def encoder(speechbrain):
+    def make(attention_type="RoPEMHA", **changes) -> nn.Module:
+        settings = {"num_layers": 2, "d_model": 16, "d_ffn": 24, "nhead": 2, "kernel_size": 7}
+        made = speechbrain.ConformerEncoder(**settings | changes, attention_type=attention_type)
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+        return made.eval()
+
+    return make
+
+
+@pytest.fixture
+def served(monkeypatch) -> list[str]:
+    found, own = [], layer.run
+    monkeypatch.setattr(layer, "run", lambda *a: (found.append("ops"), own(*a))[1])
+    return found
+
+
+def check_alike(model: nn.Module, peer: nn.Module, x: torch.Tensor, padding: torch.Tensor | None) -> None:
+    """Output and gradients, padding included, as near to the peer's in float64 as the peer's own."""
+    weight = torch.randn_like(x)
+    found: list[tuple[dict[str, torch.Tensor], ...]] = []
+    for m in (copy.deepcopy(peer).double(), peer, model):
+        m.zero_grad()
+        leaf = x.to(next(m.parameters()).dtype, copy=True).requires_grad_()
+        y, maps = m(leaf, src_key_padding_mask=padding)
+        assert maps == [None, None]
+        (y * weight).sum().backward()
+        found.append(({"output": y.detach()}, {"input": leaf.grad, **{n: p.grad for n, p in m.named_parameters()}}))
+    for kind, factor in ((0, OUTPUT_FACTOR), (1, GRADIENT_FACTOR)):
+        exact, low, ours = (values[kind] for values in found)
+        scale = max(float(value.abs().max()) for value in exact.values())
+        errors = [{n: float((v[n] - exact[n]).abs().max()) / scale for n in exact} for v in (low, ours)]
+        allowed = allowed_error(max(errors[0].values()), factor, x.dtype)
+        for name, error in errors[1].items():
+            assert passes(error, allowed), f"{name} is off by {error:.2e}; at most {allowed:.2e} is allowed"
+
+
+@pytest.mark.parametrize("activation", ["Swish", "GELU", "ReLU"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_encoder(speechbrain, encoder, served, activation, bias):
+    """Odd sizes, whole and padded: padding is seen by the convolution, and left as it is by its output."""
+    peer = encoder(activation=getattr(speechbrain if activation == "Swish" else nn, activation), bias=bias)
+    model = copy.deepcopy(peer)
+    assert accelerate(model, strict=True).accelerated == ("layers.0", "layers.1")
+    assert list(model.state_dict()) == list(peer.state_dict())
+    for frames in (1, 2, 13, 40):
+        x = torch.randn(2, frames, 16)
+        padding = torch.arange(frames) >= torch.tensor([[frames], [max(1, frames // 2)]])
+        for training in (False, True):
+            for mask in (None, padding):
+                del served[:]
+                check_alike(model.train(training), peer.train(training), x, mask)
+                assert served == ["ops"] * 2
+    assert restore(model) == ("layers.0", "layers.1")
+
+
+@pytest.mark.parametrize(
+    "place", ["ffn_module1.1.ffn.2", "ffn_module2.2", "convolution_module.after_conv.3", "mha_layer"]
+)
+def test_dropout_is_in_the_same_place(encoder, served, place):
+    peer = encoder()
+    model = copy.deepcopy(peer)
+    accelerate(model, strict=True)
+    for m in (model, peer):
+        for one in m.layers:
+            dropout = one.get_submodule(place)
+            dropout.train()
+            if place == "mha_layer":
+                dropout.dropout = 1.0
+            else:
+                dropout.p = 1.0
+    x = torch.randn(2, 13, 16)
+    torch.testing.assert_close(model(x)[0], peer(x)[0], rtol=0, atol=1e-5, equal_nan=True)
+    assert served == ([] if place == "mha_layer" else ["ops"] * 2)  # of all attention is left to the peer
+
+
+def test_what_the_peer_computes(speechbrain, encoder, served):
+    """Other masks, chunks, streams, and changed modules."""
+    peer = encoder()
+    model = copy.deepcopy(peer)
+    accelerate(model, strict=True)
+    x, before = torch.randn(2, 13, 16), torch.arange(13) < torch.tensor([[4], [0]])
+    future = torch.ones(13, 13, dtype=torch.bool).triu(1)
+    config = importlib.import_module("speechbrain.utils.dynamic_chunk_training").DynChunkTrainConfig(4, 2)
+    for options in ({"src_mask": future}, {"src_key_padding_mask": before}, {"dynchunktrain_config": config}):
+        assert torch.equal(model(x, **options)[0], peer(x, **options)[0])
+    streams = [m.forward_streaming(x, m.make_streaming_context(config))[0] for m in (model, peer)]
+    assert torch.equal(*streams)
+    for m in (model, peer):
+        m.layers[0].norm1.register_forward_hook(lambda module, inputs, output: output * 0.5)
+    check = [m(x)[0] for m in (model, peer)]
+    torch.testing.assert_close(*check, rtol=0, atol=1e-5)
+    assert served == ["ops"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"attention_type": "RelPosMHAXL"}, "its attention (RelPosMHAXL) returns the weights of every pair of frames"),
+        ({"attention_type": "regularMHA"}, "mha_layer is a MultiheadAttention; ours has RoPEMHA"),
+        ({"causal": True}, "causal=True"),
+        ({"activation": nn.Tanh}, "activation Tanh"),
+    ],
+)
+def test_left_alone(encoder, changes, reason):
+    model = encoder(**changes)
+    kinds = [type(m) for m in model.modules()]
+    report = accelerate(model)
+    assert report.accelerated == ()
+    assert {name for name, _ in report.kept} == {"layers.0", "layers.1"}
+    assert all(said.startswith(reason) for _, said in report.kept), str(report)
+    assert [type(m) for m in model.modules()] == kinds
