@@ -283,8 +283,10 @@ def _seconds(data: _Data, model: str, depth: int) -> float | None:
     """Inference time of the batch from audio to the hidden state at ``depth``."""
     if data.timing is None or model not in data.timing.times["inference"]:
         return None
-    times = data.timing.times["inference"][model]
-    return times["features_s"] + times["depth_s"][str(depth)]
+    times = data.timing.times["inference"]
+    # the same features for all models: what their times differ by is noise
+    features = statistics.median(own["features_s"] for own in times.values())
+    return features + times[model]["depth_s"][str(depth)]
 
 
 def _abstract(data: _Data, page: Page) -> None:
