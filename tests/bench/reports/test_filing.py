@@ -184,7 +184,7 @@ def test_readme_without_markers(tmp_path):
     with pytest.raises(ValueError, match="lacks the lines <!-- bench:begin -->"):
         readme.refresh(tmp_path / "README.md")
     (tmp_path / "README.md").write_text("<!-- bench:begin --><!-- bench:end -->")
-    with pytest.raises(ValueError, match=r"README.md lacks the lines <!-- runtimes:begin -->"):
+    with pytest.raises(ValueError, match=r"README.md lacks the lines <!-- accelerated:begin -->"):
         readme.refresh(tmp_path / "README.md")
 
 
