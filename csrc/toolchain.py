@@ -31,7 +31,7 @@ SIMD_LEVELS = {
     "generic": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512,
-    "avx512bf16": [*AVX512, "-mavx512bf16"],
+    "avx512bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
 }
 JOB_MEMORY = 2 << 30  # bytes; nvcc peaks below 1 GiB on the kernels here, g++ at 0.6 GiB on the bindings
 

@@ -2,7 +2,7 @@
 
 from .config import ConformerConfig
 from .conformer import Conformer
-from .conversion import depth_errors, share
+from .conversion import depth_errors, quantize, share
 from .depth import DepthSampler, ExitRule
 from .encoder import ConformerEncoder
 from .interop.accelerate import AccelerationReport, accelerate, restore
@@ -26,6 +26,7 @@ __all__ = [
     "depth_errors",
     "engine",
     "pack",
+    "quantize",
     "restore",
     "share",
     "unpack",

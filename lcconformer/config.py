@@ -20,6 +20,7 @@ _CHOICES = {
     "activation": ("silu", "gelu", "relu"),
     "padding": ("masked", "peer"),
     "subsampling": ("none", "stack", "conv"),
+    "weights": ("float", "int8"),
 }
 CONDITIONINGS = ("layer_norm", "step", "film", "lora")
 _FLAGS = ("attention_bias", "conv_bias", "convolution_first")
@@ -67,6 +68,8 @@ class ConformerConfig:
         lora_rank: rank of ``"lora"``.
         padding: ``"masked"``: padding never leaks, a batch gives each utterance what it would get alone.
             ``"peer"``: as torchaudio and others do, the convolution and its norm see the padding.
+        weights: how the six matrices of a layer are stored: ``"float"``, or ``"int8"``
+            (:func:`~lcconformer.quantize` makes such an encoder of a trained one).
 
     Raises:
         ValueError: a value out of range; the message says which, what was got and what is expected.
@@ -95,6 +98,7 @@ class ConformerConfig:
     conditioning: tuple[str, ...] = ()
     lora_rank: int = 8
     padding: str = "masked"
+    weights: str = "float"
 
     def __post_init__(self) -> None:
         def fail(name: str, expected: str) -> None:
@@ -151,6 +155,8 @@ class ConformerConfig:
         unknown = [c for c in self.conditioning if c not in CONDITIONINGS]
         if unknown or len({*self.conditioning}) != len(self.conditioning):
             fail("conditioning", "a subset of " + ", ".join(map(repr, CONDITIONINGS)))
+        if self.weights == "int8" and "lora" in self.conditioning:
+            fail("weights", "'float' with conditioning 'lora', which adds to the matrices")
         sharing_map(self.sharing, self.num_layers)
 
     def replace(self, **changes: Any) -> ConformerConfig:

@@ -1,4 +1,4 @@
-"""Shared-weight encoders out of unshared ones (Relaxed Recursive Transformers, arXiv 2410.20672)."""
+"""Encoders made of others: shared weights of unshared ones (Relaxed Recursive Transformers, arXiv 2410.20672), 8 bits."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import Tensor
 from .encoder import ConformerEncoder
 from .ops.checks import frame_mask
 from .pretrained import check_described
+from .quantization import QuantizedLinear, quantized
 from .sharing import sharing_map
 
-__all__ = ["depth_errors", "share"]
+__all__ = ["depth_errors", "quantize", "share"]
 
 _METHODS = ("average", "first", "svd-lora")
 _STATISTICS = ("running_mean", "running_var")
@@ -49,8 +50,8 @@ def share(
         The encoder, on the device, in the dtypes and in the mode of ``encoder``; ``num_layers`` is the same.
 
     Raises:
-        ValueError: an unknown method or form of sharing, an encoder with conditioning or with other tensors than its
-            configuration says.
+        ValueError: an unknown method or form of sharing, an encoder with conditioning, with weights in 8 bits or with other
+            tensors than its configuration says.
 
     Example:
         >>> shared = lcconformer.share(encoder, "svd-lora", lora_rank=16)
@@ -63,6 +64,7 @@ def share(
             f"share: the encoder's conditioning is {encoder.config.conditioning!r}; expected none: what tells its depths "
             "apart is already part of it, so share an encoder whose layers alone do"
         )
+    _check_float("share", encoder)
     check_described("share", encoder)
     config = encoder.config.replace(sharing=sharing)
     if config.conv_norm == "batch":
@@ -103,6 +105,53 @@ def _combine(tensors: Sequence[Tensor], method: str) -> Tensor:
     if method == "first" or not tensors[0].is_floating_point():
         return tensors[0]
     return torch.stack(list(tensors)).mean(0)
+
+
+@torch.no_grad()
+def quantize(encoder: ConformerEncoder, weights: str = "int8") -> ConformerEncoder:
+    """Store the matrices of an encoder's layers in 8 bits, for inference.
+
+    Weights have one scale for each output; biases, norms, the depthwise convolution, the position projection and the front end
+    stay as they are.  Where the processor multiplies 8 bits (AVX512-VNNI), the engine of the CPU rounds each row of a
+    matrix's input to 8 bits as well, by its own largest magnitude, and adds up products exactly; everywhere else the weights
+    are widened and inputs stay as they are.  ``print(encoder.explain(x))`` says which.
+
+    Args:
+        encoder: the encoder, which is left as it is.
+        weights: ``"int8"``, the one format there is.
+
+    Returns:
+        An encoder whose configuration says ``weights="int8"``: saved, loaded and run as any other, on the device, in the dtype
+        and in the mode of ``encoder``.
+
+    Raises:
+        ValueError: another format, an encoder that is quantized already, has LoRA conditioning, values that are not finite
+            or other tensors than its configuration says.
+
+    Example:
+        >>> small = lcconformer.quantize(encoder)
+        >>> print(lcconformer.depth_errors(encoder, small, features, lengths))
+        >>> small.save_pretrained("encoder-int8")
+    """
+    if weights != "int8":
+        raise ValueError(f"quantize: weights is {weights!r}; expected 'int8'")
+    _check_float("quantize", encoder)
+    check_described("quantize", encoder)
+    state = {name: x.detach().clone() for name, x in encoder.state_dict().items()}
+    small = ConformerEncoder(encoder.config.replace(weights=weights))
+    for name, module in small.named_modules():
+        if isinstance(module, QuantizedLinear):
+            given = quantized(f"{name}.weight", state[f"{name}.weight"])
+            state |= {f"{name}.{leaf}": x for leaf, x in given.items()}
+    small.load_state_dict(state, assign=True)
+    return small.train(encoder.training)
+
+
+def _check_float(caller: str, encoder: ConformerEncoder) -> None:
+    if encoder.config.weights != "float":
+        raise ValueError(
+            f"{caller}: the weights of the encoder are {encoder.config.weights} already; expected the encoder it was made of"
+        )
 
 
 @torch.no_grad()

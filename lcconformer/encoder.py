@@ -17,6 +17,7 @@ from .layer import Positions
 from .loop import weights
 from .ops.checks import check_lengths, check_tensor, frame_mask
 from .packing import Packing, check_packed, longest_utterance, pack, unpack
+from .quantization import count_weights
 from .stack import LayerStack
 from .streaming import StreamingEncoder
 from .subsampling import FrontEnd
@@ -282,8 +283,7 @@ class ConformerEncoder(LayerStack):
         ``frames * subsampling_factor`` frames long.
         """
         c, t, d = self.config, frames, self.config.d_model
-        unique = sum(p.numel() for p in self.parameters())
-        per_layer = sum(p.numel() for p in self.layers[0].parameters())
+        unique, per_layer = count_weights(self), count_weights(self.layers[0])
         effective = unique + per_layer * (c.num_layers - len(self.layers))
         matrices = 2 * t * (4 * d * c.ffn_dim + 7 * d * d)
         attention = (6 if c.position == "relative" else 4) * t * t * d

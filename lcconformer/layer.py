@@ -24,6 +24,7 @@ from .ops.glu_depthwise_conv import depthwise_conv1d, normalise
 from .packing import Packing
 from .plain import LAYER_NORM, LINEAR, NORMS, obstacle, readable
 from .positions import apply_rotary, relative_sinusoids, rotary_tables
+from .quantization import linear_class
 
 __all__ = ["ConformerLayer", "ConvModule", "FeedForward", "Positions", "RelativeAttention"]
 
@@ -51,8 +52,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: ConformerConfig) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
-        self.up = nn.Linear(config.d_model, config.ffn_dim)
-        self.down = nn.Linear(config.ffn_dim, config.d_model)
+        linear = linear_class(config.weights)
+        self.up = linear(config.d_model, config.ffn_dim)
+        self.down = linear(config.ffn_dim, config.d_model)
         self.activation = config.activation
         self.dropout = config.dropout
 
@@ -84,8 +86,9 @@ class RelativeAttention(nn.Module):
         super().__init__()
         d, self.heads = config.d_model, config.num_heads
         self.norm = nn.LayerNorm(d, eps=config.layer_norm_eps)
-        self.qkv = nn.Linear(d, 3 * d, bias=config.attention_bias)
-        self.out = nn.Linear(d, d, bias=config.attention_bias)
+        linear = linear_class(config.weights)
+        self.qkv = linear(d, 3 * d, bias=config.attention_bias)
+        self.out = linear(d, d, bias=config.attention_bias)
         self.position = config.position
         self.rotary_input = config.rotary_input
         self.dropout = config.dropout
@@ -164,7 +167,8 @@ class ConvModule(nn.Module):
         super().__init__()
         d, k = config.d_model, config.conv_kernel_size
         self.norm = nn.LayerNorm(d, eps=config.layer_norm_eps)
-        self.pointwise1 = nn.Linear(d, 2 * d, bias=config.conv_bias)
+        linear = linear_class(config.weights)
+        self.pointwise1 = linear(d, 2 * d, bias=config.conv_bias)
         # the op does the work of the modules below, unless they were changed (plain.py)
         self.depthwise = nn.Conv1d(d, d, k, padding=k // 2, groups=d, bias=config.conv_bias)
         self.depthwise_norm: nn.Module
@@ -176,7 +180,7 @@ class ConvModule(nn.Module):
             self.depthwise_norm = nn.GroupNorm(config.conv_norm_groups, d, eps=config.layer_norm_eps)
         else:
             self.depthwise_norm = nn.Identity()
-        self.pointwise2 = nn.Linear(d, d, bias=config.conv_bias)
+        self.pointwise2 = linear(d, d, bias=config.conv_bias)
         self.config = config
 
     def forward(self, h: Tensor, lengths: Lengths) -> Tensor:

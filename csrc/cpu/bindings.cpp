@@ -91,7 +91,9 @@ void bind_parts(py::module_& m) {
         .required<&Matrix::panels>("panels")
         .required<&Matrix::bias>("bias")
         .required<&Matrix::inputs>("inputs")
-        .required<&Matrix::columns>("columns");
+        .required<&Matrix::columns>("columns")
+        .optional<&Matrix::scales>("scales")
+        .optional<&Matrix::starts>("starts");
     Arguments<Affine>(m, "Affine", "Weight and bias of a LayerNorm, [D]")
         .required<&Affine::weight>("weight")
         .required<&Affine::bias>("bias");
@@ -381,6 +383,7 @@ void bind(py::module_& m) {
           "Wake the threads of the inference kernels, for a launch that is about to come.",
           py::call_guard<py::gil_scoped_release>());
     m.attr("PANEL_COLUMNS") = kPanelColumns;
+    m.attr("HIDDEN_COLUMNS") = kHiddenColumns;
     m.attr("TILE_ROWS") = kTileRows;
 
     bind_parts(m);

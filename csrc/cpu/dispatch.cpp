@@ -52,12 +52,16 @@ bool runs_avx512() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+
+bool runs_avx512bf16() {
+    return runs_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
 #endif
 
 // best first
 const Level levels[] = {
 #if defined(__x86_64__)
-    {"avx512bf16", [] { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }, table_of_avx512bf16()},
+    {"avx512bf16", runs_avx512bf16, table_of_avx512bf16()},
     {"avx512", runs_avx512, table_of_avx512()},
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, table_of_avx2()},
 #endif

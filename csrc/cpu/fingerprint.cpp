@@ -48,6 +48,9 @@ uint64_t fingerprint(const Bytes* parts, int64_t n, bool complete) {
     for (int64_t i = 0; i < n; i++) {
         const char* data = static_cast<const char*>(parts[i].data);
         (complete ? mix_all : mix_samples)(hash, data, parts[i].size / 4);
+        uint32_t last = 0;  // bytes after the last word
+        std::memcpy(&last, data + parts[i].size / 4 * 4, parts[i].size % 4);
+        mix(hash, last);
     }
     return hash;
 }

@@ -11,8 +11,9 @@
 
 namespace lcc::cpu {
 
-constexpr int64_t kPanelColumns = 64;  // of a packed matrix
-constexpr int64_t kTileRows = 2;       // rows_forward touches rows of its inputs and outputs up to a multiple
+constexpr int64_t kPanelColumns = 64;    // of a packed matrix
+constexpr int64_t kHiddenColumns = 256;  // of the feed-forward's hidden layer that rows_forward has at a time
+constexpr int64_t kTileRows = 2;         // rows_forward touches rows of its inputs and outputs up to a multiple
 
 // An element is dropped if its 16 bits of Philox-4x32-7 are below the threshold; see kernels/common.py.
 struct Dropout {
@@ -175,6 +176,11 @@ struct Matrix {  // y = x W + bias
                         // inputs are neighbours, [..., inputs / 2 rounded up, kPanelColumns, 2], zero beyond the last
     const float* bias;  // [columns], zero up to a multiple of kPanelColumns
     int64_t inputs, columns;
+    // of int8 weights, W = panels * scales, [..., inputs / 4 rounded up, kPanelColumns, 4], zero beyond the last; null:
+    // others. Each row of x is rounded to bytes before, x = (bytes - 128) * its largest magnitude / 127, so that the
+    // sums of a column start at -128 times that of its weights, for each group of kHiddenColumns inputs in `down`
+    const float* scales = nullptr;    // [columns rounded up]
+    const int32_t* starts = nullptr;  // [groups, columns rounded up]
 };
 
 struct Affine {                  // of a LayerNorm; null: no norm
@@ -183,9 +189,10 @@ struct Affine {                  // of a LayerNorm; null: no norm
 
 // What a layer does to each row between attention and convolution, for inference. In this order, each if there:
 //   x += merge(branch);   x += down(act(up(LN(x))));   out = next(LN(x)), or without a matrix x = LN(x)
-// In bfloat16 the matrices multiply bfloat16 into float32, and x and the norms are float32.
+// In bfloat16 the matrices multiply bfloat16 into float32, and x and the norms are float32. Matrices of int8 are so all
+// of them; the hidden layer of the feed-forward is rounded to 8 bits by groups of kHiddenColumns.
 struct RowsForward {
-    Element element;        // of branch, panels and out
+    Element element;        // of branch, of panels that are not int8, and of out
     int64_t rows, columns;  // M, D
     float* x;               // [M, D], changed in place
     const void* branch;     // [M, inputs of merge]

@@ -176,7 +176,7 @@ def decide(
         layers = watch.watch(stack)
         chosen += inference.chosen(stack, layers, x, packed)
         changeable = inference.reasons(layers, x)
-        slower = inference.slower(x)
+        slower = inference.slower(stack, x)
     against = (*chosen, *changeable, *(slower if want == "auto" else ()))
     if against:
         if want == "loop":

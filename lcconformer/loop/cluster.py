@@ -42,6 +42,7 @@ _SETTINGS = {
     "conv_norm": ("layer", "batch", "none"),
     "conv_norm_statistics": ("shared",),
     "convolution_first": (False,),
+    "weights": ("float",),
 }
 
 

@@ -4,8 +4,9 @@ five kernels a loop on packed weights (:mod:`.weights`).
 On the CPU a loop is five kernels in one call into C++: rows (feed-forward, norm, projection), attention, rows, convolution,
 rows.  Their buffers are made once per call, or, for few frames, kept for the next call of the same shape.  The residual
 stream, norms, softmax and sums are float32 whatever the dtype of the stack; the products of a bfloat16 stack, with its
-matrices and in attention, are those of bfloat16 where the processor has instructions for it, else of float32.  A frame gets
-the same bits in any batch.  The kernels run on threads of their own (csrc/cpu/pool.h).
+matrices and in attention, are those of bfloat16 where the processor has instructions for it, else of float32, and those with
+weights in 8 bits likewise.  A frame gets the same bits in any batch.  The kernels run on threads of their own
+(csrc/cpu/pool.h).
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ OP = "shared_loop"
 
 _IN_BFLOAT16 = "cpu with products of bfloat16"
 _NO_BFLOAT16 = "this processor has no AVX512-BF16; the products are in float32"
+_IN_INT8 = "cpu with products of int8"
+_NO_INT8 = "this processor has no AVX512-VNNI beside AVX512-BF16; weights are widened when they are packed"
 
 # frames of a batch up to which buffers and arguments are kept, and of how many shapes: making them took 4% of a call of 16
 # frames (bfloat16, EPYC 9004, two threads)
@@ -49,6 +52,8 @@ def chosen(stack: LayerStack, layers: Watch, x: Tensor, packed: bool) -> list[st
     if torch.is_autocast_enabled(x.device.type):
         found.append("autocast is on")
     if x.device.type == "cuda":
+        if stack.config.weights != "float":
+            found.append(f"weights are {stack.config.weights}, which no kernel of the GPU multiplies")
         if torch.cuda.is_current_stream_capturing():
             found.append("a CUDA graph is being captured, which the modules become part of")
         if packed:
@@ -72,8 +77,10 @@ def reasons(layers: Watch, x: Tensor) -> list[str]:
 _BFLOAT16_FRAMES = 192
 
 
-def slower(x: Tensor) -> list[str]:
+def slower(stack: LayerStack, x: Tensor) -> list[str]:
     """Return why the modules are, or may be, faster for ``x [B, T, d_model]``; empty: they are not."""
+    if stack.config.weights != "float":
+        return []  # the modules widen them at every call
     if x.device.type == "cuda" or x.dtype != torch.bfloat16 or x.shape[0] * x.shape[1] <= _BFLOAT16_FRAMES:
         return []
     if torch.cpu._is_amx_tile_supported():
@@ -90,7 +97,10 @@ def slower(x: Tensor) -> list[str]:
 def explain(stack: LayerStack, x: Tensor) -> dict[str, Choice]:
     """Return what computes the loops of ``x [B, T, d_model]``, which this engine serves."""
     if x.device.type == "cpu":
+        if stack.config.weights == "int8" and not weights.multiplies_int8():
+            return {OP: Choice(OP, "cpu", ((_IN_INT8, (_NO_INT8,)),))}
         in_float32 = x.dtype == torch.bfloat16 and weights.product_dtype(x) == torch.float32
+        in_float32 &= stack.config.weights == "float"
         return {OP: Choice(OP, "cpu", ((_IN_BFLOAT16, (_NO_BFLOAT16,)),) if in_float32 else ())}
     against = chain.reasons(stack, x, x.shape[0] * graphs.padded_frames(stack, x))
     if not against:

@@ -44,6 +44,8 @@ def chosen(stack: LayerStack, x: Tensor) -> list[str]:
         found.append("BatchNorm statistics per depth are left to the modules")
     if config.position != "relative":
         found.append(f"position {config.position!r} is left to the modules; the engine knows 'relative'")
+    if config.weights != "float":
+        found.append(f"weights are {config.weights}, which the modules train around")
     return found
 
 

@@ -16,6 +16,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from lcconformer.layer import ConformerLayer, ConvModule, FeedForward, RelativeAttention
 from lcconformer.plain import LAYER_NORM, LINEAR, NORMS, PLAIN, obstacle
+from lcconformer.quantization import QuantizedLinear
 from lcconformer.stack import LayerStack
 
 __all__ = ["Watch", "watch"]
@@ -29,9 +30,12 @@ _CLASSES_OF: dict[str, Collection[type[nn.Module]]] = {
     "attention": {RelativeAttention},
     "conv": {ConvModule},
     "norm": LAYER_NORM,
-    **dict.fromkeys(("up", "down", "qkv", "out", "pos", "pointwise1", "pointwise2"), LINEAR),
+    "pos": LINEAR,
     "depthwise": {nn.Conv1d},
 }
+# by the config's weights
+_MATRICES: dict[str, Collection[type[nn.Module]]] = {"float": LINEAR, "int8": {QuantizedLinear}}
+_MATRIX_NAMES = {"up", "down", "qkv", "out", "pointwise1", "pointwise2"}
 # settings of a module that the engines take from the encoder's config: attribute -> field
 _SETTINGS: dict[type[nn.Module], dict[str, str]] = {
     ConformerLayer: {"convolution_first": "convolution_first"},
@@ -68,10 +72,11 @@ class Watch:
         self._names = [f"layers.{name}" if name else "layers" for name, _ in stack.layers.named_modules()]
         self._known = [self._classes(name) for name in self._names]
 
-    @staticmethod
-    def _classes(name: str) -> Collection[type[nn.Module]]:
+    def _classes(self, name: str) -> Collection[type[nn.Module]]:
         """Classes that the engines know for a module of this name, such as ``layers.0.ffn1.up``."""
         leaf = name.rpartition(".")[2]
+        if leaf in _MATRIX_NAMES:
+            return _MATRICES[self._config.weights]
         return {ConformerLayer} if leaf.isdigit() else _CLASSES_OF.get(leaf, _KNOWN)
 
     def _ids(self) -> list[int]:

@@ -67,6 +67,33 @@ class Matrix:
     bias: Tensor
     inputs: int
     columns: int
+    # of weights in 8 bits: the scale of each column, and what its sums start at
+    scales: Tensor | None = None
+    starts: Tensor | None = None
+
+    @classmethod
+    def of_int8(
+        cls, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, scale: float = 1.0, *, group: int | None = None
+    ) -> Matrix:
+        """Pack the weights of a :class:`~lcconformer.quantization.QuantizedLinear`, ``[columns, inputs]``.
+
+        Panels are int8 ``[..., inputs / 4 rounded up, PANEL_COLUMNS, 4]``.  ``group`` inputs, or all, have one scale in a row.
+        """
+        columns, inputs = weight.shape
+        panel, beyond = cpu_kernels().PANEL_COLUMNS, padded_columns(columns) - columns
+        panels = F.pad(weight, (0, -inputs % 4, 0, beyond)).unflatten(0, (-1, panel))  # [panels, panel, inputs]
+        bias = weight_scale.new_zeros(columns) if bias is None else bias.float() * scale
+        return cls(
+            panels.unflatten(2, (-1, 4)).transpose(1, 2).contiguous(),
+            F.pad(bias, (0, beyond)),
+            inputs,
+            columns,
+            F.pad(weight_scale.float() * scale, (0, beyond)),
+            # the kernel's inputs are 128 too large, so that no byte is negative: [groups, columns]
+            torch.stack(
+                [F.pad(-128 * w.sum(1, dtype=torch.int32), (0, beyond)) for w in weight.split(group or inputs, 1)]
+            ),
+        )
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Matrix:
@@ -84,7 +111,12 @@ class Matrix:
     def args(self) -> Any:
         """``cpu.Matrix``, what the kernels take."""
         return cpu_kernels().Matrix(
-            panels=pointer(self.panels), bias=pointer(self.bias), inputs=self.inputs, columns=self.columns
+            panels=pointer(self.panels),
+            bias=pointer(self.bias),
+            inputs=self.inputs,
+            columns=self.columns,
+            scales=pointer(self.scales),
+            starts=pointer(self.starts),
         )
 
 
@@ -177,7 +209,7 @@ class PackedLayer:
             return kept[3]
         rows = self.positions(frames) if table is None else table(self, frames)
         width = self.attention.qkv.inputs // self.heads
-        products = common(self.attention.qkv.panels)["element"]
+        products = common(rows.new_empty(0, dtype=self.dtype))["element"]
         size = self.heads * cpu.relpos_attention_position_size(products, frames, width)
         panels = rows.new_empty(size, dtype=self.dtype)
         args = cpu.RelposAttentionPackPositions(
@@ -225,6 +257,11 @@ def product_dtype(like: Tensor) -> torch.dtype:
     return torch.bfloat16 if by_pairs and cpu_kernels().simd_level() == "avx512bf16" else torch.float32
 
 
+def multiplies_int8() -> bool:
+    """Return whether the processor multiplies 8 bits: elsewhere the kernels take such products apart."""
+    return cpu_kernels().simd_level() == "avx512bf16"
+
+
 def pack(layer: nn.Module, overrides: dict[str, Tensor]) -> PackedLayer:
     """Pack a :class:`~lcconformer.ConformerLayer` in evaluation; ``overrides`` replace parameters and buffers by name."""
 
@@ -244,15 +281,24 @@ def pack(layer: nn.Module, overrides: dict[str, Tensor]) -> PackedLayer:
         # copies: what is packed must not change with its source
         return Affine(given(f"{name}.weight").clone(), given(f"{name}.bias").clone())
 
-    qkv = get("attention.qkv.weight")
+    qkv, last = get("attention.qkv.weight"), get("norm.weight")
     assert qkv is not None
-    dtype = product_dtype(qkv)
+    assert last is not None
+    dtype = product_dtype(qkv if qkv.is_floating_point() else last)
 
-    def matrix(name: str, scale: float = 1.0, dtype: torch.dtype = dtype) -> Matrix:
-        return Matrix.of(given(f"{name}.weight"), get(f"{name}.bias"), scale, dtype)
+    def matrix(name: str, scale: float = 1.0, dtype: torch.dtype = dtype, group: int | None = None) -> Matrix:
+        weight, weight_scale, bias = get(f"{name}.weight"), get(f"{name}.scale"), get(f"{name}.bias")
+        if weight_scale is None:
+            return Matrix.of(given(f"{name}.weight"), bias, scale, dtype)
+        assert weight is not None
+        if multiplies_int8():
+            return Matrix.of_int8(weight, weight_scale, bias, scale, group=group)
+        return Matrix.of(weight * weight_scale[:, None], bias, scale, dtype)
+
+    hidden = cpu_kernels().HIDDEN_COLUMNS
 
     def feed_forward(name: str) -> FeedForward:
-        return FeedForward(norm(f"{name}.norm"), matrix(f"{name}.up"), matrix(f"{name}.down", 0.5))
+        return FeedForward(norm(f"{name}.norm"), matrix(f"{name}.up"), matrix(f"{name}.down", 0.5, group=hidden))
 
     own_attention = cast(RelativeAttention, layer.get_submodule("attention"))
     relative = own_attention.position == "relative"

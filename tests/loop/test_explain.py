@@ -123,7 +123,7 @@ def test_explains_inference_on_a_gpu(monkeypatch):
     against = []
     monkeypatch.setattr(inference.chain, "reasons", lambda _stack, _x, rows: asked.append(rows) or against)
     monkeypatch.setattr(inference, "explain_ops", lambda _stack, _x: {"feed_forward": Choice("feed_forward", "triton")})
-    assert inference.slower(x) == []
+    assert inference.slower(stack, x) == []
     assert inference.explain(stack, x) == {"shared_loop": Choice("shared_loop", "triton")}
     assert asked == [2 * 64]  # the frames of the bucket
     against = ["why"]

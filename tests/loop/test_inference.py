@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lcconformer import Conformer, ConformerConfig, ConformerEncoder, backend, engine, extension
+from lcconformer import Conformer, ConformerConfig, ConformerEncoder, backend, engine, extension, quantize
 from lcconformer.loop import weights
 from lcconformer.ops.registry import record
+from lcconformer.quantization import QuantizedLinear
 
 from ..conftest import with_random_values
 
@@ -486,3 +487,101 @@ def test_threads_of_openmp_sleep_on(dtype):
     assert torch.equal(found, expected)
     assert large.names
     assert large.names <= {"empty", "empty_like", "view", "slice", "unflatten", "detach", "alias"}
+
+
+# --- weights in 8 bits -----------------------------------------------------------------------------------------------
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """Rows ``[..., n]`` in steps of 1/127 of their largest magnitude."""
+    most = x.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    return (x * (127 / most)).round() * (most / 127)
+
+
+@torch.no_grad()
+def by_int8(encoder: ConformerEncoder, x, lengths):
+    """All hidden states by modules in float64 whose matrices round their inputs as the kernels do."""
+    encoder = copy.deepcopy(encoder).double()
+    for name, module in encoder.named_modules():
+        if isinstance(module, QuantizedLinear):
+            group = CPU.HIDDEN_COLUMNS if name.endswith(".down") else module.in_features
+            module.register_forward_pre_hook(
+                lambda _, args, group=group: (torch.cat([rounded(part) for part in args[0].split(group, -1)], -1),)
+            )
+    with engine("modules"), backend("torch"):
+        return encoder(x.double(), lengths, return_hidden_states=True)[2][1:]
+
+
+@pytest.fixture
+def in_int8(monkeypatch):
+    """On every processor: the kernels stand in for instructions that it lacks."""
+    monkeypatch.setattr("lcconformer.loop.weights.multiplies_int8", lambda: True)
+
+
+@pytest.mark.usefixtures("in_int8", "poisoned")
+@pytest.mark.parametrize("lengths", [None, torch.tensor([37, 1, 20])], ids=["whole", "lengths"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", ["canon", "batch norm", "no biases", "no positions", "two layers", "wider", "step"])
+def test_int8(options, dtype, lengths):
+    """Nearer to the modules with rounded inputs than those are to the encoder with float weights, at every depth."""
+    whole = make_encoder(**OPTIONS[options]).to(dtype)
+    encoder = quantize(whole)
+    x = torch.randn(3, 37, encoder.config.d_model, dtype=dtype)
+    with torch.no_grad(), engine("loop"), record() as choices:
+        out, _, states = encoder(x, lengths, return_hidden_states=True)
+        assert torch.equal(encoder(x, lengths)[0], out)
+    assert choices == {"shared_loop": "cpu"}
+    real = torch.ones(x.shape[:2], dtype=torch.bool) if lengths is None else torch.arange(37) < lengths[:, None]
+    exact = reference(whole, x, lengths, torch.float64)[1:]
+    for state, rounds, e in zip(states[1:], by_int8(encoder, x, lengths), exact):
+        state, rounds, e = state[real].double(), rounds[real], e[real]
+        assert (rounds - e).norm() < 0.06 * e.norm()
+        assert (state - rounds).norm() < (0.5 if dtype == torch.float32 else 1.0) * (rounds - e).norm()
+
+
+@pytest.mark.usefixtures("in_int8")
+def test_int8_of_a_batch_gives_what_each_utterance_gets_alone():
+    encoder = quantize(make_encoder(ffn_dim=300))
+    lengths = torch.tensor([37, 1, 20, 36])
+    x = torch.randn(4, 37, 24)
+    with torch.no_grad(), engine("loop"):
+        whole = encoder(x, lengths)[0]
+        for b, n in enumerate(lengths.tolist()):
+            assert torch.equal(encoder(x[b : b + 1, :n])[0][0], whole[b, :n])
+
+
+@pytest.mark.usefixtures("in_int8")
+@pytest.mark.parametrize("leaf", ["weight", "scale", "bias"])
+def test_int8_sees_what_is_written(leaf):
+    encoder, x = quantize(make_encoder()), torch.randn(1, 30, 24)
+    with torch.no_grad(), engine("loop"):
+        before = encoder(x)[0]
+        tensor = getattr(encoder.layers[0].ffn1.up, leaf)
+        tensor.mul_(2) if leaf != "weight" else tensor.bitwise_not_()
+        assert not torch.equal(encoder(x)[0], before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_int8_weights_are_widened_where_the_processor_does_not_multiply_them(assert_close, dtype, monkeypatch):
+    monkeypatch.setattr("lcconformer.loop.weights.multiplies_int8", lambda: False)
+    encoder, x = quantize(make_encoder()).to(dtype), torch.randn(2, 37, 24, dtype=dtype)
+    check(assert_close, encoder, x, torch.tensor([37, 20]))
+    with torch.no_grad():
+        said = str(encoder.explain(x))
+    assert "not cpu with products of int8: this processor has no AVX512-VNNI" in said
+    monkeypatch.setattr("lcconformer.loop.weights.multiplies_int8", lambda: True)
+    with torch.no_grad():
+        assert "not cpu" not in str(encoder.explain(x))
+
+
+def test_int8_streams(in_int8):
+    """Chunk by chunk the rows are the same, and so are their bits but for the order of attention's sums."""
+    encoder = quantize(make_encoder(num_layers=2, input_dim=24))
+    streaming = encoder.streaming(chunk=8, left=16, right=0)
+    x = torch.randn(1, 24, 24)
+    with torch.no_grad():
+        state, parts = streaming.start(1), []
+        for part in x.split(8, 1):
+            out, _, state = streaming(part, torch.tensor([8]), state)
+            parts.append(out)
+        torch.testing.assert_close(torch.cat(parts, 1), streaming.whole(x)[0], rtol=0.05, atol=0.05)

@@ -19,6 +19,7 @@ struct Right {  // row k, columns v * W ... (v+1) * W at data + k * row + v * gr
 // inputs that a product takes in one step
 constexpr int64_t step_of(const float*) { return 1; }
 constexpr int64_t step_of(const bf16*) { return 2; }
+constexpr int64_t step_of(const int8_t*) { return 4; }
 template <class T>
 constexpr int64_t kStep = step_of((const T*)nullptr);
 
@@ -115,6 +116,76 @@ static inline void product_tile(int64_t pairs, LeftPairs a, RightPairs b, Addend
     finish_tile(sums, addend, c, c_row);
 }
 
+// The same of 8 bits, by four neighbours along the depth: unsigned bytes with signed ones, into int32, which are then
+// scaled by row and column.
+
+struct LeftQuads {  // quad k of row i, its first byte lowest, at data + i * row + 4 * k
+    const uint8_t* data;
+    int64_t row;
+    const float* scales;  // of row i at scales[i]
+};
+
+struct RightQuads {  // row k of quads, columns v * W ... (v+1) * W at data + k * row + v * group
+    const int8_t* data;
+    int64_t row, group;
+    const float* scales;    // of each column
+    const int32_t* starts;  // of each column's sum
+};
+
+// sums += the four products, exactly
+static inline ivec add_products(ivec sums, ivec a, ivec b) {
+#if defined(__AVX512VNNI__)
+    return (ivec)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
+#else
+    for (int shift = 0; shift < 32; shift += 8) sums += ((a >> shift) & 255) * ((b << (24 - shift)) >> 24);
+    return sums;
+#endif
+}
+
+template <int R, int N, class Out>
+static inline void product_tile(int64_t quads, LeftQuads a, RightQuads b, Addend addend, Out* c, int64_t c_row) {
+    ivec sums[R][N];
+#pragma GCC unroll 8
+    for (int v = 0; v < N; v++) {
+        ivec start = *reinterpret_cast<const ivec_memory*>(b.starts + v * W);
+#pragma GCC unroll 8
+        for (int i = 0; i < R; i++) sums[i][v] = start;
+    }
+    for (int64_t k = 0; k < quads; k++) {
+        ivec columns[N];
+#pragma GCC unroll 8
+        for (int v = 0; v < N; v++) columns[v] = (ivec)load(reinterpret_cast<const float*>(b.data + v * b.group));
+#pragma GCC unroll 8
+        for (int i = 0; i < R; i++) {
+            int32_t quad;
+            memcpy(&quad, a.data + i * a.row, sizeof quad);
+            ivec x = quad - ivec{};
+#pragma GCC unroll 8
+            for (int v = 0; v < N; v++) sums[i][v] = add_products(sums[i][v], x, columns[v]);
+        }
+        a.data += 4;
+        b.data += b.row;
+    }
+    vec scaled[R][N];
+#pragma GCC unroll 8
+    for (int v = 0; v < N; v++) {
+        vec scale = load(b.scales + v * W);
+#pragma GCC unroll 8
+        for (int i = 0; i < R; i++) scaled[i][v] = __builtin_convertvector(sums[i][v], vec) * (a.scales[i] * scale);
+    }
+    finish_tile(scaled, addend, c, c_row);
+}
+
+static inline Left skip_rows(Left a, int64_t i) { return {a.data + i * a.row, a.row, a.step}; }
+static inline LeftPairs skip_rows(LeftPairs a, int64_t i) { return {a.data + i * a.row, a.row}; }
+static inline LeftQuads skip_rows(LeftQuads a, int64_t i) { return {a.data + i * a.row, a.row, a.scales + i}; }
+
+static inline Right skip_groups(Right b, int64_t v) { return {b.data + v * b.group, b.row, b.group}; }
+static inline RightPairs skip_groups(RightPairs b, int64_t v) { return {b.data + v * b.group, b.row, b.group}; }
+static inline RightQuads skip_groups(RightQuads b, int64_t v) {
+    return {b.data + v * b.group, b.row, b.group, b.scales + v * W, b.starts + v * W};
+}
+
 template <int N, class L, class G, class Out>
 static inline void product_columns(int64_t rows, int64_t depth, L a, G b, Addend addend, Out* c, int64_t c_row) {
     while (rows > 0) {
@@ -123,7 +194,7 @@ static inline void product_columns(int64_t rows, int64_t depth, L a, G b, Addend
         else if (tile == 4) product_tile<4, N>(depth, a, b, addend, c, c_row);
         else product_tile<2, N>(depth, a, b, addend, c, c_row);
         rows -= tile;
-        a.data += tile * a.row;
+        a = skip_rows(a, tile);
         if (addend.data) addend.data += tile * addend.row;
         c += tile * c_row;
     }
@@ -134,7 +205,7 @@ static inline void product_tiles(int64_t rows, int64_t groups, int64_t depth, L 
                                  int64_t c_row) {
     for (int64_t v = 0; v < groups; v += kTileColumns) {
         int64_t n = imin(kTileColumns, groups - v);
-        G b_v = {b.data + v * b.group, b.row, b.group};
+        G b_v = skip_groups(b, v);
         Addend more = {addend.data ? addend.data + v * W : nullptr, addend.row};
         Out* c_v = c + v * W;
         if (n == kTileColumns) product_columns<kTileColumns>(rows, depth, a, b_v, more, c_v, c_row);
@@ -157,6 +228,13 @@ template <class Out>
 static inline void product(int64_t rows, int64_t groups, int64_t pairs, LeftPairs a, RightPairs b, Addend addend,
                            Out* c, int64_t c_row) {
     product_tiles(rows, groups, pairs, a, b, addend, c, c_row);
+}
+
+// the same, depth counted in quads
+template <class Out>
+static inline void product(int64_t rows, int64_t groups, int64_t quads, LeftQuads a, RightQuads b, Addend addend,
+                           Out* c, int64_t c_row) {
+    product_tiles(rows, groups, quads, a, b, addend, c, c_row);
 }
 
 }  // namespace LCC_SIMD

@@ -15,43 +15,118 @@ namespace LCC_SIMD {
 namespace {
 
 constexpr int64_t kBlockRows = 96;  // rows: their buffers fit the second-level cache beside a panel
-constexpr int64_t kHidden = 256;    // columns of the feed-forward's hidden layer at a time
 static_assert(kBlockRows % kTileRows == 0 && kPanelColumns % (kTileColumns * W) == 0, "blocks are made of whole tiles");
 
-Right right(const float* panel) { return {panel, kPanelColumns, W}; }
-RightPairs right(const bf16* panel) { return {panel, 2 * kPanelColumns, 2 * W}; }
+struct Bytes {  // [rows, row], a scale for each row
+    uint8_t* data;
+    int64_t row;
+    float* scales;
+};
+
+// a [rows, depth] in 8 bits, each row by its largest magnitude; whole registers are written. A value that is not finite
+// makes its row's scale, and so its row of the product, NaN.
+template <class T>
+LeftQuads quantize(Bytes to, int64_t rows, const T* a, int64_t a_row, int64_t depth) {
+    constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: the integer nearest to y is in the low bits of y + it
+    uint8_t* bytes = to.data;
+    for (int64_t i = 0; i < rows; i++, a += a_row, bytes += to.row) {
+        vec largest = {}, wrong = {};
+        for (int64_t d = 0; d < depth; d += W) {
+            vec x = load_at(a, d, depth);
+            largest = max(largest, x < 0.0f ? -x : x);
+            wrong += x - x;
+        }
+        float most = max(largest);
+        to.scales[i] = most / 127.0f + sum(wrong);
+        float inverse = most > 1e-30f ? 127.0f / most : 0.0f;
+        for (int64_t d = 0; d < depth; d += W) {
+            vec y = load_at(a, d, depth) * inverse + kToInteger;
+            store(bytes + d, (ivec)y + 128);
+        }
+    }
+    return {to.data, to.row, to.scales};
+}
+
+// The product of P, the elements of the matrices: the elements that inputs are kept in, and its operands. Those of 8
+// bits are made of others, in memory of their own.
+template <class P>
+struct Product;
+
+template <>
+struct Product<float> {
+    using Input = float;
+    static Left operand(Bytes, int64_t, const float* a, int64_t a_row, int64_t) { return left(a, a_row); }
+    static Right right(const Matrix&, int64_t, int64_t, const float* panel) { return {panel, kPanelColumns, W}; }
+};
+
+template <>
+struct Product<bf16> {
+    using Input = bf16;
+    static LeftPairs operand(Bytes, int64_t, const bf16* a, int64_t a_row, int64_t) { return left(a, a_row); }
+    static RightPairs right(const Matrix&, int64_t, int64_t, const bf16* panel) {
+        return {panel, 2 * kPanelColumns, 2 * W};
+    }
+};
+
+template <>
+struct Product<int8_t> {
+    using Input = float;
+    template <class T>
+    static LeftQuads operand(Bytes to, int64_t rows, const T* a, int64_t a_row, int64_t depth) {
+        return quantize(to, rows, a, a_row, depth);
+    }
+    static RightQuads right(const Matrix& w, int64_t from, int64_t column, const int8_t* panel) {
+        const int32_t* starts = w.starts + from / kHiddenColumns * round_up(w.columns, kPanelColumns);
+        return {panel, 4 * kPanelColumns, 4 * W, w.scales + column, starts + column};
+    }
+};
 
 // y [rows, columns first ... first+n-1] = a [rows, depth] w[inputs from ... from+depth-1] + addend
-template <class T, class Out>
-void multiply(const Matrix& w, int64_t rows, const T* a, int64_t a_row, int64_t from, int64_t depth, int64_t first,
-              int64_t n, Addend addend, Out* y, int64_t y_row) {
-    int64_t inputs = round_up(w.inputs, kStep<T>);
+template <class P, class L, class Out>
+void multiply(const Matrix& w, int64_t rows, L a, int64_t from, int64_t depth, int64_t first, int64_t n, Addend addend,
+              Out* y, int64_t y_row) {
+    int64_t inputs = round_up(w.inputs, kStep<P>);
     for (int64_t c = 0; c < n; c += kPanelColumns) {
-        const T* panel = static_cast<const T*>(w.panels) + (first + c) * inputs + from * kPanelColumns;
+        const P* panel = static_cast<const P*>(w.panels) + (first + c) * inputs + from * kPanelColumns;
         Addend more = {addend.data ? addend.data + c : nullptr, addend.row};
-        product(rows, cdiv(imin(kPanelColumns, n - c), W), cdiv(depth, kStep<T>), left(a, a_row), right(panel), more,
-                y + c, y_row);
+        product(rows, cdiv(imin(kPanelColumns, n - c), W), cdiv(depth, kStep<P>), a,
+                Product<P>::right(w, from, first + c, panel), more, y + c, y_row);
     }
 }
 
 Addend bias_of(const Matrix& w, int64_t first = 0) { return {w.bias + first, 0}; }
 
 // What a thread works in, for a block of rows. A pitch of `row` holds the columns; `sums` is one row.
-template <class T>
+template <class P>
 struct Buffers {
-    T *h, *hidden;        // [rows, row], [rows, kHidden]
-    float *y, *u, *sums;  // [rows, row], [rows, kHidden], [row]
+    using Input = typename Product<P>::Input;
+    Input *h, *hidden;              // [rows, row], [rows, kHiddenColumns]
+    float *y, *u, *sums;            // [rows, row], [rows, kHiddenColumns], [row]
+    Bytes bytes{}, hidden_bytes{};  // [rows, bytes_row], [rows, kHiddenColumns], of int8 matrices
     int64_t row;
 
-    static int64_t size(int64_t rows, int64_t row) {
-        int64_t wide = rows * (row + kHidden);
-        return wide + Scratch::padded(wide * sizeof(T) / sizeof(float)) + row;
+    // floats of one thread
+    static int64_t size(int64_t rows, int64_t row, int64_t bytes_row) {
+        int64_t wide = rows * (row + kHiddenColumns);
+        int64_t in_bytes = kInBytes ? rows * (2 + (bytes_row + kHiddenColumns) / 4) : 0;
+        return wide + row + Scratch::padded(wide * sizeof(Input) / sizeof(float)) + in_bytes;
     }
-    Buffers(float* memory, int64_t rows, int64_t row)
-        : h(reinterpret_cast<T*>(memory + rows * (row + kHidden) + row)), hidden(h + rows * row), y(memory),
-          u(y + rows * row), sums(u + rows * kHidden), row(row) {
-        if constexpr (sizeof(T) == sizeof(float)) hidden = u;  // in place: it is all to stay in cache
+    Buffers(float* memory, int64_t rows, int64_t row, int64_t bytes_row)
+        : y(memory), u(y + rows * row), sums(u + rows * kHiddenColumns), row(row) {
+        float* next = sums + row;
+        h = reinterpret_cast<Input*>(next);
+        hidden = h + rows * row;
+        if constexpr (sizeof(Input) == sizeof(float)) hidden = u;  // in place: it is all to stay in cache
+        if constexpr (kInBytes) {
+            float* scales = next + rows * row;
+            uint8_t* data = reinterpret_cast<uint8_t*>(scales + 2 * rows);
+            bytes = {data, bytes_row, scales};
+            hidden_bytes = {data + rows * bytes_row, kHiddenColumns, scales + rows};
+        }
     }
+
+   private:
+    static constexpr bool kInBytes = sizeof(P) == 1;
 };
 
 // x += y (null: nothing), h = LN(x), or x without a norm; y has a pitch of `row`, h of h_row with `width` columns
@@ -89,26 +164,30 @@ void add_and_normalise(const RowsForward& a, const Affine& norm, int64_t rows, f
 }
 
 // y = down(act(up(h)))
-template <class T>
-void feed_forward(const RowsForward& a, int64_t rows, const Buffers<T>& b) {
-    for (int64_t f = 0; f < a.up.columns; f += kHidden) {
-        int64_t n = imin(kHidden, a.up.columns - f);
-        multiply(a.up, rows, b.h, b.row, 0, a.columns, f, n, bias_of(a.up, f), b.u, kHidden);
+template <class P>
+void feed_forward(const RowsForward& a, int64_t rows, const Buffers<P>& b) {
+    auto h = Product<P>::operand(b.bytes, rows, b.h, b.row, a.columns);
+    for (int64_t f = 0; f < a.up.columns; f += kHiddenColumns) {
+        int64_t n = imin(kHiddenColumns, a.up.columns - f);
+        multiply<P>(a.up, rows, h, 0, a.columns, f, n, bias_of(a.up, f), b.u, kHiddenColumns);
         for (int64_t i = 0; i < rows; i++)
-            for (int64_t c = i * kHidden; c < i * kHidden + n; c += W)
+            for (int64_t c = i * kHiddenColumns; c < i * kHiddenColumns + n; c += W)
                 store(b.hidden + c, activate(a.activation, load(b.u + c)));
         Addend before = f ? Addend{b.y, b.row} : bias_of(a.down);
-        multiply(a.down, rows, b.hidden, kHidden, f, n, 0, a.columns, before, b.y, b.row);
+        multiply<P>(a.down, rows, Product<P>::operand(b.hidden_bytes, rows, b.hidden, kHiddenColumns, n), f, n, 0,
+                    a.columns, before, b.y, b.row);
     }
 }
 
-template <class T>
-void block(const RowsForward& a, int64_t first, int64_t rows, const Buffers<T>& b) {
+template <class P, class T>
+void block(const RowsForward& a, int64_t first, int64_t rows, const Buffers<P>& b) {
     float* x = a.x + first * a.columns;
     const float* pending = nullptr;  // a branch that is still to be added to x
     if (a.merge.panels) {
-        const T* branch = static_cast<const T*>(a.branch) + first * a.merge.inputs;
-        multiply(a.merge, rows, branch, a.merge.inputs, 0, a.merge.inputs, 0, a.columns, bias_of(a.merge), b.y, b.row);
+        int64_t inputs = a.merge.inputs;
+        const T* branch = static_cast<const T*>(a.branch) + first * inputs;
+        multiply<P>(a.merge, rows, Product<P>::operand(b.bytes, rows, branch, inputs, inputs), 0, inputs, 0, a.columns,
+                    bias_of(a.merge), b.y, b.row);
         pending = b.y;
     }
     if (a.up.panels) {
@@ -122,28 +201,38 @@ void block(const RowsForward& a, int64_t first, int64_t rows, const Buffers<T>& 
     }
     add_and_normalise(a, a.norm, rows, x, pending, b.row, b.sums, b.h, b.row, b.row);
     T* out = static_cast<T*>(a.out) + first * a.out_row_stride;
-    multiply(a.next, rows, b.h, b.row, 0, a.columns, 0, a.next.columns, bias_of(a.next), out, a.out_row_stride);
+    multiply<P>(a.next, rows, Product<P>::operand(b.bytes, rows, b.h, b.row, a.columns), 0, a.columns, 0, a.next.columns,
+                bias_of(a.next), out, a.out_row_stride);
 }
 
-template <class T>
+template <class P, class T>
 void forward(const RowsForward& a) {
     int64_t row = round_up(a.columns, kPanelColumns), tiles = cdiv(a.rows, kTileRows);
+    int64_t bytes_row = round_up(imax(imax(row, kHiddenColumns), a.merge.panels ? a.merge.inputs : 0), kPanelColumns);
     // as many blocks for each thread, all of much the same size
     int64_t blocks = imin(tiles, round_up(cdiv(a.rows, kBlockRows), a.threads));
     int64_t most = cdiv(tiles, imax(1, blocks)) * kTileRows;
-    int64_t thread_memory = Scratch::padded(Buffers<T>::size(most, row));
+    int64_t thread_memory = Scratch::padded(Buffers<P>::size(most, row, bytes_row));
     Scratch scratch(a.threads * thread_memory, Fill::anything);
     float* memory = scratch.take(a.threads * thread_memory);
     parallel_for(a.threads, true, blocks, [&](int slot, int64_t b) {
-        Buffers<T> buffers(memory + slot * thread_memory, most, row);
+        Buffers<P> buffers(memory + slot * thread_memory, most, row, bytes_row);
         int64_t first = b * tiles / blocks * kTileRows, end = imin((b + 1) * tiles / blocks * kTileRows, a.rows);
-        block(a, first, end - first, buffers);
+        block<P, T>(a, first, end - first, buffers);
     });
+}
+
+template <class T>
+void forward_by_matrices(const RowsForward& a) {
+    bool int8 = a.merge.scales || a.up.scales || a.down.scales || a.next.scales;
+    int8 ? forward<int8_t, T>(a) : forward<T, T>(a);
 }
 
 }  // namespace
 
-void rows_forward(const RowsForward& a) { a.element == Element::bfloat16 ? forward<bf16>(a) : forward<float>(a); }
+void rows_forward(const RowsForward& a) {
+    a.element == Element::bfloat16 ? forward_by_matrices<bf16>(a) : forward_by_matrices<float>(a);
+}
 
 }  // namespace LCC_SIMD
 }  // namespace lcc::cpu

@@ -37,8 +37,10 @@ constexpr int kTileColumns = 2;
 typedef float vec __attribute__((vector_size(4 * W)));
 typedef int32_t ivec __attribute__((vector_size(4 * W)));
 typedef uint32_t uvec __attribute__((vector_size(4 * W)));
+typedef uint8_t bvec __attribute__((vector_size(W)));
 typedef uint16_t hvec __attribute__((vector_size(2 * W)));
 typedef float vec_memory __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef int32_t ivec_memory __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef uint16_t hvec_memory __attribute__((vector_size(2 * W), aligned(2), may_alias));
 
 struct bf16 {
@@ -70,6 +72,12 @@ static inline void store(bf16* p, vec x) {
     uvec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     rounded = x != x ? (bits >> 16) | 0x40u : rounded;
     *reinterpret_cast<hvec_memory*>(p) = __builtin_convertvector(rounded, hvec);
+}
+
+// the lowest byte of each lane
+static inline void store(uint8_t* p, ivec x) {
+    bvec bytes = __builtin_convertvector(x, bvec);
+    memcpy(p, &bytes, sizeof bytes);
 }
 
 // the first n < W elements, zeros after them
