@@ -556,6 +556,7 @@ CPU_LAYER_NORM, ON_CPU_LAYER_NORM = (
 CPU_FEED_FORWARD, ON_CPU_FEED_FORWARD = "csrc/cpu/simd/feed_forward.cpp", "tests/extension/test_cpu_feed_forward.py"
 ROWS, ON_ROWS = "csrc/cpu/simd/rows.cpp", "tests/extension/test_cpu_rows.py"
 PRODUCT = "csrc/cpu/simd/product.h"
+FINGERPRINT = "csrc/cpu/fingerprint.cpp"
 POOL, ON_POOL = "csrc/cpu/pool.cpp", "tests/extension/test_cpu_pool.py"
 DROPOUT = "csrc/cpu/simd/dropout.h"
 CONVERT, ON_CONVERT = "csrc/cpu/simd/convert.cpp", "tests/extension/test_cpu_convert.py"
@@ -813,6 +814,48 @@ CXX = (
         "f ? Addend{b.y, b.row} : bias_of(a.down)",
         "bias_of(a.down)",
         f"{ON_ROWS}::test_widths[256-1030-768-generic-torch.float32]",
+    ),
+    Mutation(
+        "products of int8: sums start at zero",
+        PRODUCT,
+        "for (int i = 0; i < R; i++) sums[i][v] = start;",
+        "for (int i = 0; i < R; i++) sums[i][v] = start - start;",
+        f"{ON_ROWS}::test_products_of_int8_are_exact[5-7-torch.float32-generic]",
+    ),
+    Mutation(
+        "products of int8: one row's scale for all of a tile",
+        PRODUCT,
+        "(a.scales[i] * scale)",
+        "(a.scales[0] * scale)",
+        f"{ON_ROWS}::test_products_of_int8_are_exact[5-7-torch.float32-generic]",
+    ),
+    Mutation(
+        "products of int8: scales of the first tile for all",
+        PRODUCT,
+        "a.row, a.scales + i}",
+        "a.row, a.scales}",
+        f"{ON_ROWS}::test_products_of_int8_are_exact[20-65-torch.float32-generic]",
+    ),
+    Mutation(
+        "rows: groups of the hidden layer start as the first",
+        ROWS,
+        "w.starts + from / kHiddenColumns *",
+        "w.starts + 0 * from *",
+        f"{ON_ROWS}::test_rows_by_int8[64-600-70-torch.float32-generic]",
+    ),
+    Mutation(
+        "rows: 8 bits hide what is not finite",
+        ROWS,
+        "most / 127.0f + sum(wrong)",
+        "most / 127.0f",
+        f"{ON_ROWS}::test_int8_hides_no_value_that_is_not_finite[generic-nan]",
+    ),
+    Mutation(
+        "fingerprint: bytes after the last word left out",
+        FINGERPRINT,
+        "mix(hash, last);",
+        "(void)last;",
+        f"{ON_ROWS}::test_fingerprint_sees_bytes_after_the_last_word",
     ),
     Mutation(
         "rows: last row left out",

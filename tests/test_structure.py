@@ -20,6 +20,7 @@ ROOMS = (
     (
         "lcconformer.config", "lcconformer.sharing", "lcconformer.runtime", "lcconformer.tolerance",
         "lcconformer.architectures", "lcconformer.plain", "lcconformer.validation", "lcconformer.tensor_files",
+        "lcconformer.quantization",
     ),
     ("lcconformer.kernels", "lcconformer.extension"),
     ("lcconformer.ops",),

@@ -8,11 +8,13 @@ baseline.  Depths are chosen by the accuracy on held-out validation speech, and 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..conversion import quantize
 from ..data import PHONES, Corpus
 from ..runtime import ProgressBar, check_output
 from ..ssl.evaluation.classifiers import PROBES
@@ -55,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--depths", default="all", help="'all' (default), or a list such as 1,2,4; 0 is the front end")
     parser.add_argument("--random-init", action="store_true", help="also probe the same encoder with untrained weights")
+    parser.add_argument(
+        "--int8", action="store_true", help="also probe the encoder with its weights in 8 bits (lcconformer.quantize)"
+    )
     for field, text in (
         ("max_frames", "training frames of 10 ms, in whole utterances drawn at random, kept in memory as float16"),
         ("hidden", "width of the hidden layer of the second probe"),
@@ -81,6 +86,9 @@ def run(args: argparse.Namespace) -> None:
     models = {"checkpoint": model}
     if args.random_init:
         models["random-init"] = random_init_like(model, args.seed)
+    if args.int8:
+        models["int8"] = copy.deepcopy(model)
+        models["int8"].encoder = quantize(model.encoder)
     rows: list[dict[str, Any]] = []
     for number, (name, which) in enumerate(models.items()):
         with ProgressBar(name) as bar:
@@ -95,9 +103,12 @@ def run(args: argparse.Namespace) -> None:
                 log_mel=number == 0,
                 progress=bar.update,
             )
-    times = time_depths({"checkpoint": model}, test, [k for k in depths if k])["checkpoint"]
+    timed = {name: which for name, which in models.items() if name != "random-init"}
+    all_times = time_depths(timed, test, [k for k in depths if k])
+    times = all_times["checkpoint"]
     for row in rows:
-        row["seconds"] = times.seconds.get(row["depth"]) if row["features"] == "checkpoint" else None
+        own = all_times.get(row["features"])
+        row["seconds"] = None if own is None else own.seconds.get(row["depth"])
     chosen = {}
     if times.seconds:
         for probe in PROBES:

@@ -40,8 +40,14 @@ def test_command_writes_rows_times_rule_and_machine(tiny_checkpoint, speech, tmp
     assert f"{100 * accuracies(rows, 'checkpoint', 'hidden')[3]:.1f}" in shown
 
     again = tmp_path / "again.json"
-    assert main([*command, *FEW, "--depths", "0,3", "--device", "cpu", "--json", str(again)]) == 0
-    repeated = json.loads(again.read_text())["rows"]
+    assert main([*command, *FEW, "--depths", "0,3", "--int8", "--device", "cpu", "--json", str(again)]) == 0
+    all_rows = json.loads(again.read_text())["rows"]
+    small = [r for r in all_rows if r["features"] == "int8"]
+    assert [(r["depth"], r["seconds"] is not None) for r in small if r["probe"] == "linear"] == [(0, False), (3, True)]
+    repeated = [r for r in all_rows if r["features"] != "int8"]
+    states = [[r["accuracy"] for r in part if r["depth"] == 3] for part in (small, repeated)]
+    assert states[0] == pytest.approx(states[1], abs=0.05)
+    assert states[0] != states[1]
     assert {r["depth"] for r in repeated} == {None, 0, 3}
     for probe in ("linear", "hidden"):
         first = accuracies(rows, "checkpoint", probe)

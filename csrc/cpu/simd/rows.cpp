@@ -201,8 +201,8 @@ void block(const RowsForward& a, int64_t first, int64_t rows, const Buffers<P>& 
     }
     add_and_normalise(a, a.norm, rows, x, pending, b.row, b.sums, b.h, b.row, b.row);
     T* out = static_cast<T*>(a.out) + first * a.out_row_stride;
-    multiply<P>(a.next, rows, Product<P>::operand(b.bytes, rows, b.h, b.row, a.columns), 0, a.columns, 0, a.next.columns,
-                bias_of(a.next), out, a.out_row_stride);
+    multiply<P>(a.next, rows, Product<P>::operand(b.bytes, rows, b.h, b.row, a.columns), 0, a.columns, 0,
+                a.next.columns, bias_of(a.next), out, a.out_row_stride);
 }
 
 template <class P, class T>
