@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 __all__ = ["DTYPES", "FRAME_SECONDS", "OPS", "Case", "parse_shapes"]
 
-# "amp" is autocast to bfloat16 over float32 weights
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "amp": torch.float32}
+# "amp" is autocast to bfloat16 over float32 weights, "int8" has the weights of linear maps in 8 bits, the rest in float32
+DTYPES = {
+    "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "amp": torch.float32, "int8": torch.float32,
+}  # fmt: skip
 OPS = ("relpos_attention", "glu_depthwise_conv", "feed_forward", "residual_layer_norm")
 # the real-time factor counts a frame as 10 ms of speech, the hop of the log-mel features
 FRAME_SECONDS = 0.01
@@ -55,6 +57,8 @@ class Case:
             raise ValueError(f"bench: mode is {self.mode!r}; expected inference, training, or OP:forward|training")
         if self.dtype not in DTYPES:
             raise ValueError(f"bench: dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
+        if self.dtype == "int8" and (self.mode != "inference" or self.device != "cpu"):
+            raise ValueError(f"bench: {self.mode} in int8 on {self.device}; int8 is for inference on a CPU")
         if min(self.batch, self.frames, self.layers) < 1:
             raise ValueError(f"bench: {self.batch}x{self.frames}, {self.layers} layers; expected positive sizes")
         if self.d_model < 2 or self.d_model % 2 or (self.d_model > 64 and self.d_model % 64):

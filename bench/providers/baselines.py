@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from lcconformer.ops.glu_depthwise_conv.reference import depthwise_conv1d
 __all__ = [
     "Conformer",
     "ConformerLayer",
+    "quantized",
     "relative_attention",
     "relative_attention_in_blocks",
     "sdpa_relative_attention",
@@ -226,3 +228,10 @@ class Conformer(nn.Module):
         for layer in self.layers:
             x = layer(x, table)
         return x
+
+
+def quantized(model: nn.Module) -> nn.Module:
+    """Return a copy by PyTorch's dynamic quantization: weights of linear maps in int8, what comes in rounded at each call."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is to move to torchao
+        return torch.ao.quantization.quantize_dynamic(model.eval(), {nn.Linear}, dtype=torch.qint8)

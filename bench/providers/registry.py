@@ -46,6 +46,7 @@ class Provider:
         scores: matrices ``[B, H, T, T]`` that attention certainly holds at once.
         note: how its maths differs from the reference, for the table.
         foreign: whether another runtime computes it, whose memory is not PyTorch's and whose threads are its own.
+        int8: whether it has a form with weights in 8 bits.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Provider:
     scores: int = 0
     note: str = ""
     foreign: bool = False
+    int8: bool = False
 
     def __str__(self) -> str:
         return self.name if self.backend == "torch" and self.name == "eager" else f"{self.name}:{self.backend}"
@@ -92,7 +94,27 @@ def _baseline(attention) -> Callable[[Case], nn.Module]:
             attention=attention,
         )
 
-    return build
+    def build_or_quantize(case: Case) -> nn.Module:
+        return _Quantized(build(case), baselines.quantized) if case.dtype == "int8" else build(case)
+
+    return build_or_quantize
+
+
+class _Quantized(nn.Module):
+    """``[B, T, d_model] -> [B, T, d_model]`` by what ``quantize`` makes of a module, at the first call: its weights are loaded
+    before.
+    """
+
+    def __init__(self, module: nn.Module, quantize: Callable[[Any], nn.Module]) -> None:
+        super().__init__()
+        self.module, self.layers = module, module.layers
+        self._quantize = quantize
+        self._quantized: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._quantized is None:
+            self._quantized = self._quantize(self.module)
+        return self._quantized(x)
 
 
 class _Encoder(nn.Module):
@@ -120,7 +142,15 @@ class _Encoder(nn.Module):
 
 def library(case: Case, sharing: str = "all") -> nn.Module:
     """lcconformer's module for the case, an op or an encoder; ``sharing`` is that of :class:`lcconformer.ConformerConfig`."""
-    return LIBRARY_OPS[case.op](case) if case.op else _Encoder(case, sharing)
+    if case.op:
+        return LIBRARY_OPS[case.op](case)
+    encoder = _Encoder(case, sharing)
+    return _Quantized(encoder, _quantize) if case.dtype == "int8" else encoder
+
+
+def _quantize(encoder: _Encoder) -> nn.Module:
+    encoder.encoder = lcconformer.quantize(encoder.encoder)
+    return encoder
 
 
 def _always(case: Case) -> str | None:
@@ -173,7 +203,7 @@ def _needs_device(backend: str) -> Callable[[Case], str | None]:
 
 _eager = _baseline(baselines.relative_attention)
 # the scores, before and after the shift
-eager = Provider("eager", "torch", _eager, _always, scores=3)
+eager = Provider("eager", "torch", _eager, _always, scores=3, int8=True)
 
 
 def _compiled(backend: str, missing, graphs: bool = False, **arguments) -> Provider:
@@ -191,7 +221,8 @@ def _library(backend: str, graphs: bool = False, engine: str = "modules") -> Pro
         return device(case) or (None if engine == "modules" else _encoder_only(case))
 
     label = backend + ("" if engine == "modules" else f"+{engine}") + ("+graphs" if graphs else "")
-    return Provider("lcconformer", label, library, missing, forced=backend, engine=engine, graphs=graphs)
+    int8 = backend == "cpu" and engine == "loop"
+    return Provider("lcconformer", label, library, missing, forced=backend, engine=engine, graphs=graphs, int8=int8)
 
 
 PROVIDERS: tuple[Provider, ...] = (
@@ -230,8 +261,8 @@ PROVIDERS: tuple[Provider, ...] = (
         conv_norm="batch",
         note="BatchNorm, no dropout on residual branches",
     ),
-    Provider("onnxruntime", "cpu", runtimes.onnxruntime, runtimes.missing_onnxruntime, foreign=True),
-    Provider("openvino", "cpu", runtimes.openvino, runtimes.missing_openvino, foreign=True),
+    Provider("onnxruntime", "cpu", runtimes.onnxruntime, runtimes.missing_onnxruntime, foreign=True, int8=True),
+    Provider("openvino", "cpu", runtimes.openvino, runtimes.missing_openvino, foreign=True, int8=True),
     *(_library(b) for b in reversed(BACKENDS)),
     *(_library(b, graphs=True) for b in ("triton", "cuda")),
     *(_library(b, engine="loop") for b in ("cpu", "triton")),

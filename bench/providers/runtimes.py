@@ -12,8 +12,10 @@ import contextlib
 import importlib.util
 import io
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,11 +58,13 @@ def _onnx(model: nn.Module, x: Tensor) -> bytes:
 
 
 def onnxruntime(case: Case) -> nn.Module:
-    """Build a module that ONNX Runtime computes, in float32."""
+    """Build a module that ONNX Runtime computes, in float32 or in int8 by its dynamic quantization."""
 
     def start(model: bytes) -> _Run:
         import onnxruntime
 
+        if case.dtype == "int8":
+            model = _quantized(model)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -71,19 +75,40 @@ def onnxruntime(case: Case) -> nn.Module:
     return _Exported(case, start)
 
 
+def _quantized(model: bytes) -> bytes:
+    """Quantize the weights; what comes in is quantized at each call."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder:
+        given, made = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
+        given.write_bytes(model)
+        logging.getLogger().setLevel(logging.ERROR)  # its advice to run a shape inference that the exporter has done
+        quantize_dynamic(given, made, weight_type=QuantType.QInt8)
+        return made.read_bytes()
+
+
 def openvino(case: Case) -> nn.Module:
-    """Build a module that OpenVINO computes, in the dtype of the case, float32 or bfloat16."""
+    """Build a module that OpenVINO computes: in float32, bfloat16, or float32 with weights compressed to int8 by NNCF.
+
+    Its CPU plugin quantizes what meets compressed weights at each call, in groups.
+    """
 
     def start(model: bytes) -> _Run:
         import openvino
 
         core = openvino.Core()
+        network = core.read_model(model)
+        if case.dtype == "int8":
+            import nncf
+
+            nncf.set_log_level(logging.ERROR)
+            network = nncf.compress_weights(network, mode=nncf.CompressWeightsMode.INT8_SYM)
         config = {
-            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[case.dtype],
+            "INFERENCE_PRECISION_HINT": "bf16" if case.dtype == "bfloat16" else "f32",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "PERFORMANCE_HINT": "LATENCY",
         }
-        request = core.compile_model(core.read_model(model), "CPU", config).create_infer_request()
+        request = core.compile_model(network, "CPU", config).create_infer_request()
         return lambda x: request.infer({0: x})[0]
 
     return _Exported(case, start)
@@ -104,9 +129,9 @@ def _missing(case: Case, packages: tuple[str, ...], dtypes: tuple[str, ...]) -> 
 
 def missing_onnxruntime(case: Case) -> str | None:
     """Why ONNX Runtime cannot run the case; None if it can."""
-    return _missing(case, ("onnxruntime",), ("float32",))
+    return _missing(case, ("onnxruntime",), ("float32", "int8"))
 
 
 def missing_openvino(case: Case) -> str | None:
     """Why OpenVINO cannot run the case; None if it can."""
-    return _missing(case, ("openvino",), ("float32", "bfloat16"))
+    return _missing(case, ("openvino", *["nncf"] * (case.dtype == "int8")), ("float32", "bfloat16", "int8"))

@@ -68,7 +68,7 @@ def _runtimes_table(title: str, rows: Sequence[Row]) -> list[str]:
     columns: list[
         tuple[str | None, str, str]
     ] = []  # (provider, dtype, title); without a provider: how many times as fast
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", "bfloat16", "int8"):
         there = [name for name in RUNTIMES if any((r.provider, r.dtype) == (name, dtype) for r in rows)]
         if there:
             columns += [(name, dtype, f"{RUNTIMES[name]} {dtype}") for name in there]

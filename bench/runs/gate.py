@@ -1,7 +1,7 @@
 """The correctness gate: a provider with wrong numbers is not timed.
 
 The rule is that of :mod:`lcconformer.tolerance`: the reference is the plain Conformer in float64 with the same weights, and
-``low`` the plain Conformer in the dtype and on the device of the case.  A provider runs at the shape that is timed; the
+``low`` the plain Conformer in the dtype and on the device of the case, in int8 by PyTorch's dynamic quantization.  A provider runs at the shape that is timed; the
 reference runs only the first and the last utterance, which do not depend on the rest of the batch.
 """
 
@@ -174,6 +174,8 @@ class Gate:
             # one layer, run `depth` times: its gradient is the sum over layers
             module.layers = torch.nn.ModuleList([module.layers[0]] * depth)
         module.to(case.device, dtype).eval()
+        if case.dtype == "int8" and dtype != torch.float64:
+            module = baselines.quantized(module)
         x = case.input().detach()[self.rows].to(dtype).requires_grad_(case.backward)
         exact = dtype == torch.float64
         precision = contextlib.nullcontext() if exact else case.autocast()

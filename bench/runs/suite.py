@@ -43,7 +43,8 @@ def prepare(provider: Provider, case: Case, gate: Gate) -> Runner:
         Skip: the provider cannot run this case.
         GateError: its numbers are wrong.
     """
-    reason = provider.missing(case) or _too_large(provider, case)
+    reason = "has no form in 8 bits" if case.dtype == "int8" and not provider.int8 else provider.missing(case)
+    reason = reason or _too_large(provider, case)
     if reason is not None:
         raise Skip(reason)
     try:

@@ -89,7 +89,7 @@ def test_what_costs_nothing_or_was_asked_for_is_no_loss(monkeypatch, caplog):
 
 
 def test_where_auto_would_not_take_the_engine_nothing_is_lost(monkeypatch):
-    monkeypatch.setattr(loop.inference, "slower", lambda x: ["not measured"])
+    monkeypatch.setattr(loop.inference, "slower", lambda stack, x: ["not measured"])
     monkeypatch.setattr(loop.training, "slower", lambda x, kernels: ["not measured"])
     for gradients in (False, True):
         with torch.set_grad_enabled(gradients):

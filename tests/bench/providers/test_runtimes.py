@@ -3,20 +3,30 @@
 import importlib.util
 
 import pytest
+import torch
 from lcconformer.bench.core.case import Case
 from lcconformer.bench.providers import registry, runtimes
 from lcconformer.bench.runs.gate import Gate, GateError
-from lcconformer.bench.runs.suite import prepare
+from lcconformer.bench.runs.suite import Skip, prepare
 
 SMALL = Case("inference", 2, 9, d_model=32, layers=2, depth=2, kernel=7)
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("onnxruntime", "float32"), ("openvino", "float32"), ("openvino", "bfloat16")]
+    ("name", "dtype"),
+    [
+        ("onnxruntime", "float32"),
+        ("onnxruntime", "int8"),
+        ("openvino", "float32"),
+        ("openvino", "bfloat16"),
+        ("openvino", "int8"),
+    ],
 )
 def test_the_gate_passes_a_runtime_and_notices_other_weights(name, dtype):
     for package in (name, "onnxscript"):
         pytest.importorskip(package, reason="pip install 'lcconformer[test]'")
+    if (name, dtype) == ("openvino", "int8"):
+        pytest.importorskip("nncf", reason="pip install nncf")
     (provider,) = registry.choose(name)
     case = SMALL.replace(dtype=dtype)
     runner = prepare(provider, case, Gate(case))
@@ -28,6 +38,26 @@ def test_the_gate_passes_a_runtime_and_notices_other_weights(name, dtype):
         Gate(case).check(runner)
 
 
+@pytest.mark.parametrize("name", ["eager", "lcconformer:cpu+loop"])
+def test_the_gate_in_int8(name):
+    """Beside PyTorch's dynamic quantization of the plain Conformer; whoever has no such form is passed over."""
+    (provider,) = registry.choose(name)
+    case = SMALL.replace(dtype="int8")
+    runner = prepare(provider, case, Gate(case))
+    with torch.no_grad():
+        (out,), _ = runner()
+        exact = prepare(provider, SMALL, Gate(SMALL))()[0][0]
+    assert 1e-4 < (out - exact).norm() / exact.norm() < 0.05
+    runner.module.register_forward_hook(lambda module, inputs, out: 1.3 * out)
+    with pytest.raises(GateError, match="output 0 is off"):
+        Gate(case).check(runner)
+    for other in registry.choose("sdpa,transformers,lcconformer:cpu"):
+        with pytest.raises(Skip, match="has no form in 8 bits"):
+            prepare(other, case, Gate(case))
+    with pytest.raises(ValueError, match="training in int8 on cpu; int8 is for inference on a CPU"):
+        case.replace(mode="training")
+
+
 def test_what_a_runtime_does_not_run(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else name)
     assert runtimes.missing_openvino(SMALL) == "openvino not installed; pip install openvino"
@@ -36,7 +66,7 @@ def test_what_a_runtime_does_not_run(monkeypatch):
         ({"mode": "training"}, "runs the inference of encoders alone"),
         ({"mode": "feed_forward:forward"}, "runs the inference of encoders alone"),
         ({"device": "cuda"}, "is measured on CPUs alone"),
-        ({"dtype": "bfloat16"}, "computes in float32 on a CPU"),
+        ({"dtype": "bfloat16"}, "computes in float32 or int8 on a CPU"),
     ):
         assert runtimes.missing_onnxruntime(SMALL.replace(**change)) == reason
 
