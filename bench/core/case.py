@@ -13,8 +13,12 @@ __all__ = ["DTYPES", "FRAME_SECONDS", "OPS", "Case", "parse_shapes"]
 
 # "amp" is autocast to bfloat16 over float32 weights, "int8" has the weights of linear maps in 8 bits, the rest in float32
 DTYPES = {
-    "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "amp": torch.float32, "int8": torch.float32,
-}  # fmt: skip
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "amp": torch.float32,
+    "int8": torch.float32,
+}
 OPS = ("relpos_attention", "glu_depthwise_conv", "feed_forward", "residual_layer_norm")
 # the real-time factor counts a frame as 10 ms of speech, the hop of the log-mel features
 FRAME_SECONDS = 0.01

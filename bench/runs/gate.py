@@ -1,8 +1,9 @@
 """The correctness gate: a provider with wrong numbers is not timed.
 
 The rule is that of :mod:`lcconformer.tolerance`: the reference is the plain Conformer in float64 with the same weights, and
-``low`` the plain Conformer in the dtype and on the device of the case, in int8 by PyTorch's dynamic quantization.  A provider runs at the shape that is timed; the
-reference runs only the first and the last utterance, which do not depend on the rest of the batch.
+``low`` the plain Conformer in the dtype and on the device of the case, in int8 by PyTorch's dynamic quantization.  A provider
+runs at the shape that is timed; the reference runs only the first and the last utterance, which do not depend on the rest of
+the batch.
 """
 
 from __future__ import annotations
