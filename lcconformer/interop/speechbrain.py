@@ -61,8 +61,8 @@ class SpeechBrainLayer(AcceleratedLayer):
     def _activation(self, module: Any) -> str | None:
         swish = self.own[4]
         if type(module) is swish:
-            usual = module.beta == 1 and untouched([(module, swish), (module.silu, nn.SiLU)])
-            return "silu" if usual else None
+            silu: Any = module.silu
+            return "silu" if module.beta == 1 and untouched([(module, swish), (silu, nn.SiLU)]) else None
         return activation_of(module)
 
     def parts(self) -> Parts | None:
