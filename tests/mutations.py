@@ -1035,43 +1035,45 @@ CUDA = (
 )
 
 CUDA_ATTENTION = "csrc/cuda/relpos_attention.cu"
+CUDA_ATTENTION_SHARED = "csrc/cuda/relpos_attention.cuh"
+CUDA_ATTENTION_BACKWARD = "csrc/cuda/relpos_attention_backward.cu"
 CUDA_ATTENTION_SIZES = "csrc/cuda/relpos_attention.h"
 ON_CUDA_ATTENTION = "tests/extension/test_cuda_relpos_attention.py"
 
 CUDA_OF_ATTENTION = (
     Mutation(
         "positions one off",
-        CUDA_ATTENTION,
-        "const int origin = frames - 1 - i0;",
-        "const int origin = frames - i0;",
+        CUDA_ATTENTION_SHARED,
+        "const int origin = static_cast<int>(op.frames) - 1 - i0;",
+        "const int origin = static_cast<int>(op.frames) - i0;",
         f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-7]",
     ),
     Mutation(
         "rows of odd number rotated too far",
-        CUDA_ATTENTION,
+        CUDA_ATTENTION_SHARED,
         "odd = (q - g / 2) & 3;",
         "odd = (q - (g + 1) / 2) & 3;",
         f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-7]",
     ),
     Mutation(
         "columns of a pair not swapped",
-        CUDA_ATTENTION,
+        CUDA_ATTENTION_SHARED,
         "swap = g % 2 == 1;",
         "swap = false;",
         f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-7]",
     ),
     Mutation(
         "negative shift not from the block before",
-        CUDA_ATTENTION,
-        "s[n][i] = skew.own[i] ? now[i] : last[i];",
-        "s[n][i] = now[i];",
+        CUDA_ATTENTION_SHARED,
+        "s[i] = skew.own[i] ? now[i] : last[i];",
+        "s[i] = now[i];",
         f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-7]",
     ),
     Mutation(
         "second rows not a block further back",
-        CUDA_ATTENTION,
-        "s[n][2 + i] = skew.own[i] ? last[2 + i] : older[i];",
-        "s[n][2 + i] = skew.own[i] ? now[2 + i] : (static_cast<void>(older), last[2 + i]);",
+        CUDA_ATTENTION_SHARED,
+        "s[2 + i] = skew.own[i] ? last[2 + i] : older[i];",
+        "s[2 + i] = skew.own[i] ? now[2 + i] : last[2 + i];",
         f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-63]",
     ),
     Mutation(
@@ -1090,7 +1092,7 @@ CUDA_OF_ATTENTION = (
     ),
     Mutation(
         "padding mask dropped",
-        CUDA_ATTENTION,
+        CUDA_ATTENTION_SHARED,
         "op.lengths == nullptr ? frames : static_cast<int>(min(op.lengths[b], op.frames))",
         "frames",
         f"{ON_CUDA_ATTENTION}::test_lengths[emulated-lengths0]",
@@ -1113,15 +1115,15 @@ CUDA_OF_ATTENTION = (
         "next tile copied before every warp has read the last",
         CUDA_ATTENTION,
         "        __syncthreads();  // the tile is there, and the one before has been read by every warp\n"
-        "        if (left > kKeys) copy_tile(tile + 1);\n",
-        "        if (left > kKeys) copy_tile(tile + 1);\n        __syncthreads();\n",
+        "        if (left > kKeys) tiles.copy(tile + 1, left - kKeys);\n",
+        "        if (left > kKeys) tiles.copy(tile + 1, left - kKeys);\n        __syncthreads();\n",
         f"{ON_CUDA_ATTENTION}::test_lengths[emulated-lengths0]",
     ),
     Mutation(
         "next tile copied over this one",
-        CUDA_ATTENTION,
-        "const int stage = tile % kRelposStages * kTile;",
-        "const int stage = (tile + 1) % kRelposStages * kTile;",
+        CUDA_ATTENTION_SHARED,
+        "const int stage = tile % kRelposStages * kTile, ",
+        "const int stage = (tile + 1) % kRelposStages * kTile, ",
         f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-65]",
     ),
     Mutation(
@@ -1147,7 +1149,7 @@ CUDA_OF_ATTENTION = (
     ),
     Mutation(
         "dropout of the first rows for the second",
-        CUDA_ATTENTION,
+        CUDA_ATTENTION_SHARED,
         "kept >> (i / 2 * 8 + i % 2)",
         "kept >> (i % 2)",
         f"{ON_CUDA_ATTENTION}::test_dropout[emulated-0.3-bfloat16]",
@@ -1155,13 +1157,13 @@ CUDA_OF_ATTENTION = (
     Mutation(
         "dropout of one head for all",
         CUDA_ATTENTION,
-        "const uint32_t major = blockIdx.z * gridDim.y + blockIdx.y;",
-        "const uint32_t major = blockIdx.z;",
+        "blockIdx.z * gridDim.y + blockIdx.y, tile",
+        "blockIdx.z, tile",
         f"{ON_CUDA_ATTENTION}::test_dropout[emulated-0.3-bfloat16]",
     ),
     Mutation(
         "packed utterance begins with the first",
-        CUDA_ATTENTION,
+        CUDA_ATTENTION_SHARED,
         "const int64_t start = op.cu_seqlens[b];",
         "const int64_t start = op.cu_seqlens[0];",
         f"{ON_CUDA_ATTENTION}::test_packed_utterances_are_each_alone[emulated-packed0]",
@@ -1169,8 +1171,8 @@ CUDA_OF_ATTENTION = (
     Mutation(
         "ring of positions a tile too short",
         CUDA_ATTENTION_SIZES,
-        "kRelposWarps * kRelposRows / kRelposKeys + 2;",
-        "kRelposWarps * kRelposRows / kRelposKeys + 1;",
+        "return warps * kRelposRows / kRelposKeys + 2;",
+        "return warps * kRelposRows / kRelposKeys + 1;",
         f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-203]",
     ),
     Mutation(
@@ -1178,7 +1180,190 @@ CUDA_OF_ATTENTION = (
         CUDA_ATTENTION_SIZES,
         "return head_dim / 2 + 4;",
         "return head_dim / 2;",
-        f"{ON_CUDA_ATTENTION}::test_no_bank_conflicts[64]",
+        f"{ON_CUDA_ATTENTION}::test_no_bank_conflicts[64-forward]",
+    ),
+)
+
+CUDA_OF_ATTENTION_BACKWARD = (
+    Mutation(
+        "rows: tile not waited for",
+        CUDA_ATTENTION_BACKWARD,
+        "        wait_for_copies<0>();\n"
+        "        __syncthreads();  // the tile is there, and the one before has been read by every warp\n"
+        "        if (left > kKeys) tiles",
+        "        __syncthreads();  // the tile is there, and the one before has been read by every warp\n"
+        "        if (left > kKeys) tiles",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-65]",
+    ),
+    Mutation(
+        "rows: missing barrier between tiles",
+        CUDA_ATTENTION_BACKWARD,
+        "        __syncthreads();  // the tile is there, and the one before has been read by every warp\n"
+        "        if (left > kKeys) tiles",
+        "        if (left > kKeys) tiles",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-65]",
+    ),
+    Mutation(
+        "keys: tile not waited for",
+        CUDA_ATTENTION_BACKWARD,
+        "        wait_for_copies<0>();\n"
+        "        __syncthreads();  // the tile is there, and the one before has been read by every warp\n"
+        "        if (left > kQueries) copy",
+        "        __syncthreads();  // the tile is there, and the one before has been read by every warp\n"
+        "        if (left > kQueries) copy",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-65]",
+    ),
+    Mutation(
+        "keys: missing barrier between tiles",
+        CUDA_ATTENTION_BACKWARD,
+        "        __syncthreads();  // the tile is there, and the one before has been read by every warp\n"
+        "        if (left > kQueries) copy",
+        "        if (left > kQueries) copy",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-203]",
+    ),
+    Mutation(
+        "positions: tile not waited for",
+        CUDA_ATTENTION_BACKWARD,
+        "            wait_for_copies<0>();\n"
+        "            __syncthreads();  // the tile is there, and the one before has been read by every warp\n"
+        "            if (strip + kQueries / kRows < end)",
+        "            __syncthreads();  // the tile is there, and the one before has been read by every warp\n"
+        "            if (strip + kQueries / kRows < end)",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-65]",
+    ),
+    Mutation(
+        "positions: missing barrier between tiles",
+        CUDA_ATTENTION_BACKWARD,
+        "            __syncthreads();  // the tile is there, and the one before has been read by every warp\n"
+        "            if (strip + kQueries / kRows < end)",
+        "            if (strip + kQueries / kRows < end)",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-203]",
+    ),
+    Mutation(
+        "rows: dR of odd rows rotated too little",
+        CUDA_ATTENTION_BACKWARD,
+        "second = (q + (g + 1) / 2) & 3;",
+        "second = (q + g / 2) & 3;",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-7]",
+    ),
+    Mutation(
+        "rows: columns of a pair not swapped",
+        CUDA_ATTENTION_BACKWARD,
+        "swap = g % 2 == 1;",
+        "swap = false;",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-7]",
+    ),
+    Mutation(
+        "rows: dR not from the next block",
+        CUDA_ATTENTION_BACKWARD,
+        "before[i] = own[i] ? last[i] : now[0][i];",
+        "before[i] = last[i];",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-7]",
+    ),
+    Mutation(
+        "rows: second rows of dR not a block further on",
+        CUDA_ATTENTION_BACKWARD,
+        "dr[1] = upper(before);",
+        "dr[1] = upper(older);",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-63]",
+    ),
+    Mutation(
+        "rows: dR of the positions after the last key left out",
+        CUDA_ATTENTION_BACKWARD,
+        "if (tile > 0 && own_rows > 0) {",
+        "if (tile < 0) {",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-7]",
+    ),
+    Mutation(
+        "rows: positions of dR sixteen further on",
+        CUDA_ATTENTION_BACKWARD,
+        "place + 8 * n - 16);",
+        "place + 8 * n);",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-7]",
+    ),
+    Mutation(
+        "rows: sum of dP not subtracted",
+        CUDA_ATTENTION_BACKWARD,
+        "fmaf(dp[i], factor, -lse_delta[i / 2].y)",
+        "dp[i] * factor",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-7]",
+    ),
+    Mutation(
+        "rows: no dropout in dP",
+        CUDA_ATTENTION_BACKWARD,
+        "fmaf(dp[i], factor, -lse_delta[i / 2].y)",
+        "(dp[i] - lse_delta[i / 2].y)",
+        f"{ON_CUDA_ATTENTION}::test_dropout[emulated-0.3-bfloat16]",
+    ),
+    Mutation(
+        "rows: scratch of the first head for all",
+        CUDA_ATTENTION_BACKWARD,
+        "static_cast<T*>(op.scratch) + slot * relpos",
+        "static_cast<T*>(op.scratch) + 0 * relpos",
+        f"{ON_CUDA_ATTENTION}::test_backward_of_some_heads_at_a_time[emulated-4-None]",
+    ),
+    Mutation(
+        "keys: fragments of the wrong half",
+        CUDA_ATTENTION_BACKWARD,
+        "const int block = 4 * part + 2 * m + lane / 8 % 2, half = lane / 16;",
+        "const int block = 4 * part + 2 * m + lane / 16, half = lane / 8 % 2;",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-63]",
+    ),
+    Mutation(
+        "keys: dv for dk",
+        CUDA_ATTENTION_BACKWARD,
+        "const int stage = tile % kRelposStages * 2 + kind;",
+        "const int stage = tile % kRelposStages * 2 + 1 - kind;",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-7]",
+    ),
+    Mutation(
+        "keys: du of the padding",
+        CUDA_ATTENTION_BACKWARD,
+        "if (kind != 0 || key >= own.keys) continue;",
+        "if (kind != 0) continue;",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-65]",
+    ),
+    Mutation(
+        "keys: du not taken from the gradient of v_bias",
+        CUDA_ATTENTION_BACKWARD,
+        "D + d] = -total;",
+        "D + d] = 0.0f;",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-7]",
+    ),
+    Mutation(
+        "scratch read with strips a row of a block apart",
+        CUDA_ATTENTION_BACKWARD,
+        "scratch.blocks + (strip + second) * scratch.strip",
+        "scratch.blocks + (strip + second) * (scratch.strip + 8)",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-63]",
+    ),
+    Mutation(
+        "positions: second strip where the first is",
+        CUDA_ATTENTION_BACKWARD,
+        "a + 2 * strip + 2, 2, blocks);",
+        "a + 2 * strip + 2, 0, blocks);",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-63]",
+    ),
+    Mutation(
+        "positions: a strip left out",
+        CUDA_ATTENTION_BACKWARD,
+        "max(0, (-kColumns / 8 - a) / 2);",
+        "max(0, (-kColumns / 8 - a) / 2 + 1);",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-203]",
+    ),
+    Mutation(
+        "positions: missing barrier between utterances",
+        CUDA_ATTENTION_BACKWARD,
+        "        __syncthreads();  // every warp has read the last tile\n",
+        "",
+        f"{ON_CUDA_ATTENTION}::test_backward_of_some_heads_at_a_time[emulated-4-None]",
+    ),
+    Mutation(
+        "positions: sum over earlier heads forgotten",
+        CUDA_ATTENTION_BACKWARD,
+        "op.first == 0 ? make_float2(0.0f, 0.0f) : sum;",
+        "make_float2(0.0f, 0.0f);",
+        f"{ON_CUDA_ATTENTION}::test_backward_of_some_heads_at_a_time[emulated-1-None]",
     ),
 )
 
@@ -1383,7 +1568,16 @@ DISPATCH = (
     ),
 )
 
-MUTATIONS = (*TRITON, *CXX, *CUDA, *CUDA_OF_ATTENTION, *CUDA_OF_CLUSTERS, *EMULATOR, *DISPATCH)
+MUTATIONS = (
+    *TRITON,
+    *CXX,
+    *CUDA,
+    *CUDA_OF_ATTENTION,
+    *CUDA_OF_ATTENTION_BACKWARD,
+    *CUDA_OF_CLUSTERS,
+    *EMULATOR,
+    *DISPATCH,
+)
 
 
 # pytest, and then where the package came from: behind the copy an editable install of the checkout lies in wait

@@ -13,7 +13,18 @@ from pathlib import Path
 import pytest
 
 from . import mutations
-from .mutations import CUDA, CUDA_OF_ATTENTION, CUDA_OF_CLUSTERS, CXX, DISPATCH, EMULATOR, MUTATIONS, TRITON, Mutation
+from .mutations import (
+    CUDA,
+    CUDA_OF_ATTENTION,
+    CUDA_OF_ATTENTION_BACKWARD,
+    CUDA_OF_CLUSTERS,
+    CXX,
+    DISPATCH,
+    EMULATOR,
+    MUTATIONS,
+    TRITON,
+    Mutation,
+)
 
 ROOT = Path(__file__).parents[1]
 TABLES = (ROOT / "tests" / "MUTATIONS.md").read_text()
@@ -35,11 +46,12 @@ def test_changes_one_place_and_names_a_test(mutation):
         (CXX, "tests/extension/"),
         (CUDA, "tests/extension/test_cuda_glu_depthwise_conv.py::"),
         (CUDA_OF_ATTENTION, "tests/extension/test_cuda_relpos_attention.py::"),
+        (CUDA_OF_ATTENTION_BACKWARD, "tests/extension/test_cuda_relpos_attention.py::"),
         (CUDA_OF_CLUSTERS, "tests/extension/test_cuda_cluster_loop.py::"),
         (EMULATOR, "tests/extension/test_emulator.py::"),
         (DISPATCH, "tests/"),
     ],
-    ids=["triton", "cxx", "cuda", "cuda attention", "cuda clusters", "emulator", "dispatch"],
+    ids=["triton", "cxx", "cuda", "cuda attention", "cuda attention backward", "cuda clusters", "emulator", "dispatch"],
 )
 def test_the_tables_have_a_row_for_each(chosen: Sequence[Mutation], folder):
     assert all(m.test.startswith(folder) for m in chosen)

@@ -16,25 +16,30 @@ __all__ = ["cuda_calls"]
 def cuda_calls(
     layer: LayerShape, device: torch.device, convolutions: bool = True
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Forward of attention; forward, and forward with backward, of the convolution, by norm."""
-    yield _attention(layer, device)
+    """Forward, and forward with backward, of attention, and of the convolution by norm."""
+    yield from _attention(layer, device)
     if convolutions:
         yield from _convolutions(layer, device)
 
 
-def _attention(layer: LayerShape, device: torch.device) -> tuple[str, Callable[[], object]]:
+def _attention(layer: LayerShape, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
     b, t, h, d = layer.batch, layer.frames, layer.heads, layer.d_model // layer.heads
 
     def make(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device).to(DTYPES[layer.dtype])
 
     inputs = (*make(b, t, 3, h, d).unbind(2), make(2 * t - 1, h, d), make(h, d), make(h, d))
+    leaves, g = [x.clone().requires_grad_() for x in inputs], make(b, t, h, d)
 
-    def forward() -> torch.Tensor:
+    def forward(inputs=inputs) -> torch.Tensor:
         with lcconformer.backend("cuda"):
             return ops.relpos_attention(*inputs, dropout_p=layer.dropout)
 
-    return "relpos_attention cuda, forward", forward
+    def both() -> object:
+        return torch.autograd.grad(forward(leaves), leaves, g)
+
+    yield "relpos_attention cuda, forward", forward
+    yield "relpos_attention cuda, forward and backward", both
 
 
 def _convolutions(layer: LayerShape, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -56,6 +56,28 @@ void bind_glu_depthwise_conv(py::module_& m) {
           py::arg("channels"));
 }
 
+template <class S>
+void add_relpos_attention(Arguments<S>& args) {
+    args.template required<&S::element>("element")
+        .template required<&S::batch>("batch")
+        .template required<&S::frames>("frames")
+        .template required<&S::total_frames>("total_frames")
+        .template required<&S::heads>("heads")
+        .template required<&S::head_dim>("head_dim")
+        .template required<&S::q>("q")
+        .template required<&S::k>("k")
+        .template required<&S::v>("v")
+        .template required<&S::pos>("pos")
+        .template required<&S::u>("u")
+        .template required<&S::v_bias>("v_bias")
+        .template optional<&S::lengths>("lengths")
+        .template optional<&S::cu_seqlens>("cu_seqlens")
+        .template optional<&S::seed>("seed")
+        .template required<&S::dropout_p>("dropout_p")
+        .template required<&S::device>("device")
+        .template required<&S::stream>("stream");
+}
+
 void bind_relpos_attention(py::module_& m) {
     Arguments<RelposHeads>(m, "RelposHeads", "Rows of heads by utterance, frame and head")
         .required<&RelposHeads::data>("data")
@@ -64,28 +86,32 @@ void bind_relpos_attention(py::module_& m) {
         .required<&RelposHeads::head_stride>("head_stride");
 
     using Forward = RelposAttentionForward;
-    Arguments<Forward>(m, "RelposAttentionForward", "Arguments of relpos_attention_forward")
-        .required<&Forward::element>("element")
-        .required<&Forward::batch>("batch")
-        .required<&Forward::frames>("frames")
-        .required<&Forward::total_frames>("total_frames")
-        .required<&Forward::heads>("heads")
-        .required<&Forward::head_dim>("head_dim")
-        .required<&Forward::q>("q")
-        .required<&Forward::k>("k")
-        .required<&Forward::v>("v")
-        .required<&Forward::pos>("pos")
-        .required<&Forward::u>("u")
-        .required<&Forward::v_bias>("v_bias")
-        .optional<&Forward::lengths>("lengths")
-        .optional<&Forward::cu_seqlens>("cu_seqlens")
-        .optional<&Forward::seed>("seed")
-        .required<&Forward::dropout_p>("dropout_p")
-        .required<&Forward::out>("out")
-        .required<&Forward::lse>("lse")
-        .required<&Forward::device>("device")
-        .required<&Forward::stream>("stream");
+    Arguments<Forward> forward(m, "RelposAttentionForward", "Arguments of relpos_attention_forward");
+    add_relpos_attention(forward);
+    forward.required<&Forward::out>("out").required<&Forward::lse>("lse");
+
+    using Backward = RelposAttentionBackward;
+    Arguments<Backward> backward(m, "RelposAttentionBackward", "Arguments of relpos_attention_backward");
+    add_relpos_attention(backward);
+    backward.required<&Backward::out>("out")
+        .required<&Backward::lse>("lse")
+        .required<&Backward::dout>("dout")
+        .required<&Backward::dq>("dq")
+        .required<&Backward::dk>("dk")
+        .required<&Backward::dv>("dv")
+        .required<&Backward::dpos>("dpos")
+        .required<&Backward::du>("du")
+        .required<&Backward::dv_bias>("dv_bias")
+        .required<&Backward::scratch>("scratch")
+        .required<&Backward::slots>("slots")
+        .required<&Backward::parts>("parts");
+
     bind_launch<Forward>(m, "relpos_attention_forward", &relpos_attention_forward);
+    bind_launch<Backward>(m, "relpos_attention_backward", &relpos_attention_backward);
+    m.def("relpos_attention_slots", &relpos_attention_slots, py::arg("batch"), py::arg("frames"), py::arg("heads"),
+          py::arg("head_dim"));
+    m.def("relpos_attention_parts", &relpos_attention_parts, py::arg("slots"), py::arg("frames"), py::arg("heads"));
+    m.def("relpos_attention_scratch", &relpos_attention_scratch, py::arg("frames"), py::arg("head_dim"));
 }
 
 void bind_cluster_loop(py::module_& m) {

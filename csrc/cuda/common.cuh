@@ -74,6 +74,14 @@ __device__ inline float reciprocal_fast(float x) {
     return y;
 }
 
+// x, but what follows from it is not computed ahead of a loop, where it would take registers
+template <class V>
+__device__ inline V not_ahead(V x) {
+    static_assert(sizeof(V) == 4 && std::is_integral_v<V>);
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 }  // namespace lcc
 #endif
 

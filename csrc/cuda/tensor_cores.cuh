@@ -10,7 +10,7 @@
 namespace lcc {
 
 // Sixteen bytes to the i-th float of `to`, on their way until wait_for_copies; zeros instead if they are not `there`.
-// Both addresses are multiples of 16; `from` is a valid one in any case.
+// Both addresses are multiples of 16; nothing is read from `from` if they are not.
 __device__ inline void copy_async(const Shared& to, int i, const void* from, bool there) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.address(i)),
                  "l"(__cvta_generic_to_global(from)), "r"(there ? 16 : 0));

@@ -216,6 +216,10 @@ class SharedMemory {
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float reciprocal_fast(float x) { return 1.0f / x; }
+template <class V>
+V not_ahead(V x) {
+    return x;
+}
 
 constexpr size_t kMaxShared = 99 << 10;             // of a block on sm_86, sm_89, sm_120: the least of all targets
 constexpr size_t kMaxSharedOfClusters = 227 << 10;  // on sm_90, which has them

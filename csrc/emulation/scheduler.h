@@ -1,9 +1,10 @@
 // Runs the threads of a CUDA grid as fibers on one CPU thread.
 //
 // A thread runs until it waits (barrier, warp operation, grid barrier) or reaches an atomic; then a seeded random
-// choice says who runs next. So what a kernel leaves to luck shows: a missing barrier reads poison or an old value, a
-// barrier that some thread never reaches leaves nobody to run and is reported by block, thread, file and line. Two
-// blocks are resident at a time, or all of them under a cooperative launch.
+// choice says who runs next, under an odd seed by priorities of warps (Burckhardt et al. 2010, "A randomized scheduler
+// with probabilistic guarantees of finding bugs"). So what a kernel leaves to luck shows: a missing barrier reads
+// poison or an old value, a barrier that some thread never reaches leaves nobody to run and is reported by block,
+// thread, file and line. Two blocks are resident at a time, or all of them under a cooperative launch.
 //
 // An asynchronous copy poisons what it goes to when it is issued, and reads its source and lands at a random step of
 // the schedule: at the latest when its thread waits for it. The steps are drawn by a generator of their own, from the
@@ -201,6 +202,7 @@ struct Fiber {
     uint3 thread;
     int rank = 0;  // of the thread in its block
     bool done = false;
+    uint32_t priority = 0;                      // of its warp, under an odd seed
     Place waits;                                // empty: can run
     Lanes lanes{};                              // what each lane brought to the last warp operation
     int pieces = 0;                             // of dynamic shared memory taken so far
@@ -251,8 +253,8 @@ class Grid {
     // cluster: blocks of a cluster, which follow one another in x
     Grid(uint3 grid, uint3 block, size_t shared, bool cooperative, unsigned cluster, unsigned seed,
          std::function<void()> body)
-        : grid_(grid), block_(block), shared_(shared), cooperative_(cooperative), cluster_(cluster), random_(seed),
-          delays_(~seed), body_(std::move(body)) {}
+        : grid_(grid), block_(block), shared_(shared), cooperative_(cooperative), cluster_(cluster), uneven_(seed % 2),
+          random_(seed), delays_(~seed), body_(std::move(body)) {}
 
     ~Grid() {
         for (void* stack : stacks_) munmap(stack, kStack);
@@ -297,6 +299,7 @@ class Grid {
     void touch_stores(Place place, size_t offset, size_t bytes);
     void complete_cluster_barrier(Cluster& cluster);
     void start_fiber(Block& block, int rank);
+    Fiber* pick();
     void resume(Fiber& fiber);
     void suspend(bool last = false);
     void wait(Place place);
@@ -313,6 +316,7 @@ class Grid {
     size_t shared_;
     bool cooperative_;
     unsigned cluster_;
+    bool uneven_;                   // some warps run far ahead of others
     std::mt19937 random_, delays_;  // who runs next; how long copies take
     std::function<void()> body_;
     std::vector<std::unique_ptr<Block>> resident_;
@@ -375,9 +379,7 @@ inline void Grid::run() {
             deadlock();
         }
         land_copies();
-        std::swap(runnable_[random_() % runnable_.size()], runnable_.back());
-        Fiber* fiber = runnable_.back();
-        runnable_.pop_back();
+        Fiber* fiber = pick();
         resume(*fiber);
         if (error_) {
             current() = outer;
@@ -399,6 +401,22 @@ inline void Grid::run() {
     current() = outer;
 }
 
+// One of those that can run. Under an odd seed mostly one of a warp of high priority: so a warp may be at its next
+// barrier but one before another has moved. Every fourth is any, for those that others wait for.
+inline Fiber* Grid::pick() {
+    size_t chosen = random_() % runnable_.size();
+    if (uneven_ && random_() % 4) {
+        for (int i = 0; i < 7; ++i) {
+            const size_t other = random_() % runnable_.size();
+            if (runnable_[other]->priority > runnable_[chosen]->priority) chosen = other;
+        }
+    }
+    std::swap(runnable_[chosen], runnable_.back());
+    Fiber* fiber = runnable_.back();
+    runnable_.pop_back();
+    return fiber;
+}
+
 inline void Grid::start_cluster(uint64_t index) {
     const auto cluster = std::make_shared<Cluster>();
     for (unsigned rank = 0; rank < cluster_; ++rank) {
@@ -417,6 +435,11 @@ inline void Grid::start_block(uint64_t index) {
     block->fibers.resize(threads);
     block->warps.resize((threads + kWarpSize - 1) / kWarpSize);
     for (unsigned i = 0; i < threads; ++i) start_fiber(*block, static_cast<int>(i));
+    for (size_t warp = 0; uneven_ && warp < block->warps.size(); ++warp) {
+        const uint32_t priority = random_();
+        const size_t end = std::min<size_t>(threads, (warp + 1) * kWarpSize);
+        for (size_t i = warp * kWarpSize; i < end; ++i) block->fibers[i].priority = priority;
+    }
     resident_.push_back(std::move(block));
 }
 

@@ -1,17 +1,19 @@
-"""The CUDA kernel of relpos_attention through its Python glue, case by case, beside a float64 oracle.
+"""The CUDA kernels of relpos_attention through their Python glue, case by case, beside a float64 oracle.
 
-Run as a program, `python cases_relpos_attention.py MODULE`, it takes cases from stdin and the kernel from an emulated
+Run as a program, `python cases_relpos_attention.py MODULE`, it takes cases from stdin and the kernels from an emulated
 module: a process of its own, since it runs under AddressSanitizer.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -82,35 +84,41 @@ def run(case: dict[str, Any], device: str, reseed: Callable[[int], None]) -> dic
     ends = None if packed is None else torch.tensor([0, *packed], dtype=torch.int32, device=device).cumsum(0)
 
     def worked_out(dtype: torch.dtype) -> dict[str, Tensor]:
-        leaves = [x.to(dtype, copy=True).requires_grad_(case["backward"]) for x in inputs]
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
         out, lse = oracle(leaves, case, 0 if key is None else int(key))
+        out.backward(dout.to(dtype))
         found = {"out": out.detach(), "lse": lse.detach()}
-        if case["backward"]:
-            out.backward(dout.to(dtype))
-            found |= {f"d{name}": x.grad for name, x in zip(NAMES, leaves) if x.grad is not None}
-        return found
+        return found | {f"d{name}": x.grad for name, x in zip(NAMES, leaves) if x.grad is not None}
 
-    def ours() -> dict[str, Tensor]:
-        given = [x.clone() for x in inputs]
+    def ours(autograd: bool, partial: bool) -> dict[str, Tensor]:
+        given = [x.clone() for x in (*inputs, dout)]
         for b, n in enumerate(case["lengths"] or ()):
             for x in given[1:3]:
                 x[b, n:] = float("nan")  # keys in the padding must not be looked at
         if case["strided"]:
             given[:4] = [scattered(x, case["strided"]) for x in given[:4]]
-        args = RelposAttention(*given, lengths, ends, key, case["dropout"])
+            given[6] = scattered(given[6], case["strided"])
+        args = RelposAttention(*given[:6], lengths, ends, key, case["dropout"])
         out, lse = glue.forward(args)
-        found = {"out": out, "lse": lse}
-        if case["backward"]:
-            leaves = [x.requires_grad_() for x in args.flat()[:6]]
-            RelposAttentionFn.apply(*leaves, *args.flat()[6:], "cuda").backward(dout)
-            found |= {f"d{name}": x.grad for name, x in zip(NAMES, leaves)}
-        return {name: x.detach() for name, x in found.items()}
+        if autograd:
+            leaves = [x.requires_grad_() for x in given[:6]]
+            gradients = torch.autograd.grad(RelposAttentionFn.apply(*args.flat(), "cuda"), leaves, given[6])
+        else:
+            gradients = glue.backward(given[6], args, out, lse, partial=partial)
+            if partial:
+                gradients = (*gradients[:3], *(x.sum(0).to(dout.dtype) for x in gradients[3:]))
+        return {"out": out, "lse": lse, **{f"d{name}": x for name, x in zip(NAMES, gradients)}}
 
     ref, low = worked_out(torch.float64), worked_out(inputs[0].dtype)
     outs = []
-    for n in range(1 if case["backward"] else SCHEDULES):
-        reseed(case["seed"] + n)
-        outs.append(ours())
+    with contextlib.ExitStack() as stack:
+        if case["slots"]:
+            for name, value in (("slots", case["slots"]), ("parts", 1)):
+                size = mock.patch.object(glue._kernels(), f"relpos_attention_{name}", return_value=value)
+                stack.enter_context(size)
+        for n in range(SCHEDULES):
+            reseed(case["seed"] + n)
+            outs.append(ours(autograd=n == 0, partial=n == 1))
     worst: dict[str, Any] = {
         "same_bits": all(torch.equal(out[n], outs[0][n]) for out in outs for n in out),
         "tensors": {},
@@ -127,7 +135,7 @@ def run(case: dict[str, Any], device: str, reseed: Callable[[int], None]) -> dic
 
 
 def opcheck() -> dict[str, str]:
-    """Of the forward operator, with every optional tensor and with none; the failures."""
+    """Of both operators, with every optional tensor and with none; the failures."""
     failed = {}
     q, k, v, pos, u, v_bias = make_inputs((2, 9), 9, 2, 32, "bfloat16")
     packed = [x.flatten(0, 1) for x in (q, k, v)]
@@ -136,17 +144,27 @@ def opcheck() -> dict[str, str]:
         "lengths": (q, k, v, pos, u, v_bias, torch.tensor([9, 4]), None, torch.tensor([3]), 0.5),
         "packed": (*packed, pos, u, v_bias, None, torch.tensor([0, 9, 18]), None, 0.0),
     }.items():
-        operator = torch.ops.lcconformer.relpos_attention_fwd
-        tests = ("test_schema", "test_faketensor")
-        result = torch.library.opcheck(operator, args, {"backend": "cuda"}, test_utils=tests, raise_exception=False)
-        failed |= {f"{name}: {test}": str(got) for test, got in result.items() if got != "SUCCESS"}
+        forward, backward = (getattr(torch.ops.lcconformer, f"relpos_attention_{way}") for way in ("fwd", "bwd"))
+        out, lse = forward(*args, backend="cuda")
+        for operator, given in ((forward, args), (backward, (torch.randn_like(out), *args, out, lse))):
+            tests = ("test_schema", "test_faketensor")
+            result = torch.library.opcheck(
+                operator, given, {"backend": "cuda"}, test_utils=tests, raise_exception=False
+            )
+            failed |= {f"{name}: {operator}: {test}": str(got) for test, got in result.items() if got != "SUCCESS"}
     return failed
 
 
-def traffic(emulated: Any, d: int) -> list[int]:
-    """(wavefronts, bank conflicts) of the worst block."""
+def traffic(emulated: Any, d: int, way: str) -> list[int]:
+    """(wavefronts, bank conflicts) of the worst block of a pass, "forward" or "backward"."""
+    q, *others = make_inputs((1, 128), 128, 1, d, "bfloat16")
+    args = RelposAttention(q, *others, None, None, None, 0.0)
+    kept = glue.forward(args)
     emulated.count_traffic()
-    glue.forward(RelposAttention(*make_inputs((1, 128), 128, 1, d, "bfloat16"), None, None, None, 0.0))
+    if way == "forward":
+        glue.forward(args)
+    else:
+        glue.backward(torch.randn_like(q), args, *kept)
     return list(emulated.traffic())
 
 
@@ -168,7 +186,7 @@ def main() -> None:
     for line in sys.stdin:
         case = json.loads(line)
         if "traffic" in case:
-            answer: Any = traffic(emulated, case["traffic"])
+            answer: Any = traffic(emulated, *case["traffic"])
         elif "opcheck" in case:
             answer = opcheck()
         elif "refusal" in case:

@@ -1,4 +1,4 @@
-"""The CUDA kernel of relpos_attention against a float64 oracle, and Triton's backward pass behind it.
+"""The CUDA kernels of relpos_attention, forward and backward, against a float64 oracle.
 
 The same grid twice: emulated on the CPU, under sanitizers and in random schedules, and on a GPU where there is one.
 """
@@ -30,7 +30,7 @@ def run(request):
 def check(run: Any, **case: Any) -> None:
     """max |out - ref| <= r * max |low - ref| + two roundings of the largest value; and the same bits in any schedule."""
     case = {"b": 2, "t": 67, "h": 1, "d": 64, "dtype": "bfloat16", "lengths": None, "packed": None, "dropout": 0.0,
-            "strided": 0, "backward": False, "seed": 0, **case}  # fmt: skip
+            "strided": 0, "slots": 0, "seed": 0, **case}  # fmt: skip
     answer = run(**case)
     for name, got in answer["tensors"].items():
         bound = (3 if name.startswith("d") else 2) * got["low"] + got["floor"]
@@ -74,14 +74,10 @@ def test_strided_inputs(run, strided):
     check(run, t=40, h=2, d=32, strided=strided, lengths=[40, 9])
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_backward(run, dropout):
-    """In float16, which Triton's interpreter multiplies right."""
-    check(run, t=37, h=2, d=32, dtype="float16", dropout=dropout, lengths=[37, 20], backward=True)
-
-
-def test_backward_of_packed_utterances(run):
-    check(run, t=37, d=64, dtype="float16", dropout=0.3, packed=[20, 0, 37], backward=True)
+@pytest.mark.parametrize(("slots", "packed"), [(1, None), (4, None), (2, [20, 0, 37])])
+def test_backward_of_some_heads_at_a_time(run, slots, packed):
+    """The gradient of positions adds up over them."""
+    check(run, b=3, t=37, h=3, d=32, lengths=None if packed else [37, 20, 5], packed=packed, dropout=0.3, slots=slots)
 
 
 @pytest.mark.gpu
@@ -89,22 +85,28 @@ def test_replays_in_a_cuda_graph():
     q, *others = [x.cuda() for x in cases.make_inputs((2, 70), 70, 2, 64, "bfloat16")]
     lengths = torch.tensor([70, 33], device="cuda")
     args = RelposAttention(q, *others, lengths, None, None, 0.0)
-    glue.forward(args)
+
+    def both() -> tuple[torch.Tensor, ...]:
+        out, lse = glue.forward(args)
+        return out, lse, *glue.backward(q, args, out, lse)
+
+    both()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, lse = glue.forward(args)
+        found = both()
     q.copy_(torch.randn_like(q))
     lengths.copy_(torch.tensor([5, 70]))
     graph.replay()
-    for got, expected in zip((out, lse), glue.forward(args)):
+    for got, expected in zip(found, both()):
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("way", ["forward", "backward"])
 @pytest.mark.parametrize("d", [64, 128])
-def test_no_bank_conflicts(worker, d):
+def test_no_bank_conflicts(worker, d, way):
     """No two lanes ask a bank of shared memory for different words at a time."""
-    wavefronts, conflicts = worker(traffic=d)
+    wavefronts, conflicts = worker(traffic=[d, way])
     assert wavefronts > 0
     assert conflicts == 0, f"{conflicts} of {wavefronts} wavefronts of a block are bank conflicts"
 

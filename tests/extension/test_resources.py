@@ -19,7 +19,15 @@ import toolchain
 CONVOLUTION = ("forward", "forward_layer", "backward", "backward_layer", "row_moments", "reduce")
 KERNELS = {
     *((f"glu_depthwise_conv.{name}", e) for name in CONVOLUTION for e in ("float32", "float16", "bfloat16")),
-    *((f"relpos_attention.forward_{d}", e) for d in resources.HEAD_DIMS for e in ("float16", "bfloat16")),
+    *(
+        (f"{name}_{d}", e)
+        for name in (
+            "relpos_attention.forward",
+            *(f"relpos_attention_backward.{n}" for n in ("rows", "keys", "positions")),
+        )
+        for d in (32, 64, 96, 128)
+        for e in ("float16", "bfloat16")
+    ),
 }
 ON_CLUSTERS = {("cluster_loop.loops", "bfloat16", 90), ("cluster_phases.phases", "bfloat16", 90)}
 TABLE = ROOT / "bench" / "results" / "cuda_resources.json"

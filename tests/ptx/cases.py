@@ -117,12 +117,11 @@ def cuda_cases() -> Iterator[Case]:
     yield convolution("batch", 130, "fp16", 37)
     yield convolution("none", 5, "bf16", 1, 63)
     yield convolution("batch", 5, "fp32", 65, 47)
-    # the backward pass of attention is Triton's
     for d, dtype, t, more in (
         (32, "bf16", 131, {}), (64, "fp16", 67, {}), (64, "bf16", 67, {"dropout": 0.3}), (96, "bf16", 37, {"packed": True}),
         (128, "fp16", 37, {}),
     ):  # fmt: skip
-        yield attention(d, dtype, t, forward_only=True, **more)
+        yield attention(d, dtype, t, **more)
 
 
 SHOWN = (

@@ -52,8 +52,15 @@ def cuda_kernels(tmp_path_factory: pytest.TempPathFactory):
         for source in sources:
             text = folder / f"{Path(source).stem}_{arch}.ptx"
             if not text.exists():
-                command = ["nvcc", "-ptx", "-std=c++17", f"-arch=compute_{arch}", f"-I{CSRC}", source, "-o", str(text)]
-                subprocess.run(command, check=True)
+                command = [
+                    "nvcc",
+                    "-ptx",
+                    "-std=c++17",
+                    "--expt-relaxed-constexpr",
+                    f"-arch=compute_{arch}",
+                    f"-I{CSRC}",
+                ]
+                subprocess.run([*command, source, "-o", str(text)], check=True)
             texts.append(str(text))
         return {"module": str(module), "texts": texts}
 

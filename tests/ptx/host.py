@@ -202,8 +202,6 @@ class CudaLauncher:
         with (
             mock.patch.object(extension, "load", return_value=types.SimpleNamespace(cuda=self.module)),
             mock.patch.object(availability, "_cuda_missing", return_value=[]),
-            # what a backward pass would take
-            mock.patch.object(availability, "_triton_missing", return_value=""),
             backend("cuda"),
         ):
             yield self

@@ -16,7 +16,7 @@ from .arguments import Backend, RelposAttention, Traits
 __all__ = ["OP", "RelposAttentionFn"]
 
 _BACKENDS: dict[str, Backend] = {"cuda": cuda, "triton": triton, "cpu": cpu, "torch": reference}
-# the CUDA kernel on request, until a GPU has measured it against Triton's
+# the CUDA kernels on request, until a GPU has measured them against Triton's
 OP: Op[Traits, Backend] = Op("relpos_attention", _BACKENDS, on_request=frozenset({"cuda"}))
 
 torch.library.define(
