@@ -17,7 +17,8 @@ WITHOUT_NATIVE_TORCHAUDIO = """
 import pathlib, runpy, sys
 glob = pathlib.Path.glob
 pathlib.Path.glob = lambda path, *a, **k: [] if path.parts[-2:] == ("torchaudio", "lib") else glob(path, *a, **k)
-runpy.run_path(sys.argv[1], run_name="__main__")
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
@@ -89,3 +90,20 @@ def test_adding_an_op():
     assert "torch: served by torch, gradient [0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 4.0]" in out
     assert "float64: served by torch" in out
     assert "compiled: equal" in out
+
+
+def test_trainer_of_hugging_face(tmp_path):
+    pytest.importorskip("transformers", reason="pip install 'lcconformer[test]'")
+    pytest.importorskip("accelerate", reason="pip install accelerate")
+    options = ("--out", str(tmp_path), "--steps", "3")
+    out = run("train_with_hf_trainer", *options, prelude=WITHOUT_NATIVE_TORCHAUDIO)
+    assert "2 layers accelerated" in out
+    assert "in the mean of 3 steps" in out
+    assert float(out.split("logits differ by ")[1].split()[0]) < 1e-4
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_lightning():
+    pytest.importorskip("lightning", reason="pip install lightning")
+    out = run("train_with_lightning", "--steps", "3", prelude=WITHOUT_NATIVE_TORCHAUDIO)
+    assert len(out.split("error by depth: ")[1].split()) == 4

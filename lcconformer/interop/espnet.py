@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import ops
 from .accelerated import AcceleratedLayer
 from .adapter import (
     NotPadding,
@@ -20,31 +19,24 @@ from .adapter import (
     relative_table,
     untouched,
 )
-from .keys import STATISTICS, Key, weight_and_bias
-from .layer import Convolution, FeedForward, Parts, probability
+from .keys import layer_keys
+from .layer import Convolution, FeedForward, Parts, attend_relative, probability
 
 __all__ = ["LAYER_KEYS", "ESPnetLayer"]
 
-LAYER_KEYS: tuple[Key, ...] = (
-    *weight_and_bias("ffn1.norm", "norm_ff_macaron"),
-    *weight_and_bias("ffn1.up", "feed_forward_macaron.w_1"),
-    *weight_and_bias("ffn1.down", "feed_forward_macaron.w_2"),
-    *weight_and_bias("attention.norm", "norm_mha"),
-    *weight_and_bias("attention.qkv", "self_attn.linear_q", "self_attn.linear_k", "self_attn.linear_v"),
-    *weight_and_bias("attention.out", "self_attn.linear_out"),
-    Key("attention.pos.weight", ("self_attn.linear_pos.weight",)),
-    Key("attention.u", ("self_attn.pos_bias_u",)),
-    Key("attention.v_bias", ("self_attn.pos_bias_v",)),
-    *weight_and_bias("conv.norm", "norm_conv"),
-    *weight_and_bias("conv.pointwise1", "conv_module.pointwise_conv1", pointwise=True),
-    *weight_and_bias("conv.depthwise", "conv_module.depthwise_conv"),
-    *weight_and_bias("conv.depthwise_norm", "conv_module.norm"),
-    *(Key(f"conv.depthwise_norm.{s}", (f"conv_module.norm.{s}",)) for s in STATISTICS),
-    *weight_and_bias("conv.pointwise2", "conv_module.pointwise_conv2", pointwise=True),
-    *weight_and_bias("ffn2.norm", "norm_ff"),
-    *weight_and_bias("ffn2.up", "feed_forward.w_1"),
-    *weight_and_bias("ffn2.down", "feed_forward.w_2"),
-    *weight_and_bias("norm", "norm_final"),
+LAYER_KEYS = layer_keys(
+    norms=("norm_ff_macaron", "norm_mha", "norm_conv", "norm_ff", "norm_final"),
+    ffn1=("feed_forward_macaron.w_1", "feed_forward_macaron.w_2"),
+    qkv=("self_attn.linear_q", "self_attn.linear_k", "self_attn.linear_v"),
+    out="self_attn.linear_out",
+    positions=("self_attn.linear_pos", "self_attn.pos_bias_u", "self_attn.pos_bias_v"),
+    conv=(
+        "conv_module.pointwise_conv1",
+        "conv_module.depthwise_conv",
+        "conv_module.norm",
+        "conv_module.pointwise_conv2",
+    ),
+    ffn2=("feed_forward.w_1", "feed_forward.w_2"),
 )
 """Keys of ``EncoderLayer`` with ``macaron_style`` and ``use_cnn_module``."""
 
@@ -150,13 +142,17 @@ class ESPnetLayer(AcceleratedLayer):
     def _attend(self, positions: Tensor | None, h: Tensor, lengths: Tensor | None) -> Tensor:
         attention: Any = self.self_attn
         assert positions is not None
-        split = (attention.h, attention.d_k)
-        projections = (attention.linear_q, attention.linear_k, attention.linear_v)
-        q, k, v = (linear(h).unflatten(-1, split) for linear in projections)  # [B, T, H, D/H]
-        table = attention.linear_pos(positions[0]).unflatten(-1, split)  # [2T-1, H, D/H]
-        relative = (x.to(q.dtype) for x in (table, attention.pos_bias_u, attention.pos_bias_v))
-        o = ops.relpos_attention(q, k, v, *relative, lengths=lengths, dropout_p=probability(attention.dropout))
-        return attention.linear_out(o.flatten(-2))
+        return attend_relative(
+            h,
+            lengths,
+            positions[0],
+            heads=attention.h,
+            qkv=(attention.linear_q, attention.linear_k, attention.linear_v),
+            pos=attention.linear_pos,
+            biases=(attention.pos_bias_u, attention.pos_bias_v),
+            out=attention.linear_out,
+            dropout_p=probability(attention.dropout),
+        )
 
     def forward(self, x_input: Any, mask: Tensor | None, cache: Tensor | None = None) -> tuple[Any, Tensor | None]:
         y = None

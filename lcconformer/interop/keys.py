@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["STATISTICS", "Key", "from_peer", "to_peer", "use_peer_names", "weight_and_bias"]
+__all__ = ["STATISTICS", "Key", "from_peer", "layer_keys", "to_peer", "use_peer_names", "weight_and_bias"]
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 """Buffers of a BatchNorm."""
@@ -35,6 +35,54 @@ def weight_and_bias(ours: str, *theirs: str, pointwise: bool = False) -> tuple[K
     return (
         Key(f"{ours}.weight", tuple(f"{name}.weight" for name in theirs), pointwise),
         Key(f"{ours}.bias", tuple(f"{name}.bias" for name in theirs)),
+    )
+
+
+def layer_keys(
+    *,
+    norms: tuple[str, str, str, str, str],
+    ffn1: tuple[str, str],
+    qkv: tuple[str, str, str],
+    out: str,
+    positions: tuple[str, str, str],
+    conv: tuple[str, str, str, str],
+    ffn2: tuple[str, str],
+    conv_bias: bool = True,
+) -> tuple[Key, ...]:
+    """Return the keys of a layer with relative positions and BatchNorm, from the peer's names of its modules.
+
+    Args:
+        norms: in front of the first feed-forward, attention, convolution and the second feed-forward, and the last one.
+        ffn1, ffn2: the two projections of a feed-forward.
+        qkv, out: projections of attention.
+        positions: projection of the positions, and the two parameters that are added to queries.
+        conv: pointwise, depthwise, BatchNorm, pointwise.
+        conv_bias: the three convolutions may have biases.
+    """
+    pointwise1, depthwise, norm, pointwise2 = conv
+    convolutions = (
+        *weight_and_bias("conv.pointwise1", pointwise1, pointwise=True),
+        *weight_and_bias("conv.depthwise", depthwise),
+        *weight_and_bias("conv.pointwise2", pointwise2, pointwise=True),
+    )
+    return (
+        *weight_and_bias("ffn1.norm", norms[0]),
+        *weight_and_bias("ffn1.up", ffn1[0]),
+        *weight_and_bias("ffn1.down", ffn1[1]),
+        *weight_and_bias("attention.norm", norms[1]),
+        *weight_and_bias("attention.qkv", *qkv),
+        *weight_and_bias("attention.out", out),
+        Key("attention.pos.weight", (f"{positions[0]}.weight",)),
+        Key("attention.u", positions[1:2]),
+        Key("attention.v_bias", positions[2:3]),
+        *weight_and_bias("conv.norm", norms[2]),
+        *(key for key in convolutions if conv_bias or not key.ours.endswith("bias")),
+        *weight_and_bias("conv.depthwise_norm", norm),
+        *(Key(f"conv.depthwise_norm.{s}", (f"{norm}.{s}",)) for s in STATISTICS),
+        *weight_and_bias("ffn2.norm", norms[3]),
+        *weight_and_bias("ffn2.up", ffn2[0]),
+        *weight_and_bias("ffn2.down", ffn2[1]),
+        *weight_and_bias("norm", norms[4]),
     )
 
 

@@ -17,7 +17,7 @@ from ..ops.activations import ACTIVATIONS
 from ..ops.checks import frame_mask
 from ..plain import LAYER_NORM, LINEAR, NORMS, altered, readable
 
-__all__ = ["Convolution", "FeedForward", "Parts", "probability", "run"]
+__all__ = ["Convolution", "FeedForward", "Parts", "attend_relative", "probability", "run"]
 
 
 class FeedForward(NamedTuple):
@@ -85,6 +85,34 @@ def probability(dropout: nn.Module) -> float:
     """Return what a ``nn.Dropout`` drops in its present mode."""
     p: Any = dropout.p
     return p if dropout.training else 0.0
+
+
+def attend_relative(
+    h: Tensor,
+    lengths: Tensor | None,
+    positions: Tensor,
+    *,
+    heads: int,
+    qkv: tuple[nn.Module, nn.Module, nn.Module],
+    pos: nn.Module,
+    biases: tuple[Tensor, Tensor],
+    out: nn.Module,
+    dropout_p: float,
+) -> Tensor:
+    """Compute attention with relative positions of ``h [B, T, D]`` by the peer's projections.
+
+    Args:
+        h, lengths: normalised input, and the real frames of each utterance.
+        positions: table ``[2T-1, D]`` in front of its projection ``pos``.
+        heads: H.
+        qkv, out: projections.
+        biases: u and v_bias ``[H, D/H]``.
+        dropout_p: of the attention weights.
+    """
+    split = (heads, -1)
+    q, k, v = (linear(h).unflatten(-1, split) for linear in qkv)  # [B, T, H, D/H]
+    relative = (x.to(q.dtype) for x in (pos(positions).unflatten(-1, split), *biases))
+    return out(ops.relpos_attention(q, k, v, *relative, lengths=lengths, dropout_p=dropout_p).flatten(-2))
 
 
 def run(parts: Parts, x: Tensor, lengths: Tensor | None) -> Tensor:

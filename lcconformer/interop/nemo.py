@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..ops.checks import readable as readable_values
 from .accelerated import AcceleratedLayer
 from .adapter import (
@@ -22,31 +21,19 @@ from .adapter import (
     relative_table,
     untouched,
 )
-from .keys import STATISTICS, Key, weight_and_bias
-from .layer import Convolution, FeedForward, Parts, probability
+from .keys import layer_keys
+from .layer import Convolution, FeedForward, Parts, attend_relative, probability
 
 __all__ = ["LAYER_KEYS", "NemoLayer"]
 
-LAYER_KEYS: tuple[Key, ...] = (
-    *weight_and_bias("ffn1.norm", "norm_feed_forward1"),
-    *weight_and_bias("ffn1.up", "feed_forward1.linear1"),
-    *weight_and_bias("ffn1.down", "feed_forward1.linear2"),
-    *weight_and_bias("attention.norm", "norm_self_att"),
-    *weight_and_bias("attention.qkv", "self_attn.linear_q", "self_attn.linear_k", "self_attn.linear_v"),
-    *weight_and_bias("attention.out", "self_attn.linear_out"),
-    Key("attention.pos.weight", ("self_attn.linear_pos.weight",)),
-    Key("attention.u", ("self_attn.pos_bias_u",)),
-    Key("attention.v_bias", ("self_attn.pos_bias_v",)),
-    *weight_and_bias("conv.norm", "norm_conv"),
-    *weight_and_bias("conv.pointwise1", "conv.pointwise_conv1", pointwise=True),
-    *weight_and_bias("conv.depthwise", "conv.depthwise_conv"),
-    *weight_and_bias("conv.depthwise_norm", "conv.batch_norm"),
-    *(Key(f"conv.depthwise_norm.{s}", (f"conv.batch_norm.{s}",)) for s in STATISTICS),
-    *weight_and_bias("conv.pointwise2", "conv.pointwise_conv2", pointwise=True),
-    *weight_and_bias("ffn2.norm", "norm_feed_forward2"),
-    *weight_and_bias("ffn2.up", "feed_forward2.linear1"),
-    *weight_and_bias("ffn2.down", "feed_forward2.linear2"),
-    *weight_and_bias("norm", "norm_out"),
+LAYER_KEYS = layer_keys(
+    norms=("norm_feed_forward1", "norm_self_att", "norm_conv", "norm_feed_forward2", "norm_out"),
+    ffn1=("feed_forward1.linear1", "feed_forward1.linear2"),
+    qkv=("self_attn.linear_q", "self_attn.linear_k", "self_attn.linear_v"),
+    out="self_attn.linear_out",
+    positions=("self_attn.linear_pos", "self_attn.pos_bias_u", "self_attn.pos_bias_v"),
+    conv=("conv.pointwise_conv1", "conv.depthwise_conv", "conv.batch_norm", "conv.pointwise_conv2"),
+    ffn2=("feed_forward2.linear1", "feed_forward2.linear2"),
 )
 """Keys of ``ConformerLayer`` with ``self_attention_model="rel_pos"``."""
 
@@ -147,13 +134,17 @@ class NemoLayer(AcceleratedLayer):
     def _attend(self, positions: Tensor | None, h: Tensor, lengths: Tensor | None) -> Tensor:
         attention: Any = self.self_attn
         assert positions is not None
-        split = (attention.h, attention.d_k)
-        projections = (attention.linear_q, attention.linear_k, attention.linear_v)
-        q, k, v = (linear(h).unflatten(-1, split) for linear in projections)  # [B, T, H, D/H]
-        table = attention.linear_pos(positions[0]).unflatten(-1, split)  # [2T-1, H, D/H]
-        relative = (x.to(q.dtype) for x in (table, attention.pos_bias_u, attention.pos_bias_v))
-        o = ops.relpos_attention(q, k, v, *relative, lengths=lengths, dropout_p=self._dropped())
-        return attention.linear_out(o.flatten(-2))
+        return attend_relative(
+            h,
+            lengths,
+            positions[0],
+            heads=attention.h,
+            qkv=(attention.linear_q, attention.linear_k, attention.linear_v),
+            pos=attention.linear_pos,
+            biases=(attention.pos_bias_u, attention.pos_bias_v),
+            out=attention.linear_out,
+            dropout_p=self._dropped(),
+        )
 
     def forward(
         self,

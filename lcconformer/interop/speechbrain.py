@@ -59,7 +59,7 @@ class SpeechBrainLayer(AcceleratedLayer):
         need(not unknown, f"activation {', '.join(unknown)}")
 
     def _activation(self, module: Any) -> str | None:
-        swish = self.own[4]
+        swish: Any = self.own[4]
         if type(module) is swish:
             silu: Any = module.silu
             return "silu" if module.beta == 1 and untouched([(module, swish), (silu, nn.SiLU)]) else None

@@ -31,8 +31,8 @@ from .adapter import (
     untouched,
 )
 from .engine import Embedded
-from .keys import STATISTICS, Key, weight_and_bias
-from .layer import Convolution, FeedForward, Parts, probability
+from .keys import layer_keys, weight_and_bias
+from .layer import Convolution, FeedForward, Parts, attend_relative, probability
 
 __all__ = [
     "LAYER_KEYS",
@@ -45,28 +45,27 @@ __all__ = [
 ]
 
 _CAPTURING = "transformers.utils.output_capturing"
-_QKV = ("self_attn.linear_q", "self_attn.linear_k", "self_attn.linear_v")
 
-LAYER_KEYS: tuple[Key, ...] = (
-    *weight_and_bias("ffn1.norm", "ffn1_layer_norm"),
-    *weight_and_bias("ffn1.up", "ffn1.intermediate_dense"),
-    *weight_and_bias("ffn1.down", "ffn1.output_dense"),
-    *weight_and_bias("attention.norm", "self_attn_layer_norm"),
-    *weight_and_bias("attention.qkv", *_QKV),
-    *weight_and_bias("attention.out", "self_attn.linear_out"),
-    Key("attention.pos.weight", ("self_attn.linear_pos.weight",)),
-    Key("attention.u", ("self_attn.pos_bias_u",)),
-    Key("attention.v_bias", ("self_attn.pos_bias_v",)),
-    *weight_and_bias("conv.norm", "conv_module.layer_norm"),
-    Key("conv.pointwise1.weight", ("conv_module.pointwise_conv1.weight",), pointwise=True),
-    Key("conv.depthwise.weight", ("conv_module.depthwise_conv.weight",)),
-    *weight_and_bias("conv.depthwise_norm", "conv_module.batch_norm"),
-    *(Key(f"conv.depthwise_norm.{s}", (f"conv_module.batch_norm.{s}",)) for s in STATISTICS),
-    Key("conv.pointwise2.weight", ("conv_module.pointwise_conv2.weight",), pointwise=True),
-    *weight_and_bias("ffn2.norm", "ffn2_layer_norm"),
-    *weight_and_bias("ffn2.up", "ffn2.intermediate_dense"),
-    *weight_and_bias("ffn2.down", "ffn2.output_dense"),
-    *weight_and_bias("norm", "final_layer_norm"),
+LAYER_KEYS = layer_keys(
+    norms=(
+        "ffn1_layer_norm",
+        "self_attn_layer_norm",
+        "conv_module.layer_norm",
+        "ffn2_layer_norm",
+        "final_layer_norm",
+    ),
+    ffn1=("ffn1.intermediate_dense", "ffn1.output_dense"),
+    qkv=("self_attn.linear_q", "self_attn.linear_k", "self_attn.linear_v"),
+    out="self_attn.linear_out",
+    positions=("self_attn.linear_pos", "self_attn.pos_bias_u", "self_attn.pos_bias_v"),
+    conv=(
+        "conv_module.pointwise_conv1",
+        "conv_module.depthwise_conv",
+        "conv_module.batch_norm",
+        "conv_module.pointwise_conv2",
+    ),
+    ffn2=("ffn2.intermediate_dense", "ffn2.output_dense"),
+    conv_bias=False,
 )
 """Keys of ``Wav2Vec2ConformerEncoderLayer``, which SeamlessM4T's has as well."""
 
@@ -77,26 +76,14 @@ _CAUSAL_KEYS = (
 # position_embeddings_type -> position of the engine, which has the distances of relative_key as a table; it has no rotary
 _POSITIONS = {None: "none", "relative": "relative", "relative_key": "none"}
 
-PARAKEET_LAYER_KEYS: tuple[Key, ...] = (
-    *weight_and_bias("ffn1.norm", "norm_feed_forward1"),
-    *weight_and_bias("ffn1.up", "feed_forward1.linear1"),
-    *weight_and_bias("ffn1.down", "feed_forward1.linear2"),
-    *weight_and_bias("attention.norm", "norm_self_att"),
-    *weight_and_bias("attention.qkv", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    *weight_and_bias("attention.out", "self_attn.o_proj"),
-    Key("attention.pos.weight", ("self_attn.relative_k_proj.weight",)),
-    Key("attention.u", ("self_attn.bias_u",)),
-    Key("attention.v_bias", ("self_attn.bias_v",)),
-    *weight_and_bias("conv.norm", "norm_conv"),
-    *weight_and_bias("conv.pointwise1", "conv.pointwise_conv1", pointwise=True),
-    *weight_and_bias("conv.depthwise", "conv.depthwise_conv"),
-    *weight_and_bias("conv.depthwise_norm", "conv.norm"),
-    *(Key(f"conv.depthwise_norm.{s}", (f"conv.norm.{s}",)) for s in STATISTICS),
-    *weight_and_bias("conv.pointwise2", "conv.pointwise_conv2", pointwise=True),
-    *weight_and_bias("ffn2.norm", "norm_feed_forward2"),
-    *weight_and_bias("ffn2.up", "feed_forward2.linear1"),
-    *weight_and_bias("ffn2.down", "feed_forward2.linear2"),
-    *weight_and_bias("norm", "norm_out"),
+PARAKEET_LAYER_KEYS = layer_keys(
+    norms=("norm_feed_forward1", "norm_self_att", "norm_conv", "norm_feed_forward2", "norm_out"),
+    ffn1=("feed_forward1.linear1", "feed_forward1.linear2"),
+    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    out="self_attn.o_proj",
+    positions=("self_attn.relative_k_proj", "self_attn.bias_u", "self_attn.bias_v"),
+    conv=("conv.pointwise_conv1", "conv.depthwise_conv", "conv.norm", "conv.pointwise_conv2"),
+    ffn2=("feed_forward2.linear1", "feed_forward2.linear2"),
 )
 """Keys of ``ParakeetEncoderBlock``."""
 
@@ -201,6 +188,19 @@ class _Wav2Vec2Layer(AcceleratedLayer):
     def _attend(self, positions: Tensor | None, h: Tensor, lengths: Tensor | None) -> Tensor:
         attention: Any = self.self_attn
         kind, split = attention.position_embeddings_type, (attention.num_heads, attention.head_size)
+        if kind == "relative":
+            assert positions is not None
+            return attend_relative(
+                h,
+                lengths,
+                positions[0],
+                heads=attention.num_heads,
+                qkv=(attention.linear_q, attention.linear_k, attention.linear_v),
+                pos=attention.linear_pos,
+                biases=(attention.pos_bias_u, attention.pos_bias_v),
+                out=attention.linear_out,
+                dropout_p=probability(attention.dropout),
+            )
         rotated = h
         if kind == "rotary":
             assert positions is not None
@@ -209,11 +209,7 @@ class _Wav2Vec2Layer(AcceleratedLayer):
         q, k = (linear(rotated).unflatten(-1, split) for linear in (attention.linear_q, attention.linear_k))
         v = attention.linear_v(h).unflatten(-1, split)  # [B, T, H, D/H]
         relative: tuple[Tensor, ...] = ()
-        if kind == "relative":
-            assert positions is not None
-            table = attention.linear_pos(positions[0]).unflatten(-1, split)  # [2T-1, H, D/H]
-            relative = table, attention.pos_bias_u, attention.pos_bias_v
-        elif kind == "relative_key":
+        if kind == "relative_key":
             table = self._embedded().rows(h.shape[1], h.device).unsqueeze(1).expand(-1, *split)
             relative = table, h.new_zeros(split), h.new_zeros(split)
         o = ops.relpos_attention(
@@ -410,13 +406,17 @@ class ParakeetLayer(AcceleratedLayer):
     def _attend(self, positions: Tensor | None, h: Tensor, lengths: Tensor | None) -> Tensor:
         attention: Any = self.self_attn
         assert positions is not None
-        split = (attention.config.num_attention_heads, attention.head_dim)
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        q, k, v = (linear(h).unflatten(-1, split) for linear in projections)  # [B, T, H, D/H]
-        table = attention.relative_k_proj(positions[0]).unflatten(-1, split)  # [2T-1, H, D/H]
-        relative = (x.to(q.dtype) for x in (table, attention.bias_u, attention.bias_v))
-        o = ops.relpos_attention(q, k, v, *relative, lengths=lengths, dropout_p=self._dropped())
-        return attention.o_proj(o.flatten(-2))
+        return attend_relative(
+            h,
+            lengths,
+            positions[0],
+            heads=attention.config.num_attention_heads,
+            qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
+            pos=attention.relative_k_proj,
+            biases=(attention.bias_u, attention.bias_v),
+            out=attention.o_proj,
+            dropout_p=self._dropped(),
+        )
 
     def forward(
         self,

@@ -17,19 +17,9 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import lcconformer
 from lcconformer import accelerate, ops, restore
-from lcconformer.interop import engine, layer
 from lcconformer.interop.accelerated import AcceleratedLayer
 
-
-def randomise(module: nn.Module) -> None:
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-        for name, buffer in module.named_buffers():
-            if name.endswith("running_var"):
-                buffer.uniform_(0.5, 2.0)
-            elif name.endswith("running_mean"):
-                buffer.normal_(0.0, 0.3)
+from .peers import randomise
 
 
 @pytest.fixture
@@ -122,16 +112,6 @@ def check_same_state(model: nn.Module, before: dict[str, Tensor]) -> None:
 
 def accelerated_layers(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, AcceleratedLayer)]
-
-
-@pytest.fixture
-def served(monkeypatch) -> list[str]:
-    """What computed the layers that ours stood in for: ``"engine"`` or ``"ops"``, an entry each."""
-    found: list[str] = []
-    for where, name, say in ((engine.inference, "run_layer", "engine"), (layer, "run", "ops")):
-        own = getattr(where, name)
-        monkeypatch.setattr(where, name, lambda *a, own=own, say=say: (found.append(say), own(*a))[1])
-    return found
 
 
 def output_of(stack: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -741,16 +721,18 @@ def test_packed_weights_follow_the_peers(encoder, served, how):
     assert served == ["engine"] * 4
 
 
-def test_positions_of_another_kind(encoder, served):
+def test_the_engine_takes_positions_of_another_kind(encoder, served):
+    """Each table that comes, also after another one of the same size."""
     model = encoder("seamless_m4t", "relative")
     peer = copy.deepcopy(model)
     accelerate(model, strict=True)
     x = torch.randn(2, 13, 24)
     with torch.no_grad():
-        table = peer.embed_positions(x) * 1.1
-        got, want = (m.layers[0](x, relative_position_embeddings=table) for m in (model, peer))
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
-    assert served == ["engine"]
+        for factor in (1.1, 1.0, 0.5, 1.1):
+            table = peer.embed_positions(x) * factor
+            got, want = (m.layers[0](x, relative_position_embeddings=table) for m in (model, peer))
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    assert served == ["engine"] * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -12,17 +12,7 @@ import lcconformer
 from lcconformer import ConformerEncoder
 from lcconformer.interop import to_lcconformer
 
-
-def randomise(module: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-        for name, buffer in module.named_buffers():
-            if name.endswith("running_var"):
-                buffer.uniform_(0.5, 2.0)
-            elif name.endswith("running_mean"):
-                buffer.normal_(0.0, 0.3)
-    return module.eval()
+from .peers import randomise
 
 
 def wav2vec2(transformers, position="relative", **changes):
@@ -33,7 +23,7 @@ def wav2vec2(transformers, position="relative", **changes):
         position_embeddings_type=position, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, **changes,
     )  # fmt: skip
     config._attn_implementation = "sdpa"
-    return randomise(Wav2Vec2ConformerEncoder(config))
+    return randomise(Wav2Vec2ConformerEncoder(config)).eval()
 
 
 def parakeet(transformers, **changes):
@@ -42,14 +32,14 @@ def parakeet(transformers, **changes):
         conv_kernel_size=7, num_mel_bins=16, subsampling_conv_channels=8, subsampling_factor=4, **changes,
     )  # fmt: skip
     config._attn_implementation = "sdpa"
-    return randomise(transformers.ParakeetEncoder(config))
+    return randomise(transformers.ParakeetEncoder(config)).eval()
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("group", [False, True], ids=["batch", "group"])
 @pytest.mark.parametrize("first", [False, True], ids=["attention first", "convolution first"])
 def test_torchaudio(torchaudio_conformer, padded, group, first):
-    peer = randomise(torchaudio_conformer.Conformer(16, 4, 32, 3, 7, 0.1, group, first))
+    peer = randomise(torchaudio_conformer.Conformer(16, 4, 32, 3, 7, 0.1, group, first)).eval()
     before = copy.deepcopy(peer.state_dict())
     encoder = to_lcconformer(peer)
     assert not encoder.training
@@ -67,7 +57,7 @@ def test_torchaudio(torchaudio_conformer, padded, group, first):
 
 
 def test_what_is_ours_works_on_it(torchaudio_conformer, tmp_path):
-    peer = randomise(torchaudio_conformer.Conformer(16, 4, 32, 3, 7)).double()
+    peer = randomise(torchaudio_conformer.Conformer(16, 4, 32, 3, 7)).double().eval()
     encoder = to_lcconformer(peer)
     x, lengths = torch.randn(2, 9, 16).double(), torch.tensor([9, 5])
     want = peer(x, lengths)[0]
@@ -80,7 +70,7 @@ def test_what_is_ours_works_on_it(torchaudio_conformer, tmp_path):
 
 
 def test_accelerated_and_shared_layers(torchaudio_conformer):
-    peer = randomise(torchaudio_conformer.Conformer(16, 4, 32, 3, 7))
+    peer = randomise(torchaudio_conformer.Conformer(16, 4, 32, 3, 7)).eval()
     peer.conformer_layers[2] = peer.conformer_layers[0]
     x, lengths = torch.randn(2, 9, 16), torch.tensor([9, 5])
     want = peer(x, lengths)[0]

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lcconformer import accelerate, restore
-from lcconformer.interop import layer
-from lcconformer.tolerance import GRADIENT_FACTOR, OUTPUT_FACTOR, allowed_error, passes
+
+from .peers import check_alike, randomise
 
 
 @pytest.fixture
@@ -19,47 +19,9 @@ def conformer():
 
     def make(**changes) -> nn.Module:
         settings = {"depth": 2, "dim_head": 6, "heads": 3, "ff_mult": 2, "conv_kernel_size": 7}
-        made = module.Conformer(16, **settings | changes)
-        with torch.no_grad():
-            for parameter in made.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-            for name, buffer in made.named_buffers():
-                if name.endswith("running_var"):
-                    buffer.uniform_(0.5, 2.0)
-        return made.eval()
+        return randomise(module.Conformer(16, **settings | changes)).eval()
 
     return make
-
-
-@pytest.fixture
-def served(monkeypatch) -> list[str]:
-    found, own = [], layer.run
-    monkeypatch.setattr(layer, "run", lambda *a: (found.append("ops"), own(*a))[1])
-    return found
-
-
-def check_alike(model: nn.Module, peer: nn.Module, x: torch.Tensor) -> None:
-    """Output, gradients of the input and of every parameter as near to the peer's in float64 as the peer's, and statistics."""
-    weight = torch.randn_like(x)
-    found: list[tuple[dict[str, torch.Tensor], ...]] = []
-    for m in (copy.deepcopy(peer).double(), peer, model):
-        m.zero_grad()
-        leaf = x.to(next(m.parameters()).dtype, copy=True).requires_grad_()
-        y = m(leaf)
-        (y * weight).sum().backward()
-        found.append(({"output": y.detach()}, {"input": leaf.grad, **{n: p.grad for n, p in m.named_parameters()}}))
-    for kind, factor in ((0, OUTPUT_FACTOR), (1, GRADIENT_FACTOR)):
-        exact, low, ours = (values[kind] for values in found)
-        assert list(ours) == list(exact)
-        # of one scale, for a gradient may be zero: of the queries of a single frame
-        scale = max(float(value.abs().max()) for value in exact.values())
-        errors = [{n: float((v[n] - exact[n]).abs().max()) / scale for n in exact} for v in (low, ours)]
-        allowed = allowed_error(max(errors[0].values()), factor, x.dtype)
-        for name, error in errors[1].items():
-            assert passes(error, allowed), f"{name} is off by {error:.2e}; at most {allowed:.2e} is allowed"
-    assert list(model.state_dict()) == list(peer.state_dict())
-    for name, value in peer.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], value, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -11,8 +11,8 @@ from lcconformer.bench.providers import nemo as nemo_source
 from torch import nn
 
 from lcconformer import accelerate, restore
-from lcconformer.interop import engine, layer
-from lcconformer.tolerance import GRADIENT_FACTOR, OUTPUT_FACTOR, allowed_error, passes
+
+from . import peers
 
 
 @pytest.fixture(scope="session")
@@ -32,70 +32,32 @@ def encoder(nemo):
             "conv_kernel_size": 7, "dropout": 0.0, "dropout_pre_encoder": 0.0, "dropout_emb": 0.0, "dropout_att": 0.0,
             "pos_emb_max_len": 50,
         }  # fmt: skip
-        made = nemo.ConformerEncoder(**settings | changes)
-        with torch.no_grad():
-            for parameter in made.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-            for name, buffer in made.named_buffers():
-                if name.endswith("running_var"):
-                    buffer.uniform_(0.5, 2.0)
-        return made.eval()
+        return peers.randomise(nemo.ConformerEncoder(**settings | changes)).eval()
 
     return make
 
 
-@pytest.fixture
-def served(monkeypatch) -> list[str]:
-    found: list[str] = []
-    for where, name in ((engine.inference, "run_layer"), (layer, "run")):
-        own = getattr(where, name)
-        monkeypatch.setattr(where, name, lambda *a, own=own, name=name: (found.append(name), own(*a))[1])
-    return found
-
-
 def check_alike(model: nn.Module, peer: nn.Module, x: torch.Tensor, lengths: torch.Tensor) -> None:
-    """Outputs at real frames and all gradients as near to NeMo's in float64 as NeMo's own, and the statistics.
+    """Compare encoders on features ``[B, 10, T]`` of utterances with these lengths."""
 
-    Args:
-        model, peer: encoders of the same mode.
-        x: features ``[B, 10, T]``.
-        lengths: of the utterances.
-    """
-    real = torch.arange(x.shape[-1]) < lengths[:, None]  # [B, T]
-    weight = torch.randn(len(x), 16, x.shape[-1]) * real[:, None]
-    found: list[tuple[dict[str, torch.Tensor], ...]] = []
-    for m in (copy.deepcopy(peer).double(), peer, model):
-        m.zero_grad()
-        leaf = x.to(next(m.parameters()).dtype, copy=True).requires_grad_()
-        y, out_lengths = m(audio_signal=leaf, length=lengths)
+    def call(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        y, out_lengths = m(audio_signal=x, length=lengths)
         assert torch.equal(out_lengths, lengths)
-        (y * weight).sum().backward()
-        gradients = {n: p.grad for n, p in m.named_parameters() if p.grad is not None}
-        found.append(({"output": y.detach().mT[real]}, {"input": leaf.grad, **gradients}))
-    for kind, factor in ((0, OUTPUT_FACTOR), (1, GRADIENT_FACTOR)):
-        exact, low, ours = (values[kind] for values in found)
-        assert list(ours) == list(exact)
-        # of one scale, for a gradient may be zero: of the queries of a single frame
-        scale = max(float(value.abs().max()) for value in exact.values())
-        errors = [{n: float((v[n] - exact[n]).abs().max()) / scale for n in exact} for v in (low, ours)]
-        allowed = allowed_error(max(errors[0].values()), factor, x.dtype)
-        for name, error in errors[1].items():
-            assert passes(error, allowed), f"{name} is off by {error:.2e}; at most {allowed:.2e} is allowed"
-    assert list(model.state_dict()) == list(peer.state_dict())
-    for name, value in peer.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], value, msg=lambda m, name=name: f"{name}: {m}")
+        return y.mT
+
+    peers.check_alike(model, peer, x, call, torch.arange(x.shape[-1]) < lengths[:, None])
 
 
 @pytest.mark.parametrize(
     ("changes", "runs"),
     [
-        ({}, "run_layer"),
-        ({"untie_biases": False, "use_pytorch_sdpa": True}, "run_layer"),
-        ({"use_bias": False, "xscaling": False}, "run"),
-        ({"conv_norm_type": "layer_norm"}, "run_layer"),
-        ({"conv_norm_type": "group_norm4"}, "run"),
-        ({"conv_norm_type": "instance_norm"}, "run"),
-        ({"conv_norm_type": "fused_batch_norm"}, "run"),
+        ({}, "engine"),
+        ({"untie_biases": False, "use_pytorch_sdpa": True}, "engine"),
+        ({"use_bias": False, "xscaling": False}, "ops"),
+        ({"conv_norm_type": "layer_norm"}, "engine"),
+        ({"conv_norm_type": "group_norm4"}, "ops"),
+        ({"conv_norm_type": "instance_norm"}, "ops"),
+        ({"conv_norm_type": "fused_batch_norm"}, "ops"),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value,
 )
@@ -110,7 +72,7 @@ def test_encoder(encoder, served, changes, runs):
             del served[:]
             for training in (False, True):
                 check_alike(model.train(training), peer.train(training), x, lengths)
-            assert served == ["run"] * 4
+            assert served == ["ops"] * 4
             model.eval(), peer.eval()
             real = torch.arange(frames) < lengths[:, None]
             with torch.no_grad():
@@ -133,7 +95,7 @@ def test_dropout_is_in_the_same_place(encoder, served, place):
         m.train()
     x, lengths = torch.randn(2, 10, 13), torch.tensor([13, 6])
     check_alike(model, peer, x, lengths)
-    assert served == ["run"] * 2
+    assert served == ["ops"] * 2
 
 
 @pytest.mark.parametrize("sdpa", [False, True])
@@ -215,7 +177,7 @@ def test_changed_modules_are_called(encoder, served):
     for m in (model, peer):
         m.layers[0].conv.depthwise_conv.register_forward_hook(lambda module, inputs, output: output * 0.5)
     check_alike(model, peer, torch.randn(2, 10, 13), torch.tensor([13, 6]))
-    assert served == ["run"] * 2
+    assert served == ["ops"] * 2
 
 
 def test_stochastic_depth(encoder):

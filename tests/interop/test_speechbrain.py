@@ -13,11 +13,11 @@ from lcconformer.bench.providers.bare import bare_packages, folder_of
 from torch import nn
 
 from lcconformer import accelerate, restore
-from lcconformer.interop import layer
-from lcconformer.tolerance import GRADIENT_FACTOR, OUTPUT_FACTOR, allowed_error, passes
+
+from .peers import check_alike, randomise
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def speechbrain():
     """SpeechBrain's own encoder, layers and attention; torchaudio, which they do not call, need not fit torch."""
     if folder_of("speechbrain") is None:
@@ -31,40 +31,20 @@ def speechbrain():
 def encoder(speechbrain):
     def make(attention_type="RoPEMHA", **changes) -> nn.Module:
         settings = {"num_layers": 2, "d_model": 16, "d_ffn": 24, "nhead": 2, "kernel_size": 7}
-        made = speechbrain.ConformerEncoder(**settings | changes, attention_type=attention_type)
-        with torch.no_grad():
-            for parameter in made.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-        return made.eval()
+        return randomise(speechbrain.ConformerEncoder(**settings | changes, attention_type=attention_type)).eval()
 
     return make
 
 
-@pytest.fixture
-def served(monkeypatch) -> list[str]:
-    found, own = [], layer.run
-    monkeypatch.setattr(layer, "run", lambda *a: (found.append("ops"), own(*a))[1])
-    return found
+def check(model: nn.Module, peer: nn.Module, x: torch.Tensor, padding: torch.Tensor | None) -> None:
+    """Compare encoders, at frames of padding too."""
 
-
-def check_alike(model: nn.Module, peer: nn.Module, x: torch.Tensor, padding: torch.Tensor | None) -> None:
-    """Output and gradients, padding included, as near to the peer's in float64 as the peer's own."""
-    weight = torch.randn_like(x)
-    found: list[tuple[dict[str, torch.Tensor], ...]] = []
-    for m in (copy.deepcopy(peer).double(), peer, model):
-        m.zero_grad()
-        leaf = x.to(next(m.parameters()).dtype, copy=True).requires_grad_()
-        y, maps = m(leaf, src_key_padding_mask=padding)
+    def call(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        y, maps = m(x, src_key_padding_mask=padding)
         assert maps == [None, None]
-        (y * weight).sum().backward()
-        found.append(({"output": y.detach()}, {"input": leaf.grad, **{n: p.grad for n, p in m.named_parameters()}}))
-    for kind, factor in ((0, OUTPUT_FACTOR), (1, GRADIENT_FACTOR)):
-        exact, low, ours = (values[kind] for values in found)
-        scale = max(float(value.abs().max()) for value in exact.values())
-        errors = [{n: float((v[n] - exact[n]).abs().max()) / scale for n in exact} for v in (low, ours)]
-        allowed = allowed_error(max(errors[0].values()), factor, x.dtype)
-        for name, error in errors[1].items():
-            assert passes(error, allowed), f"{name} is off by {error:.2e}; at most {allowed:.2e} is allowed"
+        return y
+
+    check_alike(model, peer, x, call)
 
 
 @pytest.mark.parametrize("activation", ["Swish", "GELU", "ReLU"])
@@ -81,7 +61,7 @@ def test_encoder(speechbrain, encoder, served, activation, bias):
         for training in (False, True):
             for mask in (None, padding):
                 del served[:]
-                check_alike(model.train(training), peer.train(training), x, mask)
+                check(model.train(training), peer.train(training), x, mask)
                 assert served == ["ops"] * 2
     assert restore(model) == ("layers.0", "layers.1")
 
@@ -120,8 +100,7 @@ def test_what_the_peer_computes(speechbrain, encoder, served):
     assert torch.equal(*streams)
     for m in (model, peer):
         m.layers[0].norm1.register_forward_hook(lambda module, inputs, output: output * 0.5)
-    check = [m(x)[0] for m in (model, peer)]
-    torch.testing.assert_close(*check, rtol=0, atol=1e-5)
+    torch.testing.assert_close(*(m(x)[0] for m in (model, peer)), rtol=0, atol=1e-5)
     assert served == ["ops"]
 
 

@@ -10,6 +10,8 @@ from torch import nn
 
 from lcconformer import Conformer
 
+from .peers import randomise
+
 CASES = [
     # input_dim, num_heads, ffn_dim, num_layers, kernel, group norm, convolution first, frames, lengths
     (16, 4, 32, 2, 7, False, False, 13, (13, 9, 2)),
@@ -19,20 +21,6 @@ CASES = [
     (8, 8, 64, 1, 63, False, False, 65, (65, 40)),
     (24, 4, 48, 2, 5, False, False, 1, (1, 1, 1)),
 ]
-
-
-def randomise(module: nn.Module) -> None:
-    """Every parameter and running statistic away from its initial value: a swapped or forgotten tensor shows."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-        for name, buffer in module.named_buffers():
-            if name.endswith("running_var"):
-                buffer.uniform_(0.5, 2.0)
-            elif name.endswith("running_mean"):
-                buffer.normal_(0.0, 0.3)
-            elif name.endswith("num_batches_tracked"):
-                buffer.fill_(5)
 
 
 def pair(torchaudio_conformer, case):

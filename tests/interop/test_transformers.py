@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 from lcconformer import ConformerConfig, ConformerLayer
 from lcconformer.interop.keys import from_peer, to_peer
 from lcconformer.interop.transformers import LAYER_KEYS, PARAKEET_LAYER_KEYS
 
-
-def randomise(module: nn.Module) -> None:
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-        for name, buffer in module.named_buffers():
-            if name.endswith("running_var"):
-                buffer.uniform_(0.5, 2.0)
-            elif name.endswith("running_mean"):
-                buffer.normal_(0.0, 0.3)
+from .peers import randomise
 
 
 def wav2vec2_encoder(transformers, position, attention, act="swish", **changes):
