@@ -1272,7 +1272,7 @@ CUDA_OF_ATTENTION_BACKWARD = (
         CUDA_ATTENTION_BACKWARD,
         "if (tile > 0 && own_rows > 0) {",
         "if (tile < 0) {",
-        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-7]",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-63]",
     ),
     Mutation(
         "rows: positions of dR sixteen further on",
@@ -1296,10 +1296,10 @@ CUDA_OF_ATTENTION_BACKWARD = (
         f"{ON_CUDA_ATTENTION}::test_dropout[emulated-0.3-bfloat16]",
     ),
     Mutation(
-        "rows: scratch of the first head for all",
+        "scratch shared by two heads",
         CUDA_ATTENTION_BACKWARD,
         "static_cast<T*>(op.scratch) + slot * relpos",
-        "static_cast<T*>(op.scratch) + 0 * relpos",
+        "static_cast<T*>(op.scratch) + slot / 2 * relpos",
         f"{ON_CUDA_ATTENTION}::test_backward_of_some_heads_at_a_time[emulated-4-None]",
     ),
     Mutation(
@@ -1350,13 +1350,6 @@ CUDA_OF_ATTENTION_BACKWARD = (
         "max(0, (-kColumns / 8 - a) / 2);",
         "max(0, (-kColumns / 8 - a) / 2 + 1);",
         f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-203]",
-    ),
-    Mutation(
-        "positions: missing barrier between utterances",
-        CUDA_ATTENTION_BACKWARD,
-        "        __syncthreads();  // every warp has read the last tile\n",
-        "",
-        f"{ON_CUDA_ATTENTION}::test_backward_of_some_heads_at_a_time[emulated-4-None]",
     ),
     Mutation(
         "positions: sum over earlier heads forgotten",
