@@ -80,6 +80,8 @@ def test_every_example_is_tested():
         "recognise_phones",
         "serving_with_exit_rule",
         "share_a_trained_encoder",
+        "train_with_hf_trainer",
+        "train_with_lightning",
     }
     assert {p.stem for p in EXAMPLES.glob("*.py")} == tested
 

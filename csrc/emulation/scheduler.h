@@ -257,7 +257,10 @@ class Grid {
           random_(seed), delays_(~seed), body_(std::move(body)) {}
 
     ~Grid() {
-        for (void* stack : stacks_) munmap(stack, kStack);
+        for (void* stack : stacks_) {
+            unpoison(stack);  // whoever gets these addresses next knows nothing of it
+            munmap(stack, kStack);
+        }
     }
     Grid(const Grid&) = delete;
     Grid& operator=(const Grid&) = delete;
@@ -310,6 +313,7 @@ class Grid {
     [[noreturn]] void fail(const std::string& why) const;
     static std::string name(const Fiber& fiber);
     void* take_stack();
+    static void unpoison(void* stack);
     static void count_traffic(const Block& block);
 
     uint3 grid_, block_;
@@ -449,11 +453,16 @@ inline void Grid::start_fiber(Block& block, int rank) {
     fiber.thread = unravel(rank, block_);
     fiber.rank = rank;
     fiber.stack = take_stack();
-#if defined(__SANITIZE_ADDRESS__)
-    __asan_unpoison_memory_region(fiber.stack, kStack);  // of what a former thread had there
-#endif
+    unpoison(fiber.stack);
     fiber.context.start(fiber.stack, kStack, entry);
     runnable_.push_back(&fiber);
+}
+
+// AddressSanitizer's marks of the frames that a thread had there when it ended
+inline void Grid::unpoison([[maybe_unused]] void* stack) {
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(stack, kStack);
+#endif
 }
 
 inline void* Grid::take_stack() {

@@ -10,7 +10,7 @@ SMALL = Case("inference", 2, 9, d_model=32, layers=2, depth=2, kernel=7)
     ("changes", "message"),
     [
         ({"mode": "nonsense"}, "mode is 'nonsense'"),
-        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"dtype": "int4"}, "dtype is 'int4'"),
         ({"depth": 3}, "depth is 3; expected 1 to the number of layers, 2"),
         ({"d_model": 100}, "d_model is 100; expected a multiple of 64"),
         ({"batch": 0}, "expected positive sizes"),

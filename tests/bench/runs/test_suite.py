@@ -16,7 +16,7 @@ SMALL = Case("inference", 2, 9, d_model=32, layers=2, depth=2, kernel=7)
 FIELDS = [
     *("provider", "backend", "mode", "batch", "frames", "d_model", "layers", "depth", "dtype", "device", "device_name"),
     *("versions", "commit", "median_ms", "p20_ms", "p80_ms", "tokens_per_s", "rtf", "peak_memory_mb", "tflops"),
-    *("gb_per_s", "percent_of_roofline", "speedup_vs_eager"),
+    *("gb_per_s", "percent_of_roofline", "speedup_vs_eager", "beside"),
 ]
 
 
