@@ -1,10 +1,10 @@
 // Runs the threads of a CUDA grid as fibers on one CPU thread.
 //
 // A thread runs until it waits (barrier, warp operation, grid barrier) or reaches an atomic; then a seeded random
-// choice says who runs next, under an odd seed by priorities of warps (Burckhardt et al. 2010, "A randomized scheduler
-// with probabilistic guarantees of finding bugs"). So what a kernel leaves to luck shows: a missing barrier reads
-// poison or an old value, a barrier that some thread never reaches leaves nobody to run and is reported by block,
-// thread, file and line. Two blocks are resident at a time, or all of them under a cooperative launch.
+// choice says who runs next, of all under an even seed, and mostly of the warp that ran last under an odd one. So what
+// a kernel leaves to luck shows: a missing barrier reads poison or an old value, a barrier that some thread never
+// reaches leaves nobody to run and is reported by block, thread, file and line. Two blocks are resident at a time, or
+// all of them under a cooperative launch.
 //
 // An asynchronous copy poisons what it goes to when it is issued, and reads its source and lands at a random step of
 // the schedule: at the latest when its thread waits for it. The steps are drawn by a generator of their own, from the
@@ -202,7 +202,6 @@ struct Fiber {
     uint3 thread;
     int rank = 0;  // of the thread in its block
     bool done = false;
-    uint32_t priority = 0;                      // of its warp, under an odd seed
     Place waits;                                // empty: can run
     Lanes lanes{};                              // what each lane brought to the last warp operation
     int pieces = 0;                             // of dynamic shared memory taken so far
@@ -405,17 +404,11 @@ inline void Grid::run() {
     current() = outer;
 }
 
-// One of those that can run. Under an odd seed mostly one of a warp of high priority: so a warp may be at its next
-// barrier but one before another has moved. Every fourth is any, for those that others wait for.
+// One of those that can run, under an odd seed mostly of those that were woken last: so a warp goes on to its next
+// barrier before another has moved. Now and then it is any, for those that others wait for.
 inline Fiber* Grid::pick() {
-    size_t chosen = random_() % runnable_.size();
-    if (uneven_ && random_() % 4) {
-        for (int i = 0; i < 7; ++i) {
-            const size_t other = random_() % runnable_.size();
-            if (runnable_[other]->priority > runnable_[chosen]->priority) chosen = other;
-        }
-    }
-    std::swap(runnable_[chosen], runnable_.back());
+    const size_t all = runnable_.size(), among = uneven_ && random_() % 64 ? std::min<size_t>(all, kWarpSize) : all;
+    std::swap(runnable_[all - 1 - random_() % among], runnable_.back());
     Fiber* fiber = runnable_.back();
     runnable_.pop_back();
     return fiber;
@@ -439,11 +432,6 @@ inline void Grid::start_block(uint64_t index) {
     block->fibers.resize(threads);
     block->warps.resize((threads + kWarpSize - 1) / kWarpSize);
     for (unsigned i = 0; i < threads; ++i) start_fiber(*block, static_cast<int>(i));
-    for (size_t warp = 0; uneven_ && warp < block->warps.size(); ++warp) {
-        const uint32_t priority = random_();
-        const size_t end = std::min<size_t>(threads, (warp + 1) * kWarpSize);
-        for (size_t i = warp * kWarpSize; i < end; ++i) block->fibers[i].priority = priority;
-    }
     resident_.push_back(std::move(block));
 }
 
