@@ -404,10 +404,10 @@ inline void Grid::run() {
     current() = outer;
 }
 
-// One of those that can run, under an odd seed mostly of those that were woken last: so a warp goes on to its next
+// One of those that can run, under an odd seed mostly the one that was woken last: so a warp goes on to its next
 // barrier before another has moved. Now and then it is any, for those that others wait for.
 inline Fiber* Grid::pick() {
-    const size_t all = runnable_.size(), among = uneven_ && random_() % 64 ? std::min<size_t>(all, kWarpSize) : all;
+    const size_t all = runnable_.size(), among = uneven_ && random_() % 64 ? 1 : all;
     std::swap(runnable_[all - 1 - random_() % among], runnable_.back());
     Fiber* fiber = runnable_.back();
     runnable_.pop_back();
