@@ -575,7 +575,7 @@ def test_int8_weights_are_widened_where_the_processor_does_not_multiply_them(ass
 
 
 def test_int8_streams(in_int8):
-    """Chunk by chunk the rows are the same, and so are their bits but for the order of attention's sums."""
+    """Chunk by chunk, near what the modules compute at once with widened weights."""
     encoder = quantize(make_encoder(num_layers=2, input_dim=24))
     streaming = encoder.streaming(chunk=8, left=16, right=0)
     x = torch.randn(1, 24, 24)
