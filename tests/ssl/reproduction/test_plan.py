@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from lcconformer.ssl.reproduction.models import count_parameters
 from lcconformer.ssl.reproduction.speech import NoisyCorpus
 
 BASE = PRESETS["tiny"].finetune.config
+FILED = Path(__file__).parents[3] / "bench" / "results" / "paper-tiny" / "runs"
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,16 @@ def test_a_key_is_that_of_what_decides_the_numbers(spoken) -> None:
     assert all(
         run.key != first[run.name] for run in runs(louder) if run.kind not in ("pretrain", "pretrained", "probe")
     )
+
+
+def test_runs_of_older_versions_are_found(spoken) -> None:
+    """A configuration has more fields than when the filed runs were trained; their keys are the same."""
+    filed = [json.loads(path.read_text())["description"] for path in sorted(FILED.glob("scratch-*/result.json"))]
+    assert filed
+    planned = {run.name: run for run in runs(spoken, models=("A", "C", "C-time"))}
+    for old in filed:
+        new = planned[f"scratch-{old['model']}-seed{old['seed']}"].description
+        assert new | {"data": old["data"]} == old
 
 
 def test_what_comes_first_is_complete_first(spoken) -> None:
