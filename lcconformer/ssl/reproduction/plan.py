@@ -22,6 +22,8 @@ __all__ = ["PARTS", "PRESETS", "Preset", "Run", "plan_runs"]
 
 PARTS = ("supervised", "pretraining")
 _FORMAT = 1  # of the files of a run; counts up when they change, so that older ones are not taken for new ones
+# fields of a configuration that are younger than the format: at this value a run is what it was before them
+_YOUNGER = {"weights": "float"}
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,7 @@ def _describe(value: Any) -> Any:
     if isinstance(value, (FinetuneSettings, PretrainSettings)):
         nested = ("config", "features", "objective", "tasks")
         parts = {name: dataclasses.asdict(getattr(value, name)) for name in nested if hasattr(value, name)}
+        parts["config"] = {k: v for k, v in parts["config"].items() if k not in _YOUNGER or _YOUNGER[k] != v}
         return parts | value.describe()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
