@@ -1240,6 +1240,13 @@ CUDA_OF_ATTENTION_BACKWARD = (
         f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-203]",
     ),
     Mutation(
+        "positions: missing barrier between utterances",
+        CUDA_ATTENTION_BACKWARD,
+        "        __syncthreads();  // every warp has read the last tile\n",
+        "",
+        f"{ON_CUDA_ATTENTION}::test_backward_of_several_utterances_by_one_block[emulated-30]",
+    ),
+    Mutation(
         "rows: dR of odd rows rotated too little",
         CUDA_ATTENTION_BACKWARD,
         "second = (q + (g + 1) / 2) & 3;",
@@ -1510,6 +1517,20 @@ EMULATOR = (
         "step_ + 1 + delays_() % longest",
         "step_ + 1 + 0 * longest",
         ON_LANDING,
+    ),
+    Mutation(
+        "a lane that another overtakes holds up its warp",
+        SCHEDULER,
+        "    if (uneven_) {\n        runnable_.erase(at);",
+        "    if (false) {\n        runnable_.erase(at);",
+        f"{ON_EMULATOR}::test_any_warp_may_run_ahead_to_where_a_barrier_is_missing[third]",
+    ),
+    Mutation(
+        "the last warp always runs ahead",
+        SCHEDULER,
+        "first = uneven_ ? random_()",
+        "first = false ? random_()",
+        f"{ON_EMULATOR}::test_any_warp_may_run_ahead_to_where_a_barrier_is_missing[first]",
     ),
     Mutation(
         "stores to other blocks read before their release",

@@ -405,12 +405,18 @@ inline void Grid::run() {
 }
 
 // One of those that can run, under an odd seed mostly the one that was woken last: so a warp goes on to its next
-// barrier before another has moved. Now and then it is any, for those that others wait for.
+// barrier before another has moved. Now and then it is any, for those that others wait for; the rest stay in their
+// order, since a lane that went further down would hold up its warp until all others had moved.
 inline Fiber* Grid::pick() {
-    const size_t all = runnable_.size(), among = uneven_ && random_() % 64 ? 1 : all;
-    std::swap(runnable_[all - 1 - random_() % among], runnable_.back());
-    Fiber* fiber = runnable_.back();
-    runnable_.pop_back();
+    const bool any = !uneven_ || random_() % 64 == 0;
+    const auto at = runnable_.end() - 1 - (any ? random_() % runnable_.size() : 0);
+    Fiber* fiber = *at;
+    if (uneven_) {
+        runnable_.erase(at);
+    } else {
+        *at = runnable_.back();
+        runnable_.pop_back();
+    }
     return fiber;
 }
 
@@ -552,7 +558,9 @@ inline void Grid::barrier(Place place) {
         for (auto i = block.copied.begin(); i != block.copied.end();) {
             i = i->second.waited ? block.copied.erase(i) : std::next(i);
         }
-        for (Fiber& fiber : block.fibers) wake(fiber);
+        // under an odd seed those that are woken last go on first: any warp may be the one that runs ahead
+        const size_t all = block.fibers.size(), first = uneven_ ? random_() % all / kWarpSize * kWarpSize : 0;
+        for (size_t i = 0; i < all; ++i) wake(block.fibers[(first + i) % all]);
         return yield();  // the last to arrive need not be the first to go on
     }
     wait(place);

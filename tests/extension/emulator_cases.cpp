@@ -40,6 +40,22 @@ void no_first_barrier(float* out) {
     out[blockIdx.x * kThreads + i] = (i + 1) % kThreads + values[(i + 2) % kThreads];
 }
 
+// A warp has many operations of its own after a read, and then overwrites what the others have read, or, since a barrier
+// is missing, have yet to read.
+template <int kWarp>
+void warp_runs_ahead(float* out) {
+    LCC_SHARED(float, values, kThreads);
+    const int i = threadIdx.x, lane = i % 32, next = (i + 32) % kThreads;
+    values[i] = static_cast<float>(i);
+    __syncthreads();
+    float first = values[next];
+    for (int n = 0; n < 50; ++n) first = __shfl_sync(0xFFFFFFFFu, first, lane);
+    if (i / 32 == kWarp) {
+        for (int j = lane; j < kThreads; j += 32) values[j] = -1.0f;
+    }
+    out[blockIdx.x * kThreads + i] = rotated(i) + first - next;
+}
+
 void static_index_past_the_end(float* out) {
     LCC_SHARED(float, values, kThreads);
     values[threadIdx.x + 1] = 0.0f;
@@ -414,6 +430,9 @@ int main(int, char** argv) {
         {"barriers", [] { return run(rotate<true>, 0, false); }},
         {"missing_barrier_before_read", [] { return run(no_first_barrier, 0, false); }},
         {"missing_barrier_before_write", [] { return run(rotate<false>, 0, false); }},
+        {"first_warp_runs_ahead", [] { return run(warp_runs_ahead<0>, 0, false); }},
+        {"second_warp_runs_ahead", [] { return run(warp_runs_ahead<1>, 0, false); }},
+        {"third_warp_runs_ahead", [] { return run(warp_runs_ahead<2>, 0, false); }},
         {"static_index", [] { return run(static_index_past_the_end, 0, false); }},
         {"dynamic_index", [] { return run(dynamic_index_past_the_piece, 2 * kThreads * sizeof(float), false); }},
         {"shared_too_small", [] { return run(take_too_much, 1024, false); }},

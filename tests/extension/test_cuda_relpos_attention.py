@@ -80,6 +80,12 @@ def test_backward_of_some_heads_at_a_time(run, slots, packed):
     check(run, b=3, t=37, h=3, d=32, lengths=None if packed else [37, 20, 5], packed=packed, dropout=0.3, slots=slots)
 
 
+@pytest.mark.parametrize("t", [30, 90])
+def test_backward_of_several_utterances_by_one_block(run, t):
+    """With an odd number of tiles, one or three, the first tile of an utterance goes where the last one's was."""
+    check(run, b=3, t=t, d=32, lengths=[t, t - 5, t], slots=3)
+
+
 @pytest.mark.gpu
 def test_replays_in_a_cuda_graph():
     q, *others = [x.cuda() for x in cases.make_inputs((2, 70), 70, 2, 64, "bfloat16")]
