@@ -38,6 +38,7 @@ from lcconformer.runtime import write_atomically
 
 from ..core import gpu_model
 from ..core.recording import Aten, Event, Triton, backward, record
+from . import before_after
 from .goals import GOALS, Goal
 from .table import grid, number
 
@@ -288,7 +289,7 @@ def _groups(seconds: Counter[str], counts: Counter[str]) -> Iterable[Group]:
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """Return the goals, the terms of each layer and its kernels as Markdown."""
+    """Return the goals, the terms of each layer, its kernels, and what was before the review as Markdown."""
     goals, terms, kernels = [], [], []
     for r in results:
         case = f"{r.mode} ({r.batch},{r.frames}) d={r.d_model}"
@@ -309,7 +310,7 @@ def markdown(results: Sequence[Result]) -> str:
     parts = [f"# {title}\n\n```\n{grid(header, lines)}\n```\n" for title, header, lines in tables]
     return (
         f"{NOTE}\nTriton {triton.__version__}; made by python -m lcconformer.bench.reports.predicted.\n\n"
-        + "\n".join(parts)
+        + "\n".join((*parts, before_after.tables(_rows(results))))
     )
 
 

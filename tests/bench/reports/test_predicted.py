@@ -50,6 +50,7 @@ def test_goals_of_a_case_and_what_forbids_them():
     lines = [line for line in text.splitlines() if line.startswith("inference (1,100) d=256")]
     assert "launch gaps 40" in lines[0]
     assert "launch gaps" not in lines[1]
+    assert "# Before the review of the compiled code, and now" in text
 
 
 @pytest.mark.parametrize("frames", [100, 400])
