@@ -76,6 +76,22 @@ def test_the_gain_in_speed_is_quoted_from_the_table(text):
     assert f"inference is {said[0]} and training {said[1]} as fast as" in " ".join(text.split())
 
 
+def test_long_audio_is_quoted_from_rows(text):
+    said = " ".join(text.split())
+    (link,) = re.findall(r"\((bench/results/[^)]*/long-[^)]*\.json)\)", text)
+    found = json.loads((ROOT / link).read_text())
+    rows = {(r["provider"], r["frames"]): r for r in found["rows"]}
+    assert all((r["d_model"], r["layers"], r["batch"], r["mode"]) == (256, 1, 1, "inference") for r in rows.values())
+    for frames in (6000, 22500):
+        ours = rows["lcconformer", frames]
+        assert f"{ours['median_ms'] / 1e3:.2g} s and {ours['peak_memory_mb'] / 1e3:.2g} GB" in said
+    peer = rows["transformers", 6000]
+    assert f"{peer['median_ms'] / 1e3:.2g} s and {peer['peak_memory_mb'] / 1e3:.2g} GB" in said
+    assert ("transformers", 22500) not in rows
+    (why,) = (s["reason"] for s in found["skipped"] if s["provider"].startswith("transformers"))
+    assert "GB are free" in why
+
+
 @pytest.mark.parametrize(
     ("marker", "ends"),
     [
