@@ -35,7 +35,7 @@ MODELS = {
 COMMON = ("test_modeling_common.py", "generation/test_utils.py")
 # depthwise convolutions in float16 may not return on a CPU (PyTorch 2.13)
 LEFT_OUT = "not fp16 and not float16 and not half"
-LIMIT = 120  # seconds of one test
+LIMIT = 600  # seconds of one test
 EXCEPTIONS: dict[str, str] = {}
 """Tests that may fail on an accelerated model alone, by name without class and parameters, and why."""
 
