@@ -159,7 +159,7 @@ def _timed(args: argparse.Namespace, todo: list[Case]) -> int:
     if args.packed or args.streams:
         from .runs import speech
 
-        return (speech.packed if args.packed else speech.streams)(todo, args.seconds, args.rounds)
+        return (speech.packed if args.packed else speech.streams)(todo, args.json, args.seconds, args.rounds)
     providers = choose(args.providers or (LONG_PROVIDERS[args.device] if args.long else None))
     results = Results(args.json)
     seconds = args.seconds or (3.0 if args.device == "cuda" else 15.0)

@@ -197,7 +197,10 @@ class ConformerEncoder(LayerStack):
         return StreamingEncoder(self, chunk, left, right, depth)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
-        """Write ``config.json`` and ``model.safetensors`` to a directory, which is made; each file is replaced atomically.
+        """Write ``config.json``, ``model.safetensors`` and a model card to a directory, which is made.
+
+        Each file is replaced atomically.  The card, ``README.md``, says what the configuration tells and how to load it;
+        training data and licence are marked places for you to fill in.  One that was edited is left as it is.
 
         Returns:
             The directory.

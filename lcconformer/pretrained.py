@@ -1,6 +1,6 @@
-"""Encoders in a directory: ``config.json`` and ``model.safetensors``.  Loading executes nothing.
+"""Encoders in a directory: ``config.json``, ``model.safetensors`` and a model card.  Loading executes nothing.
 
-Both files hold the configuration, so that files of two models are never taken for one: a save that is interrupted between
+The first two hold the configuration, so that files of two models are never taken for one: a save that is interrupted between
 them, or one of them copied from elsewhere, is refused.
 """
 
@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 
+from . import model_card
 from .config import ConformerConfig
 from .runtime import read_json, replacing
 from .sharing import sharing_map
@@ -76,6 +77,7 @@ def save(encoder: LayerStack, directory: str | os.PathLike[str]) -> Path:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         # transformers wants to know that the tensors are those of PyTorch
         write_tensors(directory / WEIGHTS_NAME, state, {"format": "pt", _TEXT: text})
+    model_card.write(encoder, directory)
     return directory
 
 

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from lcconformer import ConformerConfig, ConformerEncoder, ExitRule
 
+FILES = ["README.md", "config.json", "model.safetensors"]
 BASE = ConformerConfig(d_model=16, num_heads=2, ffn_dim=24, num_layers=4, conv_kernel_size=5, lora_rank=2)
 CONFIGS = {
     "shared": {},
@@ -49,7 +50,7 @@ def made(**changes: object) -> ConformerEncoder:
 def test_round_trip(name: str, tmp_path: Path) -> None:
     encoder = made(**CONFIGS[name])
     assert encoder.save_pretrained(tmp_path / "new" / "x") == tmp_path / "new" / "x"
-    assert sorted(os.listdir(tmp_path / "new" / "x")) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "new" / "x")) == FILES
     loaded = ConformerEncoder.from_pretrained(tmp_path / "new" / "x")
     assert not loaded.training
     assert loaded.config == encoder.config
@@ -252,6 +253,6 @@ def test_a_failed_save_leaves_the_old_encoder(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("safetensors.torch.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         made(d_model=32).save_pretrained(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == FILES
     loaded = ConformerEncoder.from_pretrained(tmp_path)
     assert torch.equal(loaded.layers[0].norm.weight, encoder.layers[0].norm.weight)

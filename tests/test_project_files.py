@@ -54,6 +54,21 @@ def test_the_workflow_calls_what_decides(load):
     assert python == "3.11"
 
 
+def test_wheels_are_built_for_what_the_package_supports(load):
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads TOML, and CI has it")
+    project = tomllib.loads(PYPROJECT)
+    wheels = project["tool"]["cibuildwheel"]
+    versions = [int(name.removeprefix("cp3").removesuffix("-manylinux_*")) for name in wheels["build"].split()]
+    assert project["project"]["requires-python"] == f">=3.{versions[0]}"
+    assert versions == list(range(versions[0], versions[-1] + 1))
+    script, readme = wheels["test-command"].removeprefix("python ").split()
+    assert all((ROOT / path.removeprefix("{project}/")).is_file() for path in (script, readme))
+    workflow = load((ROOT / ".github" / "workflows" / "wheels.yml").read_text())
+    commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    assert "python -m cibuildwheel --output-dir dist" in commands
+    assert "python -m build --sdist" in commands
+
+
 def test_ci_builds_the_documentation_with_warnings_as_errors():
     assert re.search(
         r"^step \d+ \"documentation\" python -m sphinx .*-W.* docs build/docs$",

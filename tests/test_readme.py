@@ -76,6 +76,39 @@ def test_the_gain_in_speed_is_quoted_from_the_table(text):
     assert f"inference is {said[0]} and training {said[1]} as fast as" in " ".join(text.split())
 
 
+def test_long_audio_is_quoted_from_rows(text):
+    said = " ".join(text.split())
+    (link,) = re.findall(r"\((bench/results/[^)]*/long-[^)]*\.json)\)", text)
+    found = json.loads((ROOT / link).read_text())
+    rows = {(r["provider"], r["frames"]): r for r in found["rows"]}
+    assert all((r["d_model"], r["layers"], r["batch"], r["mode"]) == (256, 1, 1, "inference") for r in rows.values())
+    for frames in (6000, 22500):
+        ours = rows["lcconformer", frames]
+        assert f"{ours['median_ms'] / 1e3:.2g} s and {ours['peak_memory_mb'] / 1e3:.2g} GB" in said
+    peer = rows["transformers", 6000]
+    assert f"{peer['median_ms'] / 1e3:.2g} s and {peer['peak_memory_mb'] / 1e3:.2g} GB" in said
+    assert ("transformers", 22500) not in rows
+    (why,) = (s["reason"] for s in found["skipped"] if s["provider"].startswith("transformers"))
+    assert "GB are free" in why
+
+
+def test_packed_batches_and_streams_are_quoted_from_rows():
+    said = " ".join((ROOT / "docs/streaming.md").read_text().split())
+    (path,) = re.findall(r"`(bench/results/[^`]*/speech-[^`]*\.json)`", said)
+    rows = {(r["way"], r["mode"], r["batch"]): r for r in json.loads((ROOT / path).read_text())["rows"]}
+    ms = {key: row["median_ms"] for key, row in rows.items()}
+    packed = [f"{ms[way, mode, 16]:,.0f}" for mode in ("inference", "training") for way in ("packed", "padded")]
+    streams = [rows["as chosen", "inference", batch] for batch in (1, 8)]
+    gains = [ms["plain PyTorch", "inference", batch] / ms["as chosen", "inference", batch] for batch in (1, 8)]
+    for text in (
+        "took {} ms packed and {} ms padded in inference, {} and {} ms in training".format(*packed),
+        "took {:.1f} ms for one stream and {:.1f} ms for eight".format(*(r["median_ms"] for r in streams)),
+        "(real-time factors {:.4f} and {:.4f})".format(*(r["rtf"] for r in streams)),
+        "{:.2f} and {:.2f} times as fast as plain PyTorch".format(*gains),
+    ):
+        assert text in said
+
+
 @pytest.mark.parametrize(
     ("marker", "ends"),
     [

@@ -27,7 +27,7 @@ ROOMS = (
     ("lcconformer.positions", "lcconformer.packing"),
     ("lcconformer.blocks",),
     ("lcconformer.layer", "lcconformer.conditioning", "lcconformer.subsampling", "lcconformer.depth"),
-    ("lcconformer.stack", "lcconformer.pretrained"),
+    ("lcconformer.stack", "lcconformer.model_card", "lcconformer.pretrained"),
     ("lcconformer.loop",),
     ("lcconformer.streaming", "lcconformer.encoder"),
     ("lcconformer.conformer", "lcconformer.conversion", "lcconformer.interop", "lcconformer.auto"),

@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from lcconformer import __version__
 from lcconformer.runtime import read_json, write_atomically
 
-__all__ = ["Results", "Row", "device_name", "versions"]
+__all__ = ["Results", "Row", "add_row", "device_name", "versions"]
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,15 @@ class Results:
             "ceilings": self.ceilings,
         }
         write_atomically(self.path, json.dumps(content, indent=1) + "\n")
+
+
+def add_row(path: Path, row: Any, identity: Sequence[str]) -> None:
+    """Add a row, a dataclass, to a file of its kind, in place of one that agrees with it in the fields ``identity``."""
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes")
+    content = read_json(path) if path.exists() else {"date": now, "rows": []}
+    new = asdict(row)
+    kept = [old for old in content["rows"] if any(old[name] != new[name] for name in identity)]
+    write_atomically(path, json.dumps({"date": content["date"], "rows": [*kept, new]}, indent=1) + "\n")
 
 
 @functools.cache

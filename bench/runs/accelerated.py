@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import datetime
 import importlib.metadata
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +15,19 @@ from torch import Tensor, nn
 import lcconformer
 from lcconformer.interop.accelerated import AcceleratedLayer
 from lcconformer.ops.registry import record
-from lcconformer.runtime import commit, read_json, write_atomically
+from lcconformer.runtime import commit, read_json
 from lcconformer.tolerance import GRADIENT_FACTOR, OUTPUT_FACTOR, allowed_error, passes
 
 from ..core.case import Case
-from ..core.rows import device_name, versions
+from ..core.rows import add_row, device_name, versions
 from ..core.timing import time_interleaved
 from ..providers.accelerated import PEERS, Peer
 from ..reports.table import grid, number
 from .gate import GateError
 
 __all__ = ["AcceleratedRow", "accelerated", "measure", "read_rows"]
+
+_IDENTITY = ("peer", "mode", "batch", "frames", "d_model", "layers", "device_name", "commit")
 
 
 @dataclass(frozen=True)
@@ -69,21 +69,10 @@ class AcceleratedRow:
     versions: dict[str, str]
     commit: str
 
-    def key(self) -> tuple[object, ...]:
-        """Identity of the measurement."""
-        return self.peer, self.mode, self.batch, self.frames, self.d_model, self.layers, self.device_name, self.commit
-
 
 def read_rows(path: Path) -> list[AcceleratedRow]:
     """Read the rows of a file that :func:`accelerated` wrote."""
     return [AcceleratedRow(**row) for row in read_json(path)["rows"]]
-
-
-def _write(path: Path, new: AcceleratedRow) -> None:
-    rows = [row for row in read_rows(path) if row.key() != new.key()] if path.exists() else []
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes")
-    content = {"date": read_json(path)["date"] if rows else now, "rows": [asdict(row) for row in (*rows, new)]}
-    write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 def _pair(peer: Peer, case: Case) -> tuple[nn.Module, nn.Module]:
@@ -219,7 +208,7 @@ def accelerated(
             row = measure(peer, case, seconds or 3.0, rounds)
             found.append(row)
             if path is not None:
-                _write(path, row)
+                add_row(path, row, _IDENTITY)
     lines: list[Any] = [
         [r.peer, f"{r.mode} {r.batch}x{r.frames}", r.engine, f"{r.error:.1e}", f"{r.own_error:.1e}",
          number(r.original_ms), number(r.accelerated_ms), f"{r.speedup:.2f}x"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from lcconformer.runtime import commit
 from lcconformer.tolerance import OUTPUT_FACTOR, allowed_error, passes, relative_error
 
 from ..core.case import Case
-from ..core.rows import device_name
+from ..core.rows import add_row, device_name, versions
 from ..core.timing import Timing, peak_memory_mb, time_interleaved
 from ..providers.registry import library
 from ..reports.table import grid, number
@@ -29,6 +30,45 @@ FRAME = 0.04
 # of the dev-clean and dev-other sets of LibriSpeech: seconds, log-normal, cut off at both ends
 MEDIAN, SPREAD, SHORTEST = 6.0, 0.61, 1.5
 LEFT, RIGHT = 64, 4
+
+
+@dataclass(frozen=True)
+class SpeechRow:
+    """One way of running one case of speech.
+
+    Attributes:
+        kind: ``"packed"`` or ``"streams"``.
+        way: as printed.
+        mode, batch, frames, d_model, layers, depth, dtype: see :class:`~lcconformer.bench.core.case.Case`; of ``"packed"``
+            the longest utterance of the batch, of ``"streams"`` streams and frames of a chunk.
+        median_ms, p20_ms, p80_ms: of one call, interleaved with the other ways.
+        peak_memory_mb: of one call.
+        real_frames: in the call, padding not counted.
+        rtf: time of a call over the duration of the speech in it, at 40 ms a frame.
+        device_name, versions, commit: as in the rows of the suite.
+    """
+
+    kind: str
+    way: str
+    mode: str
+    batch: int
+    frames: int
+    d_model: int
+    layers: int
+    depth: int
+    dtype: str
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    peak_memory_mb: float
+    real_frames: int
+    rtf: float
+    device_name: str
+    versions: dict[str, str]
+    commit: str
+
+
+_IDENTITY = ("kind", "way", "mode", "batch", "frames", "d_model", "layers", "depth", "dtype", "device_name", "commit")
 
 
 @dataclass(frozen=True)
@@ -83,6 +123,19 @@ def _print(found: list[Measured], column: str, value: Callable[[Measured], float
     print(grid(["", "ms", "p20", "p80", column, "MB", "speedup"], lines))
 
 
+def _file(path: Path | None, kind: str, case: Case, real_frames: int, found: list[Measured]) -> None:
+    if path is None:
+        return
+    for m in found:
+        t = m.timing
+        rtf = t.median / (1e3 * FRAME * real_frames)
+        row = SpeechRow(
+            kind, m.name, case.mode, case.batch, case.frames, case.d_model, case.layers, case.depth, case.dtype,
+            t.median, t.p20, t.p80, m.memory, real_frames, rtf, device_name(case.device), versions(), commit(),
+        )  # fmt: skip
+        add_row(path, row, _IDENTITY)
+
+
 def measure_packed(case: Case, seconds: float | None, rounds: int | None) -> tuple[Tensor, list[Measured]]:
     """Time a packed batch against the same one padded; lengths ``[B]`` and measurements.
 
@@ -125,8 +178,8 @@ def measure_packed(case: Case, seconds: float | None, rounds: int | None) -> tup
     return lengths, _measure(case, calls, seconds, rounds)
 
 
-def packed(cases: Sequence[Case], seconds: float | None, rounds: int | None) -> int:
-    """Print packed batches against padded ones; T of a case is the longest that an utterance may be.
+def packed(cases: Sequence[Case], path: Path | None, seconds: float | None, rounds: int | None) -> int:
+    """Print packed batches against padded ones, and add rows to the file ``path``; T is the longest that an utterance may be.
 
     Raises:
         ValueError: the cases are ops.
@@ -138,6 +191,7 @@ def packed(cases: Sequence[Case], seconds: float | None, rounds: int | None) -> 
         lengths, found = measure_packed(case, seconds, rounds)
         total, longest = int(lengths.sum()), int(lengths.max())
         padding = 100 * (1 - total / (len(lengths) * longest))
+        _file(path, "packed", case.replace(frames=longest), total, found)
         print(f"\n{case.replace(frames=longest)}: {total:,} real frames, {padding:.0f}% padding")
         _print(found, "real frames/s", lambda m, total=total: total / m.timing.median * 1e3)
     print("\nlengths as in LibriSpeech's dev sets: log-normal, median 6 s, 40 ms a frame")
@@ -191,8 +245,8 @@ def measure_stream(case: Case, seconds: float | None, rounds: int | None) -> lis
     return _measure(case, calls, seconds, rounds)
 
 
-def streams(cases: Sequence[Case], seconds: float | None, rounds: int | None) -> int:
-    """Print the latency of a chunk and the real-time factor; B of a case is streams, T frames of a chunk.
+def streams(cases: Sequence[Case], path: Path | None, seconds: float | None, rounds: int | None) -> int:
+    """Print the latency of a chunk and the real-time factor, and add rows to ``path``; B is streams, T frames of a chunk.
 
     Raises:
         ValueError: the cases are ops, or training.
@@ -204,6 +258,7 @@ def streams(cases: Sequence[Case], seconds: float | None, rounds: int | None) ->
     print(f"{device_name(cases[0].device)}; commit {commit()}")
     for case in cases:
         found = measure_stream(case, seconds, rounds)
+        _file(path, "streams", case, case.batch * case.frames, found)
         sound = case.batch * case.frames * FRAME * 1e3  # ms
         print(
             f"\n{case}: a chunk of {case.frames} frames with {LEFT} before and {RIGHT} after it, {case.batch} streams"

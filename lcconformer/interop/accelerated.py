@@ -66,6 +66,14 @@ class AcceleratedLayer(nn.Module):
                 return y
         return layer.run(parts, x, lengths)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse ``torch.jit.script``, which asks this of every module it is about to compile."""
+        # a module given back would stay in the model's place of this one
+        raise NotImplementedError(
+            f"accelerate: torch.jit.script cannot compile an accelerated {type(self).__name__}: call "
+            "lcconformer.restore(model), script it and accelerate it again, or use torch.jit.trace"
+        )
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class is made, not found by name
         return _empty, (self.peer, _mixin_of(type(self))), *super().__reduce_ex__(protocol)[2:]

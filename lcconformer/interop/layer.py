@@ -173,7 +173,7 @@ def _pointwise(module: Any, x: Tensor) -> Tensor:
         return module(x)
     if not _plain(module):
         return module(x.transpose(1, 2)).transpose(1, 2)
-    return F.linear(x, module.weight[..., 0], module.bias)
+    return F.linear(x, module.weight.squeeze(-1), module.bias)
 
 
 def _convolve(parts: Convolution, h: Tensor, lengths: Tensor | None) -> Tensor:
@@ -207,7 +207,7 @@ def _convolve(parts: Convolution, h: Tensor, lengths: Tensor | None) -> Tensor:
     bias = depthwise.bias
     y = ops.glu_depthwise_conv(
         y,
-        depthwise.weight[:, 0].to(y.dtype),
+        depthwise.weight.squeeze(1).to(y.dtype),
         None if bias is None else bias.to(y.dtype),
         lengths=lengths,
         activation=parts.activation,

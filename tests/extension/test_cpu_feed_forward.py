@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -121,9 +123,31 @@ def test_same_bits_for_any_number_of_threads():
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-def test_without_onednn_the_products_are_pytorchs(assert_close, monkeypatch):
-    monkeypatch.setattr(gemm, "_onednn", lambda: False)
+@pytest.mark.parametrize(("intel", "there"), [(False, True), (False, False), (True, True)])
+def test_products_of_either_library(intel, there, assert_close, monkeypatch):
+    if there and not gemm._onednn():
+        pytest.skip("this PyTorch has no oneDNN")
+    called = []
+    monkeypatch.setattr(gemm, "_intel", lambda: intel)
+    monkeypatch.setattr(gemm, "_onednn", lambda: there)
+    own = gemm.F.linear
+    ours = SimpleNamespace(linear=lambda *args: (called.append(args), own(*args))[1])
+    monkeypatch.setattr(gemm, "F", ours)
     check(assert_close, make_inputs(2, 9, 8, 24))
+    assert bool(called) == (intel or not there)
+
+
+@pytest.mark.parametrize(
+    ("read", "expected"), [("vendor_id : GenuineIntel\n", True), ("vendor_id : AuthenticAMD\n", False), (None, False)]
+)
+def test_the_processors_maker(read, expected, monkeypatch):
+    def read_text(path, **_options):
+        if read is None:
+            raise FileNotFoundError(path)
+        return read
+
+    monkeypatch.setattr(gemm.Path, "read_text", read_text)
+    assert gemm._intel.__wrapped__() == expected
 
 
 def test_onednn_is_found_by_trying_it(monkeypatch):

@@ -524,6 +524,19 @@ def test_compiles_and_exports(encoder, name):
         torch.testing.assert_close(program(x.clone(), keep).last_hidden_state, want)
 
 
+def test_torchscript_is_traced_or_refused_with_what_to_do(torchaudio_model):
+    model = torchaudio_model()["encoder"].eval()
+    accelerate(model, strict=True)
+    x, lengths = torch.randn(2, 13, 16), torch.tensor([13, 6])
+    with pytest.raises(NotImplementedError, match=r"an accelerated ConformerLayer: call lcconformer\.restore\(model\)"):
+        torch.jit.script(model)
+    assert len(accelerated_layers(model)) == 3
+    traced = torch.jit.trace(model, (x, lengths))
+    restore(model)
+    for program in (traced, torch.jit.script(model)):
+        torch.testing.assert_close(program(x, lengths)[0], model(x, lengths)[0], rtol=0, atol=1e-5)
+
+
 # where ours cannot stand in, the peer computes
 
 

@@ -1,5 +1,6 @@
 """Packed batches and streams: what is printed, and that wrong numbers are not timed."""
 
+import json
 import re
 
 import pytest
@@ -32,6 +33,23 @@ def test_streams(capsys):
         assert re.search(rf"^{name} .*x$", out, re.M)
     for arguments in (["--streams", "--mode", "training"], ["--packed", "--mode", "ops"]):
         assert main([*TINY, *arguments]) != 0
+
+
+def test_rows_are_filed_once_each(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    for arguments in (["--packed", "--shapes", "4x60"], ["--streams", "--shapes", "2x4"]) * 2:
+        assert main([*TINY, *arguments, "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert sorted((r["kind"], r["way"]) for r in rows) == [
+        ("packed", "packed"),
+        ("packed", "padded"),
+        *(("streams", way) for way in ("as chosen", "module by module", "plain PyTorch")),
+    ]
+    out = capsys.readouterr().out
+    for row in rows:
+        assert row["real_frames"] == (8 if row["kind"] == "streams" else int(re.search(r": (\d+) real", out).group(1)))
+        assert row["rtf"] == pytest.approx(row["median_ms"] / row["real_frames"] / 40)
+        assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
 
 
 def test_lengths_are_those_of_librispeech():
