@@ -4,8 +4,9 @@ five kernels a loop on packed weights (:mod:`.weights`).
 On the CPU a loop is five kernels in one call into C++: rows (feed-forward, norm, projection), attention, rows, convolution,
 rows.  Their buffers are made once per call, or, for few frames, kept for the next call of the same shape.  The residual
 stream, norms, softmax and sums are float32 whatever the dtype of the stack; the products of a bfloat16 stack, with its
-matrices and in attention, are those of bfloat16 where the processor has instructions for it, else of float32, and those with
-weights in 8 bits likewise.  A frame gets the same bits in any batch.  The kernels run on threads of their own
+matrices and in attention, are those of bfloat16 where the processor is faster at them, else of float32.  Weights in 8 bits are
+multiplied in 8 bits where the processor can, and the products of attention are then in whichever of the two is faster, in a
+float32 stack too.  A frame gets the same bits in any batch.  The kernels run on threads of their own
 (csrc/cpu/pool.h).
 """
 
@@ -35,7 +36,6 @@ __all__ = ["OP", "Loop", "chosen", "convert", "explain", "reasons", "run", "run_
 OP = "shared_loop"
 
 _IN_BFLOAT16 = "cpu with products of bfloat16"
-_NO_BFLOAT16 = "this processor has no AVX512-BF16; the products are in float32"
 _IN_INT8 = "cpu with products of int8"
 _NO_INT8 = "this processor has no AVX512-VNNI beside AVX512-BF16; weights are widened when they are packed"
 
@@ -89,7 +89,8 @@ def slower(stack: LayerStack, x: Tensor) -> list[str]:
         ]
     # both on AVX512-BF16, EPYC 9005 with 2 threads, d = 256, the engine against the modules, times as fast: 3.1 at 100 frames,
     # 1.8 at 200 and 400, 1.3 at 8 x 400, 1.2 at 2 x 1500
-    if torch.cpu._is_avx512_bf16_supported() and weights.product_dtype(x) != torch.bfloat16:
+    by_library = torch.cpu._is_avx512_bf16_supported() and cpu_kernels().bfloat16_gain() > 1
+    if by_library and weights.product_dtype(x) != torch.bfloat16:
         return ["this processor is fast at products of bfloat16, and the modules leave them to its library"]
     return []
 
@@ -99,9 +100,10 @@ def explain(stack: LayerStack, x: Tensor) -> dict[str, Choice]:
     if x.device.type == "cpu":
         if stack.config.weights == "int8" and not weights.multiplies_int8():
             return {OP: Choice(OP, "cpu", ((_IN_INT8, (_NO_INT8,)),))}
-        in_float32 = x.dtype == torch.bfloat16 and weights.product_dtype(x) == torch.float32
-        in_float32 &= stack.config.weights == "float"
-        return {OP: Choice(OP, "cpu", ((_IN_BFLOAT16, (_NO_BFLOAT16,)),) if in_float32 else ())}
+        against = None
+        if x.dtype == torch.bfloat16 and stack.config.weights == "float":
+            against = weights.against_bfloat16(x.shape[-1])
+        return {OP: Choice(OP, "cpu", ((_IN_BFLOAT16, (f"{against}; they are in float32",)),) if against else ())}
     against = chain.reasons(stack, x, x.shape[0] * graphs.padded_frames(stack, x))
     if not against:
         return {OP: Choice(OP, "triton")}
