@@ -179,6 +179,8 @@ class PackedLayer:
     dtype: torch.dtype
     # what calls of few frames work in, kept by the engine for their next: inference.Loop by shape
     kept: dict[tuple, Any] = field(default_factory=dict, repr=False)
+    # the buffers of the last longer call, for the next, if no call has them
+    memory: list[Tensor] = field(default_factory=list, repr=False)
     # grow-only: rows of positions Tmax-1 ... -(Tmax-1), [2 Tmax - 1, d_model padded]
     _positions: Tensor | None = field(default=None, repr=False)
     # of the latest T: (T, SIMD level, table, panels of each head)

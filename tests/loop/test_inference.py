@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lcconformer import Conformer, ConformerConfig, ConformerEncoder, backend, engine, extension, quantize
-from lcconformer.loop import weights
+from lcconformer.loop import inference, weights
 from lcconformer.ops.registry import record
 from lcconformer.quantization import QuantizedLinear
 
@@ -508,6 +508,39 @@ def test_threads_of_openmp_sleep_on(dtype):
     assert torch.equal(found, expected)
     assert large.names
     assert large.names <= {"empty", "empty_like", "view", "slice", "unflatten", "detach", "alias"}
+
+
+@torch.no_grad()
+def test_longer_calls_leave_their_buffers_to_the_next(monkeypatch):
+    encoder, inputs = make_encoder(), [torch.randn(1, frames, 24) for frames in (300, 300, 200, 301, 250)]
+    with engine("loop"):
+        expected = [copy.deepcopy(encoder)(x)[0] for x in inputs]
+        outputs, memory = [], []
+        for x in inputs:
+            outputs.append(encoder(x)[0])
+            memory += [m.data_ptr() for m in weights.packed(encoder, 1, 1)[0].memory]
+        for out, e in zip(outputs, expected):
+            assert torch.equal(out, e)
+        assert len(memory) == len(inputs)
+        assert memory[0] == memory[1] == memory[2]
+        assert memory[3] == memory[4]
+        monkeypatch.setattr(inference, "_KEPT_BYTES", 1000)
+        encoder(inputs[0])
+        assert weights.packed(encoder, 1, 1)[0].memory == []
+
+
+def test_calls_at_once_have_their_own_buffers():
+    encoder, inputs = make_encoder(), [torch.randn(1, 290 + i, 24) for i in range(8)]
+
+    def run(x):
+        with torch.inference_mode(), engine("loop"):
+            return encoder(x)[0]
+
+    expected = [run(x) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            for out, e in zip(pool.map(run, inputs), expected):
+                assert torch.equal(out, e)
 
 
 # --- weights in 8 bits -----------------------------------------------------------------------------------------------
