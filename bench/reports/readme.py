@@ -54,9 +54,21 @@ def runtimes_section(results: Path = RESULTS) -> str:
     for path, found in _latest(results, lambda r: not r.beside):
         lines = [f"{_origin(path, found)} Median ms; x: how many times as fast as the faster runtime."]
         for d_model, layers, rows in _by_size(found):
-            lines += ["", *_runtimes_table(f"d = {d_model}, N = {layers}", [r for r in rows if not r.beside])]
+            alone = [r for r in rows if not r.beside]
+            lines += ["", *_runtimes_table(f"d = {d_model}, N = {layers}", alone), *_dtypes(alone)]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) or "No results are filed yet."
+
+
+def _dtypes(rows: Sequence[Row]) -> list[str]:
+    """Say what the dtypes of lcconformer gain over its own float32, from the least to the most of all shapes."""
+    ms = {(r.batch, r.frames, r.dtype): r.median_ms for r in rows if r.provider == "lcconformer"}
+    said = []
+    for dtype in ("bfloat16", "int8"):
+        gains = [ms[b, t, "float32"] / ms[b, t, dtype] for b, t, d in ms if d == dtype and (b, t, "float32") in ms]
+        if gains:
+            said.append(f"{dtype} {min(gains):.2f} to {max(gains):.2f} times as fast")
+    return ["", f"lcconformer against its own float32: {', '.join(said)}."] if said else []
 
 
 def contention_section(results: Path = RESULTS) -> str:

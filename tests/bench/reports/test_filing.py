@@ -94,7 +94,10 @@ def test_rows_against_runtimes_have_a_table_of_their_own(place):
         if (name, dtype) != ("onnxruntime", "bfloat16")
     ]
     versions = {"torch": "2.11.0", "onnxruntime": "1.32.0", "openvino": "2026.4.1"}
-    write([dataclasses.replace(r, versions=versions) for r in rows])
+    faster = [r.batch == 2 and (r.provider, r.dtype) == ("lcconformer", "bfloat16") for r in rows]
+    write(
+        [dataclasses.replace(r, versions=versions, median_ms=0.8 if f else r.median_ms) for r, f in zip(rows, faster)]
+    )
     file(path)
     filed = path / "results/a-cpu-2-threads"
     assert [p.name for p in filed.iterdir()] == ["runtimes-2026-01-02-abc123.json"]
@@ -105,7 +108,8 @@ def test_rows_against_runtimes_have_a_table_of_their_own(place):
         "| d = 256, N = 4 | ONNX Runtime float32 | OpenVINO float32 | lcconformer float32 | x | OpenVINO bfloat16 | "
         "lcconformer bfloat16 | x |\n|---|---:|---:|---:|---:|---:|---:|---:|\n"
         "| 1 x 400 | 4.00 | 3.00 | 2.00 | **1.50** | 1.50 | 1.00 | **1.50** |\n"
-        "| 2 x 400 | 4.00 | 3.00 | 2.00 | **1.50** | 1.50 | 1.00 | **1.50** |\n"
+        "| 2 x 400 | 4.00 | 3.00 | 2.00 | **1.50** | 1.50 | 0.80 | **1.88** |\n\n"
+        "lcconformer against its own float32: bfloat16 2.00 to 2.50 times as fast.\n"
     )
     for page in ("README.md", "engines.md"):
         text = (path / page).read_text()
