@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import random
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -26,9 +28,39 @@ RATE = 16_000
 PITCHES = {"SIL": 0.0, "AA": 300.0, "IY": 1200.0, "S": 3500.0}  # Hz, of the phones of made-up speech
 
 
+FATAL = pytest.StashKey[Any]()  # of a worker: the open file for its stacks if it dies
+DEATHS = pytest.StashKey[list[str]]()  # of the process that distributes the tests: how workers died
+
+
+@pytest.hookimpl(trylast=True)  # pytest turns the fault handler on first, into the middle of a long output
 def pytest_configure(config: pytest.Config) -> None:
     # tensors here are too small to share among threads, and on a busy machine threads wait for one another
     torch.set_num_threads(1)
+    if worker := getattr(config, "workerinput", None):
+        config.stash[FATAL] = file = fatal(worker).open("w")
+        faulthandler.enable(file)
+
+
+def fatal(worker: dict[str, Any]) -> Path:
+    """The file of a worker of pytest-xdist into which Python writes all stacks if a signal ends it."""
+    return Path(tempfile.gettempdir()) / f"lcconformer-tests-{worker['testrunuid']}-{worker['workerid']}.txt"
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_testnodedown(node: Any, error: object) -> None:
+    path = fatal(node.workerinput)
+    if error:
+        code = node.gateway._io.popen.wait(60)
+        stacks = path.read_text(errors="replace") if path.exists() else ""
+        how = f"signal {-code}" if code < 0 else f"code {code}; 1 is that of a time limit"
+        node.config.stash.setdefault(DEATHS, []).append(f"{node.workerinput['workerid']} ended with {how}\n{stacks}")
+    path.unlink(missing_ok=True)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for death in terminalreporter.config.stash.get(DEATHS, []):
+        terminalreporter.section("a worker died")
+        terminalreporter.write_line(death)
 
 
 def kernels_of(item: pytest.Item) -> str:

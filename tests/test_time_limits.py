@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -125,3 +126,23 @@ def test_a_hang_under_xdist_is_shown_and_the_rest_runs(tmp_path: Path) -> None:
     assert "1 failed, 6 passed" in done.stdout
     assert "test_some[4]" in done.stdout
     assert 'test_hang.py", line 4 in test_some' in done.stderr
+
+
+def test_the_summary_says_how_a_worker_died(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    (tmp_path / "test_death.py").write_text(
+        "import faulthandler, os\n"
+        "def test_a():\n    faulthandler._sigsegv()\n"
+        "def test_b():\n    os._exit(3)\n"
+        "def test_c():\n    pass\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, "-n", "1",
+         "-p", "no:cacheprovider", tmp_path],
+        capture_output=True, text=True, timeout=240, env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    assert "2 failed, 1 passed" in done.stdout
+    assert f"ended with signal {signal.SIGSEGV.value}" in done.stdout
+    assert "ended with code 3" in done.stdout
+    assert 'test_death.py", line 3 in test_a' in done.stdout
+    assert not list(tmp_path.glob("lcconformer-tests-*"))

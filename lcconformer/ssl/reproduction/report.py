@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections import Counter
@@ -213,8 +214,8 @@ def _summary(data: _Data, page: Page) -> None:
     for gate in (task, _probe_gate(data)):
         if gate is not None:
             items.append(gate[1][0].upper() + gate[1][1:] + ".")
-    for metric in data.metrics:
-        difference = _difference(data.of("scratch", "A"), data.of("scratch", "C"), metric)
+    for model, metric in itertools.product(("C", "C-time"), data.metrics):
+        difference = _difference(data.of("scratch", "A"), data.of("scratch", model), metric)
         if difference is None:
             continue
         verdict = "holds" if difference.holds else "does not hold"
@@ -222,9 +223,9 @@ def _summary(data: _Data, page: Page) -> None:
             verdict = "would hold, but the gate of the task failed"
         seeds = f"{difference.number} seed{'s' if difference.number > 1 else ''}"
         items.append(
-            f"C against A, {_TITLES[metric]} at the depths that validation chose: {_points(difference.seeds)} points "
-            "over "
-            f"{seeds}, [{_bounds(difference.speakers)}] by drawing the speakers anew (plus: C makes more errors). "
+            f"{model} against A, {_TITLES[metric]} at the depths that validation chose: {_points(difference.seeds)} points "
+            f"over {seeds}, [{_bounds(difference.speakers)}] by drawing the speakers anew (plus: {model} makes more "
+            "errors). "
             f'"No worse than {100 * _WORSE_MEAN:.0f} point on average and {100 * _WORSE_SEED:.0f} with any seed" '
             f"{verdict}" + ("; one seed is no proof either way." if difference.number == 1 else ".")
         )
@@ -729,9 +730,7 @@ def _provenance_warnings(data: _Data, page: Page) -> None:
         page.warning(f"Runs of {len(commits)} commits of this package are mixed here. {said}.")
     machines = sorted({f"{r.times['machine']['device']}, {r.times['machine']['processor']}" for r in data.runs})
     if len(machines) > 1:
-        page.warning(
-            f"Runs of {len(machines)} machines are mixed here, and their times with them: {'; '.join(machines)}."
-        )
+        page.warning(f"Runs of {len(machines)} machines are mixed here: {'; '.join(machines)}. All times are of one.")
     if data.missing:
         page.warning(f"Not complete: {len(data.missing)} of {len(data.plan['runs'])} runs ({', '.join(data.missing)}).")
     if not data.runs:
