@@ -21,6 +21,7 @@ __all__ = ["ENGINES", "README", "RUNTIMES", "contention_section", "refresh", "ru
 README = RESULTS.parents[1] / "README.md"
 ENGINES = README.parent / "docs" / "engines.md"
 RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+_Size = tuple[int, int, list[Row]]  # d_model, layers, the rows through all of them
 BESIDE = {"": "nothing", "1": "a busy thread", "torch": "a PyTorch job of as many threads"}
 # columns of the table; all do the same maths but torchaudio, which has no relative positions
 COLUMNS = ("eager", "sdpa", "compile", "transformers", "torchaudio")
@@ -51,9 +52,9 @@ def _rewrite(page: Path, name: str, section: str) -> None:
 def runtimes_section(results: Path = RESULTS) -> str:
     """Markdown of each machine's latest rows against inference runtimes: a table for each width and number of layers."""
     parts = []
-    for path, found in _latest(results, lambda r: not r.beside):
+    for path, found, sizes in _latest(results, lambda r: not r.beside):
         lines = [f"{_origin(path, found)} Median ms; x: how many times as fast as the faster runtime."]
-        for d_model, layers, rows in _by_size(found):
+        for d_model, layers, rows in sizes:
             alone = [r for r in rows if not r.beside]
             lines += ["", *_runtimes_table(f"d = {d_model}, N = {layers}", alone), *_dtypes(alone)]
         parts.append("\n".join(lines))
@@ -74,9 +75,9 @@ def _dtypes(rows: Sequence[Row]) -> list[str]:
 def contention_section(results: Path = RESULTS) -> str:
     """Markdown of each machine's latest rows beside other work: a table for each width and number of layers."""
     parts = []
-    for path, found in _latest(results, lambda r: bool(r.beside)):
+    for path, found, sizes in _latest(results, lambda r: bool(r.beside)):
         lines = [f"{_origin(path, found)} Median ms; x: how many times as long as beside nothing."]
-        for d_model, layers, rows in _by_size(found):
+        for d_model, layers, rows in sizes:
             for dtype in dict.fromkeys(r.dtype for r in rows if r.beside):
                 title = f"d = {d_model}, N = {layers}, {dtype}"
                 lines += ["", *_contention_table(title, [r for r in rows if r.dtype == dtype])]
@@ -84,12 +85,18 @@ def contention_section(results: Path = RESULTS) -> str:
     return "\n\n".join(parts) or "No results are filed yet."
 
 
-def _latest(results: Path, kind: Callable[[Row], bool]) -> Iterator[tuple[Path, Results]]:
-    """Yield of each machine the latest file against inference runtimes that has rows of a kind."""
+def _latest(results: Path, kind: Callable[[Row], bool]) -> Iterator[tuple[Path, Results, list[_Size]]]:
+    """Yield of each machine the files against inference runtimes that are the latest with rows of a kind, for some size."""
     for folder in sorted(p for p in results.iterdir() if p.is_dir()):
         files = [(path, Results(path)) for path in sorted(folder.glob("runtimes-*.json"))]
-        if files := [file for file in files if any(map(kind, file[1].rows))]:
-            yield max(files, key=lambda file: file[1].date)
+        latest: dict[tuple[int, int], Path] = {}  # by d_model and layers
+        for path, found in sorted(files, key=lambda file: file[1].date):
+            latest |= {(r.d_model, r.layers): path for r in found.rows if kind(r)}
+        for path, found in files:
+            sizes = sorted(size for size, of in latest.items() if of == path)
+            rows = [[r for r in found.rows if (r.d_model, r.layers, r.depth) == (d, n, n)] for d, n in sizes]
+            if sizes:
+                yield path, found, [(d, n, members) for (d, n), members in zip(sizes, rows)]
 
 
 def _origin(path: Path, found: Results) -> str:
@@ -99,12 +106,6 @@ def _origin(path: Path, found: Results) -> str:
         f"**{first.device_name}**, {found.date[:10]}, commit {first.commit}, {versions} "
         f"(`bench/results/{path.parent.name}/{path.name}`)."
     )
-
-
-def _by_size(found: Results) -> Iterator[tuple[int, int, list[Row]]]:
-    """Yield d_model, number of layers and the rows through all of them."""
-    for d_model, layers in sorted({(r.d_model, r.layers) for r in found.rows}):
-        yield d_model, layers, [r for r in found.rows if (r.d_model, r.layers, r.depth) == (d_model, layers, layers)]
 
 
 def _contention_table(title: str, rows: Sequence[Row]) -> list[str]:
