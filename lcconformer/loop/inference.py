@@ -103,10 +103,10 @@ def explain(stack: LayerStack, x: Tensor) -> dict[str, Choice]:
     if x.device.type == "cpu":
         if stack.config.weights == "int8" and not weights.multiplies_int8():
             return {OP: Choice(OP, "cpu", ((_IN_INT8, (_NO_INT8,)),))}
-        against = None
+        slow = None
         if x.dtype == torch.bfloat16 and stack.config.weights == "float":
-            against = weights.against_bfloat16(x.shape[-1])
-        return {OP: Choice(OP, "cpu", ((_IN_BFLOAT16, (f"{against}; they are in float32",)),) if against else ())}
+            slow = weights.against_bfloat16(x.shape[-1])
+        return {OP: Choice(OP, "cpu", ((_IN_BFLOAT16, (f"{slow}; they are in float32",)),) if slow else ())}
     against = chain.reasons(stack, x, x.shape[0] * graphs.padded_frames(stack, x))
     if not against:
         return {OP: Choice(OP, "triton")}
