@@ -7,7 +7,7 @@ those of models under ``accelerate`` are read by :mod:`.accelerated`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from lcconformer.runtime import write_atomically
@@ -16,11 +16,13 @@ from ..core.rows import Results, Row
 from . import RESULTS, accelerated
 from .table import number
 
-__all__ = ["ENGINES", "README", "RUNTIMES", "refresh", "runtimes_section", "section"]
+__all__ = ["ENGINES", "README", "RUNTIMES", "contention_section", "refresh", "runtimes_section", "section"]
 
 README = RESULTS.parents[1] / "README.md"
 ENGINES = README.parent / "docs" / "engines.md"
 RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+_Size = tuple[int, int, list[Row]]  # d_model, layers, the rows through all of them
+BESIDE = {"": "nothing", "1": "a busy thread", "torch": "a PyTorch job of as many threads"}
 # columns of the table; all do the same maths but torchaudio, which has no relative positions
 COLUMNS = ("eager", "sdpa", "compile", "transformers", "torchaudio")
 
@@ -35,6 +37,7 @@ def refresh(readme: Path = README, engines: Path = ENGINES, results: Path = RESU
     _rewrite(readme, "accelerated", accelerated.section(results))
     for page in (readme, engines):
         _rewrite(page, "runtimes", runtimes_section(results))
+    _rewrite(engines, "contention", contention_section(results))
 
 
 def _rewrite(page: Path, name: str, section: str) -> None:
@@ -47,21 +50,80 @@ def _rewrite(page: Path, name: str, section: str) -> None:
 
 
 def runtimes_section(results: Path = RESULTS) -> str:
-    """Markdown of the latest rows against inference runtimes: a table for each width and number of layers."""
-    files = [(path, Results(path)) for path in sorted(results.glob("*/runtimes-*.json"))]
-    if not files:
-        return "No results are filed yet."
-    path, found = max(files, key=lambda file: file[1].date)
+    """Markdown of each machine's latest rows against inference runtimes: a table for each width and number of layers."""
+    parts = []
+    for path, found, sizes in _latest(results, lambda r: not r.beside):
+        lines = [f"{_origin(path, found)} Median ms; x: how many times as fast as the faster runtime."]
+        for d_model, layers, rows in sizes:
+            alone = [r for r in rows if not r.beside]
+            lines += ["", *_runtimes_table(f"d = {d_model}, N = {layers}", alone), *_dtypes(alone)]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) or "No results are filed yet."
+
+
+def _dtypes(rows: Sequence[Row]) -> list[str]:
+    """Say what the dtypes of lcconformer gain over its own float32, from the least to the most of all shapes."""
+    ms = {(r.batch, r.frames, r.dtype): r.median_ms for r in rows if r.provider == "lcconformer"}
+    said = []
+    for dtype in ("bfloat16", "int8"):
+        gains = [ms[b, t, "float32"] / ms[b, t, dtype] for b, t, d in ms if d == dtype and (b, t, "float32") in ms]
+        if gains:
+            said.append(f"{dtype} {min(gains):.2f} to {max(gains):.2f} times as fast")
+    return ["", f"lcconformer against its own float32: {', '.join(said)}."] if said else []
+
+
+def contention_section(results: Path = RESULTS) -> str:
+    """Markdown of each machine's latest rows beside other work: a table for each width and number of layers."""
+    parts = []
+    for path, found, sizes in _latest(results, lambda r: bool(r.beside)):
+        lines = [f"{_origin(path, found)} Median ms; x: how many times as long as beside nothing."]
+        for d_model, layers, rows in sizes:
+            for dtype in dict.fromkeys(r.dtype for r in rows if r.beside):
+                title = f"d = {d_model}, N = {layers}, {dtype}"
+                lines += ["", *_contention_table(title, [r for r in rows if r.dtype == dtype])]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) or "No results are filed yet."
+
+
+def _latest(results: Path, kind: Callable[[Row], bool]) -> Iterator[tuple[Path, Results, list[_Size]]]:
+    """Yield of each machine the files against inference runtimes that are the latest with rows of a kind, for some size."""
+    for folder in sorted(p for p in results.iterdir() if p.is_dir()):
+        files = [(path, Results(path)) for path in sorted(folder.glob("runtimes-*.json"))]
+        latest: dict[tuple[int, int], Path] = {}  # by d_model and layers
+        for path, found in sorted(files, key=lambda file: file[1].date):
+            latest |= {(r.d_model, r.layers): path for r in found.rows if kind(r)}
+        for path, found in files:
+            sizes = sorted(size for size, of in latest.items() if of == path)
+            rows = [[r for r in found.rows if (r.d_model, r.layers, r.depth) == (d, n, n)] for d, n in sizes]
+            if sizes:
+                yield path, found, [(d, n, members) for (d, n), members in zip(sizes, rows)]
+
+
+def _origin(path: Path, found: Results) -> str:
     first = found.rows[0]
     versions = ", ".join(f"{said} {first.versions[name]}" for name, said in RUNTIMES.items() if name in first.versions)
-    lines = [
+    return (
         f"**{first.device_name}**, {found.date[:10]}, commit {first.commit}, {versions} "
-        f"(`bench/results/{path.parent.name}/{path.name}`). Median ms; x: how many times as fast as the faster runtime."
+        f"(`bench/results/{path.parent.name}/{path.name}`)."
+    )
+
+
+def _contention_table(title: str, rows: Sequence[Row]) -> list[str]:
+    names = {**RUNTIMES, "lcconformer": "lcconformer"}
+    there = [name for name in names if any(r.provider == name for r in rows)]
+    lines = [
+        f"| {title} | beside | " + " | ".join(f"{names[name]} | x" for name in there) + " |",
+        "|---|---|" + "---:|" * 2 * len(there),
     ]
-    for d_model, layers in sorted({(r.d_model, r.layers) for r in found.rows}):
-        members = [r for r in found.rows if (r.d_model, r.layers, r.depth) == (d_model, layers, layers)]
-        lines += ["", *_runtimes_table(f"d = {d_model}, N = {layers}", [r for r in members if not r.beside])]
-    return "\n".join(lines)
+    for shape in dict.fromkeys((r.batch, r.frames) for r in rows if r.beside):
+        ms = {(r.provider, r.beside): r.median_ms for r in rows if (r.batch, r.frames) == shape}
+        for beside in dict.fromkeys(["", *(r.beside for r in rows)]):
+            cells = ["{} x {}".format(*shape), BESIDE.get(beside, f"{beside} busy threads")]
+            for name in there:
+                time, alone = ms.get((name, beside)), ms.get((name, ""))
+                cells += [number(time), f"{time / alone:.1f}" if time and alone and beside else "-"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def _runtimes_table(title: str, rows: Sequence[Row]) -> list[str]:

@@ -1,6 +1,8 @@
 // The SIMD level of the kernels: the best one this processor runs, unless a test asks for another.
+#include <chrono>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "cpu/kernels.h"
 
@@ -10,6 +12,7 @@
     namespace level {                                                  \
     LCC_KERNELS(LCC_DECLARE)                                           \
     int64_t relpos_attention_position_size(Element, int64_t, int64_t); \
+    void product_in_cache(Element, float*);                            \
     }                                                                  \
     }
 
@@ -31,13 +34,13 @@ struct Level {
 
 #define LCC_NAME(kernel, Arguments) kernel,
 // the functions of a level in the order of Kernels
-#define LCC_TABLE(level)                   \
-    Kernels table_of_##level() {           \
-        using namespace level;             \
-        return {                           \
-            LCC_KERNELS(LCC_NAME)          \
-            relpos_attention_position_size \
-        };                                 \
+#define LCC_TABLE(level)                                     \
+    Kernels table_of_##level() {                             \
+        using namespace level;                               \
+        return {                                             \
+            LCC_KERNELS(LCC_NAME)                            \
+            relpos_attention_position_size, product_in_cache \
+        };                                                   \
     }
 
 LCC_TABLE(generic)
@@ -79,7 +82,29 @@ const Level*& current() {
     return level;
 }
 
+// the shortest of 64 times: what else runs on the core does not count
+double seconds_of_product(const Kernels& kernels, Element products, float* memory) {
+    double best = INFINITY;
+    for (int i = 0; i < 64; i++) {
+        const auto start = std::chrono::steady_clock::now();
+        kernels.product_in_cache(products, memory);
+        const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - start;
+        best = std::fmin(best, spent.count());
+    }
+    return best;
+}
+
 }  // namespace
+
+double bfloat16_gain() {
+    static const double gain = [] {
+        std::vector<float> memory(kProductFloats);
+        const Kernels& best = find(nullptr)->kernels;
+        const double in_float32 = seconds_of_product(best, Element::float32, memory.data());
+        return in_float32 / seconds_of_product(best, Element::bfloat16, memory.data());
+    }();
+    return gain;
+}
 
 const Kernels& kernels() { return current()->kernels; }
 const char* simd_level() { return current()->name; }

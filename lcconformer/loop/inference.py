@@ -4,8 +4,9 @@ five kernels a loop on packed weights (:mod:`.weights`).
 On the CPU a loop is five kernels in one call into C++: rows (feed-forward, norm, projection), attention, rows, convolution,
 rows.  Their buffers are made once per call, or, for few frames, kept for the next call of the same shape.  The residual
 stream, norms, softmax and sums are float32 whatever the dtype of the stack; the products of a bfloat16 stack, with its
-matrices and in attention, are those of bfloat16 where the processor has instructions for it, else of float32, and those with
-weights in 8 bits likewise.  A frame gets the same bits in any batch.  The kernels run on threads of their own
+matrices and in attention, are those of bfloat16 where the processor is faster at them, else of float32.  Weights in 8 bits are
+multiplied in 8 bits where the processor can, and the products of attention are then in whichever of the two is faster, in a
+float32 stack too.  A frame gets the same bits in any batch.  The kernels run on threads of their own
 (csrc/cpu/pool.h).
 """
 
@@ -35,13 +36,15 @@ __all__ = ["OP", "Loop", "chosen", "convert", "explain", "reasons", "run", "run_
 OP = "shared_loop"
 
 _IN_BFLOAT16 = "cpu with products of bfloat16"
-_NO_BFLOAT16 = "this processor has no AVX512-BF16; the products are in float32"
 _IN_INT8 = "cpu with products of int8"
 _NO_INT8 = "this processor has no AVX512-VNNI beside AVX512-BF16; weights are widened when they are packed"
 
 # frames of a batch up to which buffers and arguments are kept, and of how many shapes: making them took 4% of a call of 16
 # frames (bfloat16, EPYC 9004, two threads)
 _KEPT_FRAMES, _KEPT_SHAPES = 128, 4
+# bytes of buffers up to which those of longer calls are kept, whatever the next shape: fresh pages from the system took 3% of
+# a call of 400 frames (float32, a Xeon in a virtual machine, two threads)
+_KEPT_BYTES = 1 << 25
 
 
 def chosen(stack: LayerStack, layers: Watch, x: Tensor, packed: bool) -> list[str]:
@@ -89,7 +92,8 @@ def slower(stack: LayerStack, x: Tensor) -> list[str]:
         ]
     # both on AVX512-BF16, EPYC 9005 with 2 threads, d = 256, the engine against the modules, times as fast: 3.1 at 100 frames,
     # 1.8 at 200 and 400, 1.3 at 8 x 400, 1.2 at 2 x 1500
-    if torch.cpu._is_avx512_bf16_supported() and weights.product_dtype(x) != torch.bfloat16:
+    by_library = torch.cpu._is_avx512_bf16_supported() and cpu_kernels().bfloat16_gain() > 1
+    if by_library and weights.product_dtype(x) != torch.bfloat16:
         return ["this processor is fast at products of bfloat16, and the modules leave them to its library"]
     return []
 
@@ -99,9 +103,10 @@ def explain(stack: LayerStack, x: Tensor) -> dict[str, Choice]:
     if x.device.type == "cpu":
         if stack.config.weights == "int8" and not weights.multiplies_int8():
             return {OP: Choice(OP, "cpu", ((_IN_INT8, (_NO_INT8,)),))}
-        in_float32 = x.dtype == torch.bfloat16 and weights.product_dtype(x) == torch.float32
-        in_float32 &= stack.config.weights == "float"
-        return {OP: Choice(OP, "cpu", ((_IN_BFLOAT16, (_NO_BFLOAT16,)),) if in_float32 else ())}
+        slow = None
+        if x.dtype == torch.bfloat16 and stack.config.weights == "float":
+            slow = weights.against_bfloat16(x.shape[-1])
+        return {OP: Choice(OP, "cpu", ((_IN_BFLOAT16, (f"{slow}; they are in float32",)),) if slow else ())}
     against = chain.reasons(stack, x, x.shape[0] * graphs.padded_frames(stack, x))
     if not against:
         return {OP: Choice(OP, "triton")}
@@ -127,7 +132,7 @@ def run(
     if loop is None:
         # buffers that are kept must be writable in calls that are not in inference mode, too
         with torch.inference_mode(torch.is_inference_mode_enabled() and key is None):
-            loop = Loop(stack.config, x, lengths, layers[0].dtype)
+            loop = Loop(stack.config, x, lengths, layers[0].dtype, memory=_taken(layers[0]) if key is None else None)
     loop.enter(x, lengths)
     outputs = []
     for k, layer in enumerate(layers):
@@ -142,7 +147,17 @@ def run(
         if len(kept) >= _KEPT_SHAPES:
             kept.clear()
         kept[key] = loop
+    elif loop.memory.nbytes <= _KEPT_BYTES:
+        layers[0].memory[:] = [loop.memory]
     return outputs
+
+
+def _taken(layer: PackedLayer) -> Tensor | None:
+    """Return the buffers that a call has left and make them those of this call alone."""
+    try:
+        return layer.memory.pop()
+    except IndexError:
+        return None
 
 
 def _key(x: Tensor, lengths: Tensor | Packing | None) -> tuple | None:
@@ -187,6 +202,9 @@ class Loop:
     """The residual stream of a call, its buffers, and the kernels of each layer with their arguments.
 
     :meth:`enter` starts a call; the inputs of all calls have one shape, and lengths or none.
+
+    Args:
+        memory: buffers of another call that has ended, of ``dtype``; used if they are large enough.
     """
 
     def __init__(
@@ -196,6 +214,7 @@ class Loop:
         lengths: Tensor | Packing | None,
         dtype: torch.dtype,
         table: Table | None = None,
+        memory: Tensor | None = None,
     ) -> None:
         self.config, self.table = config, table
         cpu = self.cpu = cpu_kernels()
@@ -212,8 +231,13 @@ class Loop:
             self.sizes = {"batch": len(lengths.cu_seqlens) - 1, "frames": lengths.longest}
         # the last tile of rows may reach beyond the last frame
         rows = b * t + cpu.TILE_ROWS
-        self.wide = empty(rows, padded_columns(3 * d))  # queries, keys, values; or values and gates
-        self.branch = empty(rows, d)  # output of attention or convolution
+        # queries, keys, values, or values and gates; and the output of attention or convolution
+        sizes = (rows * padded_columns(3 * d), rows * d)
+        if memory is None or memory.numel() < sum(sizes):
+            with torch.inference_mode(False):
+                memory = empty(sum(sizes))
+        self.memory = memory
+        self.wide, self.branch = (part.view(rows, -1) for part in memory[: sum(sizes)].split(sizes))
         if config.conv_norm == "group":
             self.before_norm = empty(b, t, d)
             self.mean, self.var = empty(2, b, config.conv_norm_groups, dtype=torch.float32)

@@ -179,6 +179,8 @@ class PackedLayer:
     dtype: torch.dtype
     # what calls of few frames work in, kept by the engine for their next: inference.Loop by shape
     kept: dict[tuple, Any] = field(default_factory=dict, repr=False)
+    # the buffers of the last longer call, for the next, if no call has them
+    memory: list[Tensor] = field(default_factory=list, repr=False)
     # grow-only: rows of positions Tmax-1 ... -(Tmax-1), [2 Tmax - 1, d_model padded]
     _positions: Tensor | None = field(default=None, repr=False)
     # of the latest T: (T, SIMD level, table, panels of each head)
@@ -248,13 +250,23 @@ def project(pos: Matrix, table: Tensor) -> Tensor:
     return out[: len(table)]
 
 
-def product_dtype(like: Tensor) -> torch.dtype:
-    """Dtype of the products with the matrices of a layer, for a weight or input ``like [..., d_model]``.
+def against_bfloat16(width: int) -> str | None:
+    """Say why products of ``width`` inputs are not in bfloat16 for a bfloat16 encoder; None: they are.
 
-    That of bfloat16 weights where the processor multiplies bfloat16: elsewhere the kernels take such products apart.
+    Elsewhere the kernels take such products apart, and some processors that have the instruction are slow at it.
     """
-    by_pairs = like.dtype == torch.bfloat16 and like.shape[-1] % 2 == 0
-    return torch.bfloat16 if by_pairs and cpu_kernels().simd_level() == "avx512bf16" else torch.float32
+    if cpu_kernels().simd_level() != "avx512bf16":
+        return "this processor has no AVX512-BF16"
+    if width % 2:
+        return f"it multiplies by pairs, and d_model is {width}"
+    gain = cpu_kernels().bfloat16_gain()
+    return None if gain > 1 else f"this processor's products of bfloat16 are {gain:.2f} times as fast as of float32"
+
+
+def product_dtype(like: Tensor) -> torch.dtype:
+    """Dtype of the products with the matrices of a layer, for a weight or input ``like [..., d_model]``."""
+    in_float32 = like.dtype != torch.bfloat16 or against_bfloat16(like.shape[-1])
+    return torch.float32 if in_float32 else torch.bfloat16
 
 
 def multiplies_int8() -> bool:
@@ -284,7 +296,11 @@ def pack(layer: nn.Module, overrides: dict[str, Tensor]) -> PackedLayer:
     qkv, last = get("attention.qkv.weight"), get("norm.weight")
     assert qkv is not None
     assert last is not None
-    dtype = product_dtype(qkv if qkv.is_floating_point() else last)
+    if qkv.is_floating_point():
+        dtype = product_dtype(qkv)
+    else:
+        # beside the error of 8 bits that of bfloat16 in attention and convolution is small, whatever the encoder's dtype
+        dtype = product_dtype(last.bfloat16() if multiplies_int8() else last)
 
     def matrix(name: str, scale: float = 1.0, dtype: torch.dtype = dtype, group: int | None = None) -> Matrix:
         weight, weight_scale, bias = get(f"{name}.weight"), get(f"{name}.scale"), get(f"{name}.bias")

@@ -279,17 +279,22 @@ def test_auto_trains_on_the_engine_where_it_is_no_slower(device, names, taken):
 
 
 @pytest.mark.parametrize(
-    ("amx", "avx512", "own", "frames", "taken"),
+    ("amx", "avx512", "gain", "own", "frames", "taken"),
     [
-        (True, True, torch.bfloat16, 193, False),
-        (True, True, torch.bfloat16, 192, True),
-        (False, True, torch.bfloat16, 12_000, True),
-        (False, True, torch.float32, 193, False),
-        (False, True, torch.float32, 192, True),
-        (False, False, torch.float32, 12_000, True),
+        (True, True, 2.0, torch.bfloat16, 193, False),
+        (True, True, 2.0, torch.bfloat16, 192, True),
+        (True, True, 0.5, torch.float32, 193, False),
+        (False, True, 2.0, torch.bfloat16, 12_000, True),
+        (False, True, 2.0, torch.float32, 193, False),
+        (False, True, 2.0, torch.float32, 192, True),
+        (False, True, 0.5, torch.float32, 12_000, True),
+        (False, False, 0.5, torch.float32, 12_000, True),
     ],
 )
-def test_auto_evaluates_bfloat16_on_the_engine_where_it_is_no_slower(amx, avx512, own, frames, taken, monkeypatch):
+def test_auto_evaluates_bfloat16_on_the_engine_where_it_is_no_slower(
+    amx, avx512, gain, own, frames, taken, monkeypatch
+):
+    monkeypatch.setattr(inference, "cpu_kernels", lambda: SimpleNamespace(bfloat16_gain=lambda: gain))
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     monkeypatch.setattr(inference.weights, "product_dtype", lambda x: own)

@@ -29,6 +29,20 @@ struct Addend {  // row i at data + i * row; null: none
     int64_t row;
 };
 
+// What the caller multiplies next: a product fetches a cache line of it into the second-level cache in each step, until
+// it has all. Weights that lie further out would else hold up the first tile of each panel: with them a Xeon of the
+// Emerald Rapids class took 10% longer for a layer's products of 100 to 400 rows in float32.
+struct Ahead {
+    const char* data;
+    int64_t bytes;
+    void fetch() {
+        constexpr int64_t kLine = 64;
+        if (bytes <= 0) return;
+        __builtin_prefetch(data, 0, 2);
+        data += kLine, bytes -= kLine;
+    }
+};
+
 // c [R, N * W] of float32 or, rounded, of bfloat16
 template <int R, int N, class Out>
 static inline void finish_tile(vec (&sums)[R][N], Addend addend, Out* c, int64_t c_row) {
@@ -42,13 +56,14 @@ static inline void finish_tile(vec (&sums)[R][N], Addend addend, Out* c, int64_t
 }
 
 template <int R, int N, class Out>
-static inline void product_tile(int64_t depth, Left a, Right b, Addend addend, Out* c, int64_t c_row) {
+static inline void product_tile(int64_t depth, Left a, Right b, Addend addend, Out* c, int64_t c_row, Ahead& ahead) {
     vec sums[R][N];
 #pragma GCC unroll 8
     for (int i = 0; i < R; i++)
 #pragma GCC unroll 8
         for (int v = 0; v < N; v++) sums[i][v] = vec{};
     for (int64_t k = 0; k < depth; k++) {
+        ahead.fetch();
         vec columns[N];
 #pragma GCC unroll 8
         for (int v = 0; v < N; v++) columns[v] = load(b.data + v * b.group);
@@ -92,13 +107,15 @@ static inline vec add_products(vec sums, uvec a, uvec b) {
 }
 
 template <int R, int N, class Out>
-static inline void product_tile(int64_t pairs, LeftPairs a, RightPairs b, Addend addend, Out* c, int64_t c_row) {
+static inline void product_tile(int64_t pairs, LeftPairs a, RightPairs b, Addend addend, Out* c, int64_t c_row,
+                                Ahead& ahead) {
     vec sums[R][N];
 #pragma GCC unroll 8
     for (int i = 0; i < R; i++)
 #pragma GCC unroll 8
         for (int v = 0; v < N; v++) sums[i][v] = vec{};
     for (int64_t k = 0; k < pairs; k++) {
+        ahead.fetch();
         uvec columns[N];
 #pragma GCC unroll 8
         for (int v = 0; v < N; v++) columns[v] = (uvec)load(reinterpret_cast<const float*>(b.data + v * b.group));
@@ -143,7 +160,8 @@ static inline ivec add_products(ivec sums, ivec a, ivec b) {
 }
 
 template <int R, int N, class Out>
-static inline void product_tile(int64_t quads, LeftQuads a, RightQuads b, Addend addend, Out* c, int64_t c_row) {
+static inline void product_tile(int64_t quads, LeftQuads a, RightQuads b, Addend addend, Out* c, int64_t c_row,
+                                Ahead& ahead) {
     ivec sums[R][N];
 #pragma GCC unroll 8
     for (int v = 0; v < N; v++) {
@@ -152,6 +170,7 @@ static inline void product_tile(int64_t quads, LeftQuads a, RightQuads b, Addend
         for (int i = 0; i < R; i++) sums[i][v] = start;
     }
     for (int64_t k = 0; k < quads; k++) {
+        ahead.fetch();
         ivec columns[N];
 #pragma GCC unroll 8
         for (int v = 0; v < N; v++) columns[v] = (ivec)load(reinterpret_cast<const float*>(b.data + v * b.group));
@@ -187,12 +206,14 @@ static inline RightQuads skip_groups(RightQuads b, int64_t v) {
 }
 
 template <int N, class L, class G, class Out>
-static inline void product_columns(int64_t rows, int64_t depth, L a, G b, Addend addend, Out* c, int64_t c_row) {
+static inline void product_columns(int64_t rows, int64_t depth, L a, G b, Addend addend, Out* c, int64_t c_row,
+                                   Ahead& ahead) {
     while (rows > 0) {
-        int64_t tile = rows > 4 ? 6 : rows > 2 ? 4 : 2;
-        if (tile == 6) product_tile<6, N>(depth, a, b, addend, c, c_row);
-        else if (tile == 4) product_tile<4, N>(depth, a, b, addend, c, c_row);
-        else product_tile<2, N>(depth, a, b, addend, c, c_row);
+        // 8 rows, half of 16 frames, as 4 + 4: a tile of two waits for its columns
+        int64_t tile = rows > 8 || rows == 5 || rows == 6 ? 6 : rows > 2 ? 4 : 2;
+        if (tile == 6) product_tile<6, N>(depth, a, b, addend, c, c_row, ahead);
+        else if (tile == 4) product_tile<4, N>(depth, a, b, addend, c, c_row, ahead);
+        else product_tile<2, N>(depth, a, b, addend, c, c_row, ahead);
         rows -= tile;
         a = skip_rows(a, tile);
         if (addend.data) addend.data += tile * addend.row;
@@ -202,16 +223,16 @@ static inline void product_columns(int64_t rows, int64_t depth, L a, G b, Addend
 
 template <class L, class G, class Out>
 static inline void product_tiles(int64_t rows, int64_t groups, int64_t depth, L a, G b, Addend addend, Out* c,
-                                 int64_t c_row) {
+                                 int64_t c_row, Ahead ahead) {
     for (int64_t v = 0; v < groups; v += kTileColumns) {
         int64_t n = imin(kTileColumns, groups - v);
         G b_v = skip_groups(b, v);
         Addend more = {addend.data ? addend.data + v * W : nullptr, addend.row};
         Out* c_v = c + v * W;
-        if (n == kTileColumns) product_columns<kTileColumns>(rows, depth, a, b_v, more, c_v, c_row);
-        else if (n == 1) product_columns<1>(rows, depth, a, b_v, more, c_v, c_row);
-        else if (n == 2) product_columns<2>(rows, depth, a, b_v, more, c_v, c_row);
-        else product_columns<3>(rows, depth, a, b_v, more, c_v, c_row);
+        if (n == kTileColumns) product_columns<kTileColumns>(rows, depth, a, b_v, more, c_v, c_row, ahead);
+        else if (n == 1) product_columns<1>(rows, depth, a, b_v, more, c_v, c_row, ahead);
+        else if (n == 2) product_columns<2>(rows, depth, a, b_v, more, c_v, c_row, ahead);
+        else product_columns<3>(rows, depth, a, b_v, more, c_v, c_row, ahead);
     }
 }
 
@@ -219,22 +240,22 @@ static inline void product_tiles(int64_t rows, int64_t groups, int64_t depth, L 
 // an odd last row of a, addend and c needs one after it. An element has the same bits in any tile.
 template <class Out>
 static inline void product(int64_t rows, int64_t groups, int64_t depth, Left a, Right b, Addend addend, Out* c,
-                           int64_t c_row) {
-    product_tiles(rows, groups, depth, a, b, addend, c, c_row);
+                           int64_t c_row, Ahead ahead = {}) {
+    product_tiles(rows, groups, depth, a, b, addend, c, c_row, ahead);
 }
 
 // the same, depth counted in pairs
 template <class Out>
 static inline void product(int64_t rows, int64_t groups, int64_t pairs, LeftPairs a, RightPairs b, Addend addend,
-                           Out* c, int64_t c_row) {
-    product_tiles(rows, groups, pairs, a, b, addend, c, c_row);
+                           Out* c, int64_t c_row, Ahead ahead = {}) {
+    product_tiles(rows, groups, pairs, a, b, addend, c, c_row, ahead);
 }
 
 // the same, depth counted in quads
 template <class Out>
 static inline void product(int64_t rows, int64_t groups, int64_t quads, LeftQuads a, RightQuads b, Addend addend,
-                           Out* c, int64_t c_row) {
-    product_tiles(rows, groups, quads, a, b, addend, c, c_row);
+                           Out* c, int64_t c_row, Ahead ahead = {}) {
+    product_tiles(rows, groups, quads, a, b, addend, c, c_row, ahead);
 }
 
 }  // namespace LCC_SIMD

@@ -81,16 +81,29 @@ struct Product<int8_t> {
     }
 };
 
-// y [rows, columns first ... first+n-1] = a [rows, depth] w[inputs from ... from+depth-1] + addend
+template <class P>
+const P* panel_of(const Matrix& w, int64_t from, int64_t column) {
+    return static_cast<const P*>(w.panels) + column * round_up(w.inputs, kStep<P>) + from * kPanelColumns;
+}
+
+// the inputs from ... from+depth-1 of the panel that begins with a column
+template <class P>
+Ahead ahead_of(const Matrix& w, int64_t from, int64_t depth, int64_t column) {
+    if (!w.panels) return {};
+    int64_t size = round_up(depth, kStep<P>) * kPanelColumns * (int64_t)sizeof(P);
+    return {reinterpret_cast<const char*>(panel_of<P>(w, from, column)), size};
+}
+
+// y [rows, columns first ... first+n-1] = a [rows, depth] w[inputs from ... from+depth-1] + addend; `after`: what the
+// product after this one starts with
 template <class P, class L, class Out>
 void multiply(const Matrix& w, int64_t rows, L a, int64_t from, int64_t depth, int64_t first, int64_t n, Addend addend,
-              Out* y, int64_t y_row) {
-    int64_t inputs = round_up(w.inputs, kStep<P>);
+              Out* y, int64_t y_row, Ahead after) {
     for (int64_t c = 0; c < n; c += kPanelColumns) {
-        const P* panel = static_cast<const P*>(w.panels) + (first + c) * inputs + from * kPanelColumns;
         Addend more = {addend.data ? addend.data + c : nullptr, addend.row};
+        Ahead next = c + kPanelColumns < n ? ahead_of<P>(w, from, depth, first + c + kPanelColumns) : after;
         product(rows, cdiv(imin(kPanelColumns, n - c), W), cdiv(depth, kStep<P>), a,
-                Product<P>::right(w, from, first + c, panel), more, y + c, y_row);
+                Product<P>::right(w, from, first + c, panel_of<P>(w, from, first + c)), more, y + c, y_row, next);
     }
 }
 
@@ -169,13 +182,15 @@ void feed_forward(const RowsForward& a, int64_t rows, const Buffers<P>& b) {
     auto h = Product<P>::operand(b.bytes, rows, b.h, b.row, a.columns);
     for (int64_t f = 0; f < a.up.columns; f += kHiddenColumns) {
         int64_t n = imin(kHiddenColumns, a.up.columns - f);
-        multiply<P>(a.up, rows, h, 0, a.columns, f, n, bias_of(a.up, f), b.u, kHiddenColumns);
+        multiply<P>(a.up, rows, h, 0, a.columns, f, n, bias_of(a.up, f), b.u, kHiddenColumns,
+                    ahead_of<P>(a.down, f, n, 0));
         for (int64_t i = 0; i < rows; i++)
             for (int64_t c = i * kHiddenColumns; c < i * kHiddenColumns + n; c += W)
                 store(b.hidden + c, activate(a.activation, load(b.u + c)));
         Addend before = f ? Addend{b.y, b.row} : bias_of(a.down);
+        bool more = f + n < a.up.columns;
         multiply<P>(a.down, rows, Product<P>::operand(b.hidden_bytes, rows, b.hidden, kHiddenColumns, n), f, n, 0,
-                    a.columns, before, b.y, b.row);
+                    a.columns, before, b.y, b.row, ahead_of<P>(more ? a.up : a.next, 0, a.columns, more ? f + n : 0));
     }
 }
 
@@ -187,7 +202,7 @@ void block(const RowsForward& a, int64_t first, int64_t rows, const Buffers<P>& 
         int64_t inputs = a.merge.inputs;
         const T* branch = static_cast<const T*>(a.branch) + first * inputs;
         multiply<P>(a.merge, rows, Product<P>::operand(b.bytes, rows, branch, inputs, inputs), 0, inputs, 0, a.columns,
-                    bias_of(a.merge), b.y, b.row);
+                    bias_of(a.merge), b.y, b.row, ahead_of<P>(a.up.panels ? a.up : a.next, 0, a.columns, 0));
         pending = b.y;
     }
     if (a.up.panels) {
@@ -202,7 +217,7 @@ void block(const RowsForward& a, int64_t first, int64_t rows, const Buffers<P>& 
     add_and_normalise(a, a.norm, rows, x, pending, b.row, b.sums, b.h, b.row, b.row);
     T* out = static_cast<T*>(a.out) + first * a.out_row_stride;
     multiply<P>(a.next, rows, Product<P>::operand(b.bytes, rows, b.h, b.row, a.columns), 0, a.columns, 0,
-                a.next.columns, bias_of(a.next), out, a.out_row_stride);
+                a.next.columns, bias_of(a.next), out, a.out_row_stride, {});
 }
 
 template <class P, class T>

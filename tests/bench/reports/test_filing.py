@@ -42,7 +42,8 @@ def place(tmp_path):
     (tmp_path / "README.md").write_text(
         f"# title\n\n<!-- bench:begin -->\nold\n<!-- bench:end -->\n\n{accelerated_rows}\n\n{runtimes}"
     )
-    (tmp_path / "engines.md").write_text(f"# engines\n\n{runtimes}")
+    contention = "<!-- contention:begin -->\nold\n<!-- contention:end -->\n"
+    (tmp_path / "engines.md").write_text(f"# engines\n\n{contention}\n{runtimes}")
     return tmp_path, write
 
 
@@ -93,7 +94,10 @@ def test_rows_against_runtimes_have_a_table_of_their_own(place):
         if (name, dtype) != ("onnxruntime", "bfloat16")
     ]
     versions = {"torch": "2.11.0", "onnxruntime": "1.32.0", "openvino": "2026.4.1"}
-    write([dataclasses.replace(r, versions=versions) for r in rows])
+    faster = [r.batch == 2 and (r.provider, r.dtype) == ("lcconformer", "bfloat16") for r in rows]
+    write(
+        [dataclasses.replace(r, versions=versions, median_ms=0.8 if f else r.median_ms) for r, f in zip(rows, faster)]
+    )
     file(path)
     filed = path / "results/a-cpu-2-threads"
     assert [p.name for p in filed.iterdir()] == ["runtimes-2026-01-02-abc123.json"]
@@ -104,13 +108,57 @@ def test_rows_against_runtimes_have_a_table_of_their_own(place):
         "| d = 256, N = 4 | ONNX Runtime float32 | OpenVINO float32 | lcconformer float32 | x | OpenVINO bfloat16 | "
         "lcconformer bfloat16 | x |\n|---|---:|---:|---:|---:|---:|---:|---:|\n"
         "| 1 x 400 | 4.00 | 3.00 | 2.00 | **1.50** | 1.50 | 1.00 | **1.50** |\n"
-        "| 2 x 400 | 4.00 | 3.00 | 2.00 | **1.50** | 1.50 | 1.00 | **1.50** |\n"
+        "| 2 x 400 | 4.00 | 3.00 | 2.00 | **1.50** | 1.50 | 0.80 | **1.88** |\n\n"
+        "lcconformer against its own float32: bfloat16 2.00 to 2.50 times as fast.\n"
     )
     for page in ("README.md", "engines.md"):
         text = (path / page).read_text()
         assert expected in text
         assert "| d = 256, N = 12 |" in text
         assert text.endswith("<!-- runtimes:end -->\n\ntail\n")
+
+
+def test_every_machine_and_size_has_its_latest_rows_against_runtimes(place):
+    path, _ = place
+    same = dict(device="cpu", dtype="float32", versions={"onnxruntime": "1.32.0"})
+    for name, commit_, ms in (("A CPU", "abc123", 4.0), ("B CPU", "abc123", 5.0), ("B CPU", "def456", 6.0)):
+        results = Results(path / "results" / slug(name) / f"runtimes-{commit_}.json")
+        results.date = {"abc123": "2026-01-02", "def456": "2026-01-03"}[commit_]
+        results.add([row("onnxruntime", ms, "cpu", name=name, commit=commit_, **same)])
+        if ms == 5.0:  # of a size that no later file has
+            results.add([row("onnxruntime", 2.0, "cpu", name=name, commit=commit_, layers=4, depth=4, **same)])
+    text = readme.runtimes_section(path / "results")
+    assert re.findall(r"^\*\*(.*?)\*\*, .*commit (\w+)|^\| 8 x 400 \| (\S+)", text, re.M) == [
+        ("A CPU", "abc123", ""), ("", "", "4.00"), ("B CPU", "abc123", ""), ("", "", "2.00"),
+        ("B CPU", "def456", ""), ("", "", "6.00"),
+    ]  # fmt: skip
+
+
+def test_rows_beside_other_work_have_a_table(place):
+    path, write = place
+    same = dict(device="cpu", name="A CPU, 2 threads", batch=1, layers=4, depth=4, dtype="float32")
+    ms = {"onnxruntime": 4.0, "openvino": 3.0, "lcconformer": 2.0}
+    rows = [
+        row(name, ms[name] * scale, "cpu", beside=beside, frames=frames, **same)
+        for name in ms
+        for beside, scale, frames in (("", 1, 16), ("1", 1.5, 16), ("2", 2, 16), ("torch", 3, 16), ("", 1, 2000))
+    ]
+    versions = {"torch": "2.11.0", "onnxruntime": "1.32.0", "openvino": "2026.4.1"}
+    write([dataclasses.replace(r, versions=versions) for r in rows])
+    file(path)
+    expected = (
+        "<!-- contention:begin -->\n**A CPU, 2 threads**, 2026-01-02, commit abc123, ONNX Runtime 1.32.0, OpenVINO 2026.4.1 "
+        "(`bench/results/a-cpu-2-threads/runtimes-2026-01-02-abc123.json`). Median ms; x: how many times as long as beside "
+        "nothing.\n\n"
+        "| d = 256, N = 4, float32 | beside | ONNX Runtime | x | OpenVINO | x | lcconformer | x |\n"
+        "|---|---|---:|---:|---:|---:|---:|---:|\n"
+        "| 1 x 16 | nothing | 4.00 | - | 3.00 | - | 2.00 | - |\n"
+        "| 1 x 16 | a busy thread | 6.00 | 1.5 | 4.50 | 1.5 | 3.00 | 1.5 |\n"
+        "| 1 x 16 | 2 busy threads | 8.00 | 2.0 | 6.00 | 2.0 | 4.00 | 2.0 |\n"
+        "| 1 x 16 | a PyTorch job of as many threads | 12.0 | 3.0 | 9.00 | 3.0 | 6.00 | 3.0 |\n"
+        "<!-- contention:end -->\n"
+    )
+    assert expected in (path / "engines.md").read_text()
 
 
 def test_rows_beside_other_work_are_kept_apart(place):
@@ -200,6 +248,7 @@ def test_slug():
         ("README.md", "accelerated", accelerated.section),
         ("README.md", "runtimes", readme.runtimes_section),
         ("docs/engines.md", "runtimes", readme.runtimes_section),
+        ("docs/engines.md", "contention", readme.contention_section),
     ],
 )
 def test_the_tables_are_not_stale(page, name, section):
