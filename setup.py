@@ -17,6 +17,7 @@ import shlex
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -60,11 +61,13 @@ class NinjaFile:
         self.link_libs: list[str] = []
         self.nvcc_flags: list[str] = []
         if nvcc is not None:
+            own = toolchain.with_own_features(archs)
             self.nvcc_flags = [
                 *("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr", "-lineinfo"),
                 f"-ccbin={compiler.command[0]}",
-                *toolchain.gencode(archs),
+                *(["-DLCC_SM90A=1"] if any(arch.startswith("90a") for arch in own) else []),
             ]
+            self.code = {False: toolchain.gencode(archs), True: toolchain.gencode(own)}
             self.includes = [*includes, *(f"-isystem{p}" for p in nvcc.include_dirs())]
             self.link_libs = [str(nvcc.cudart_static()), "-ldl", "-lrt", "-lpthread"]
             self.cxx_flags.append("-DLCC_CUDA=1")
@@ -101,17 +104,17 @@ class NinjaFile:
             nvcc_line = shlex.join([self.nvcc.path, "-MD", "-MF", "$out.d", f"-I{CSRC}", *self.nvcc_flags])
             lines += [
                 "rule nvcc",
-                f"  command = {unquote(nvcc_line)} -c $in -o $out",
+                f"  command = {unquote(nvcc_line)} $flags -c $in -o $out",
                 "  depfile = $out.d",
                 "  deps = gcc",
             ]
         objects = []
 
-        def add(rule: str, source: Path, suffix: str = "", extra: tuple[str, ...] = ()) -> None:
+        def add(rule: str, source: Path, suffix: str = "", extra: Sequence[str] = ()) -> None:
             name = "_".join(source.relative_to(CSRC).parts) + suffix + ".o"
             lines.append(f"build {name}: {rule} {ninja_path(source)}")
-            if rule == "cxx":
-                lines.append(f"  flags = {shlex.join([*self.cxx_flags, *extra])}")
+            flags = self.cxx_flags if rule == "cxx" else []
+            lines.append(f"  flags = {shlex.join([*flags, *extra])}")
             objects.append(name)
 
         for source in sorted([*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")]):
@@ -123,7 +126,7 @@ class NinjaFile:
             for source in sorted(CSRC.glob("cuda/*.cpp")):
                 add("cxx", source)
             for source in sorted(CSRC.glob("cuda/*.cu")):
-                add("nvcc", source)
+                add("nvcc", source, extra=self.code[source in toolchain.OF_90A])
         lines.append(f"build _C.so: link {' '.join(objects)}")
         lines.append(f"  flags = {shlex.join([*self.link_flags, *self.link_libs])}")
         write_if_changed(folder / "build.ninja", "\n".join(lines) + "\n")

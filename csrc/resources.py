@@ -22,21 +22,23 @@ import toolchain
 from lcconformer.architectures import SHARED_MEMORY
 
 CSRC = Path(__file__).resolve().parent
-# what is made for one architecture, and what measures it
-CLUSTERS = {CSRC / "cuda/cluster_loop.cu": 90, CSRC.parent / "bench/gpu/cluster_phases.cu": 90}
+# what is made for sm_90 alone, and what measures it: as what it is compiled
+ON_90 = {CSRC / "cuda/cluster_loop.cu": "90", CSRC.parent / "bench/gpu/cluster_phases.cu": "90"}
+ON_90 |= dict.fromkeys(toolchain.OF_90A, "90a")
 WIDTHS = (3, 15, 31, 63)
 HEAD_DIMS = (32, 64, 96, 128)
 # registers at which four blocks of 128 threads, or two of 256, share a multiprocessor, as the launch bounds ask; backward
-# attention has three blocks of 128, or six of 64; wide heads have all there are, and so has a block of a cluster; nothing may
-# spill
+# attention has three blocks of 128, or six of 64; wide heads have all there are, and so have a block of a cluster and one of
+# two warpgroups; nothing may spill
 BUDGET = {"registers": 128, "stack": 0, "spills": 0}
 ATTENTION_BACKWARD = ("rows", "keys", "positions")
 CLUSTER = ("cluster_loop.loops", "cluster_phases.phases")
 REGISTERS = {f"relpos_attention.forward_{d}": 255 for d in HEAD_DIMS if d > 64} | dict.fromkeys(CLUSTER, 255)
+REGISTERS |= {f"relpos_attention_warpgroups.warpgroups_{d}": 255 for d in HEAD_DIMS}
 REGISTERS |= {
     f"relpos_attention_backward.{name}_{d}": 168 if d <= 64 else 255 for name in ATTENTION_BACKWARD for d in HEAD_DIMS
 }
-NAMES = "|".join(("forward", "backward", "row_moments", "reduce", "loops", "phases", *ATTENTION_BACKWARD))
+NAMES = "|".join(("forward", "backward", "row_moments", "reduce", "loops", "phases", "warpgroups", *ATTENTION_BACKWARD))
 ELEMENTS = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16", None: "bfloat16"}  # None: no template
 
 
@@ -44,15 +46,18 @@ def kernels(nvcc: toolchain.Nvcc, source: Path, arch: int) -> list[dict[str, obj
     """Rows of one source for compute capability ``arch``.
 
     Raises:
-        RuntimeError: it does not compile, or ptxas prints something else.
+        RuntimeError: it does not compile, products of warpgroups wait for one another, or ptxas prints something else.
     """
     with tempfile.TemporaryDirectory() as tmp:
-        flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-I{CSRC}", *toolchain.gencode([str(arch)])]
+        flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-I{CSRC}"]
+        code = toolchain.gencode([ON_90.get(source, str(arch))])
         result = toolchain.run(
-            [nvcc.path, *flags, "-Xptxas=-v", "--cubin", source, "-o", f"{tmp}/kernels.cubin"], timeout=600
+            [nvcc.path, *flags, *code, "-Xptxas=-v", "--cubin", source, "-o", f"{tmp}/kernels.cubin"], timeout=600
         )
     if result.returncode:
         raise RuntimeError(f"{source.name} for sm_{arch}: {toolchain.first_error(result.stderr)}")
+    if "wgmma.mma_async instructions are serialized" in result.stderr:
+        raise RuntimeError(f"{source.name} for sm_{arch}: ptxas serialises products of warpgroups:\n{result.stderr}")
     rows = []
     for part in result.stderr.split("Compiling entry function ")[1:]:
         symbol = re.match(r"'(\w+)'", part)
@@ -91,6 +96,10 @@ def dynamic_shared(compiler: str) -> dict[str, dict[str, int]]:
         "glu_depthwise_conv.backward": ("glu_depthwise_conv_backward_shared({})", WIDTHS),
         "glu_depthwise_conv.backward_layer": ("glu_depthwise_conv_backward_shared({})", WIDTHS),
         **{f"relpos_attention.forward_{d}": ("relpos_attention_shared({})", (d,)) for d in HEAD_DIMS},
+        **{
+            f"relpos_attention_warpgroups.warpgroups_{d}": ("relpos_attention_warpgroups_shared({})", (d,))
+            for d in HEAD_DIMS
+        },
         **{name: ("cluster_loop_shared()", (256,)) for name in CLUSTER},
         **{
             f"relpos_attention_backward.{name}_{d}": (f"relpos_attention_{call}", (d,))
@@ -119,12 +128,12 @@ def dynamic_shared(compiler: str) -> dict[str, dict[str, int]]:
 
 def collect(nvcc: toolchain.Nvcc, compiler: str, archs: list[int]) -> dict[str, object]:
     """The whole report."""
-    sources = sorted({*CSRC.glob("cuda/*.cu"), *CLUSTERS})
+    sources = sorted({*CSRC.glob("cuda/*.cu"), *ON_90})
     rows = [
         row
         for source in sources
         for arch in archs
-        if CLUSTERS.get(source, arch) == arch
+        if source not in ON_90 or arch == 90
         for row in kernels(nvcc, source, arch)
     ]
     return {"nvcc": nvcc.version, "kernels": rows, "dynamic_shared": dynamic_shared(compiler)}
@@ -190,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.out is not None:
         write(report, args.out)
     for row in report["kernels"]:
-        print("{kernel:39} {element:9} sm_{arch:<4} {registers:3} registers, {spills} bytes spilled".format(**row))
+        print("{kernel:41} {element:9} sm_{arch:<4} {registers:3} registers, {spills} bytes spilled".format(**row))
     broken = violations(report)
     for line in broken:
         print(line, file=sys.stderr)

@@ -33,6 +33,8 @@ SIMD_LEVELS = {
     "avx512": AVX512,
     "avx512bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
 }
+# what uses features that sm_90a alone has: for the others it is compiled to a trap that nothing launches
+OF_90A = (Path(__file__).resolve().parent / "cuda/relpos_attention_warpgroups.cu",)
 JOB_MEMORY = 2 << 30  # bytes; nvcc peaks below 1 GiB on the kernels here, g++ at 0.6 GiB on the bindings
 
 
@@ -157,6 +159,12 @@ def gencode(archs: Sequence[str]) -> list[str]:
         code = f"sm_{number},compute_{number}" if arch.endswith("+PTX") else f"sm_{number}"
         flags.append(f"-gencode=arch=compute_{number},code=[{code}]")
     return flags
+
+
+def with_own_features(archs: Sequence[str]) -> list[str]:
+    """``archs`` and 90a, where 90 is among them: what a source that uses the features of sm_90a alone is compiled for."""
+    of_90 = any(re.fullmatch(r"90a?(\+PTX)?", arch) for arch in archs)
+    return [*archs, "90a"] if of_90 and not any(arch.startswith("90a") for arch in archs) else list(archs)
 
 
 def max_jobs() -> int:

@@ -1085,8 +1085,8 @@ CUDA_OF_ATTENTION = (
     ),
     Mutation(
         "keys beyond the last have weight",
-        CUDA_ATTENTION,
-        "if (left < kKeys) {",
+        CUDA_ATTENTION_SHARED,
+        "if (left < 8 * kBlocks) {",
         "if (left < 0) {",
         f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-7]",
     ),
@@ -1128,21 +1128,21 @@ CUDA_OF_ATTENTION = (
     ),
     Mutation(
         "sum not corrected for a new maximum",
-        CUDA_ATTENTION,
+        CUDA_ATTENTION_SHARED,
         "sum[half] = fmaf(sum[half], factor, part);",
         "sum[half] += part;",
         f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-65]",
     ),
     Mutation(
         "output not corrected for a new maximum",
-        CUDA_ATTENTION,
+        CUDA_ATTENTION_SHARED,
         "                acc[n][2 * half] *= factor;\n",
         "",
         f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-65]",
     ),
     Mutation(
         "zero divided by zero without a key",
-        CUDA_ATTENTION,
+        CUDA_ATTENTION_SHARED,
         "some ? op.keep_scale / total : 0.0f",
         "op.keep_scale / total",
         f"{ON_CUDA_ATTENTION}::test_lengths[emulated-lengths0]",
@@ -1367,6 +1367,95 @@ CUDA_OF_ATTENTION_BACKWARD = (
     ),
 )
 
+WARPGROUPS, PRODUCTS_OF_GROUPS = "csrc/cuda/relpos_attention_warpgroups.cu", "csrc/cuda/warpgroup.cuh"
+
+CUDA_OF_WARPGROUPS = (
+    Mutation(
+        "all warps of a warpgroup shifted alike",
+        WARPGROUPS,
+        "const int own = n - 2 * kWarpOfGroup;",
+        "const int own = n;",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-warpgroups-63]",
+    ),
+    Mutation(
+        "positions before the first key not rotated",
+        WARPGROUPS,
+        "            for (int n = 0; n < kBlocks; ++n) skew.rotate(positions[1][n]);\n",
+        "            for (int n = 0; n < 0; ++n) skew.rotate(positions[1][n]);\n",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-warpgroups-7]",
+    ),
+    Mutation(
+        "second warpgroup at the positions of the first",
+        WARPGROUPS,
+        "(tile - group + kPositionTiles) % kPositionTiles",
+        "(tile + kPositionTiles) % kPositionTiles",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-warpgroups-127]",
+    ),
+    Mutation(
+        "ring of positions a tile short",
+        WARPGROUPS,
+        "kPositionTiles = kRelposWarpgroupPositionTiles;",
+        "kPositionTiles = kRelposWarpgroupPositionTiles - 1;",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-warpgroups-203]",
+    ),
+    Mutation(
+        "values of the first keys of a tile for all",
+        WARPGROUPS,
+        "values + Tile::rows_from(k)",
+        "values",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-warpgroups-63]",
+    ),
+    Mutation(
+        "copies not shown to products",
+        WARPGROUPS,
+        "        show_to_products();\n",
+        "",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-warpgroups-7]",
+    ),
+    Mutation(
+        "barrier between copies and products left out",
+        WARPGROUPS,
+        "        show_to_products();\n        __syncthreads();\n",
+        "        show_to_products();\n",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-warpgroups-7]",
+    ),
+    Mutation(
+        "scores used before their wait",
+        WARPGROUPS,
+        "wait_for_products<1>(s)",
+        "wait_for_products<2>(s)",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-warpgroups-7]",
+    ),
+    Mutation(
+        "sums of values not waited for",
+        WARPGROUPS,
+        "wait_for_products<0>(rows.acc, before)",
+        "wait_for_products<1>(rows.acc, before)",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-warpgroups-7]",
+    ),
+    Mutation(
+        "products of weights begun without a fence",
+        WARPGROUPS,
+        "        begin_products();\n#pragma unroll\n        for (int k = 0; k < kGroupKeys / 16",
+        "#pragma unroll\n        for (int k = 0; k < kGroupKeys / 16",
+        f"{ON_CUDA_ATTENTION}::test_odd_shapes[emulated-warpgroups-7]",
+    ),
+    Mutation(
+        "dropout of the first 32 keys for a tile",
+        WARPGROUPS,
+        "tile * (kGroupKeys / kKeys) + half / 4",
+        "tile * (kGroupKeys / kKeys)",
+        f"{ON_CUDA_ATTENTION}::test_dropout[emulated-warpgroups-0.3-bfloat16]",
+    ),
+    Mutation(
+        "wide queries of the first warpgroup for both",
+        WARPGROUPS,
+        "(kWhich * kGroups + group) * Rows::kFloats",
+        "kWhich * kGroups * Rows::kFloats",
+        f"{ON_CUDA_ATTENTION}::test_wide_heads_of_several_tiles[emulated-warpgroups-128]",
+    ),
+)
+
 CLUSTER_BLOCK, CLUSTER_LOOP = "csrc/cuda/cluster_loop.cuh", "csrc/cuda/cluster_loop.cu"
 ON_CLUSTER_LOOP = "tests/extension/test_cuda_cluster_loop.py"
 
@@ -1533,6 +1622,34 @@ EMULATOR = (
         f"{ON_EMULATOR}::test_any_warp_may_run_ahead_to_where_a_barrier_is_missing[first]",
     ),
     Mutation(
+        "products read their factors only at their wait",
+        SCHEDULER,
+        "    land_later([&block, group = shared_group, number] { finish_products(block, *group, number + 1); });\n",
+        "",
+        f"{ON_EMULATOR}::test_a_product_reads_its_factors_at_a_random_step_before_its_wait",
+    ),
+    Mutation(
+        "factors read that were not shown to products",
+        SCHEDULER,
+        "if (block.unshown.empty() || block.unshown[offset / kCopy] == nullptr) continue;",
+        "continue;",
+        f"{ON_EMULATOR}::test_what_goes_wrong_with_products_is_named[products_not_shown]",
+    ),
+    Mutation(
+        "columns of a row not swizzled",
+        PRODUCTS_OF_GROUPS,
+        "(eight % (kPanel / 8) ^ line * kLine / 32 % (kPanel / 8)) * 4",
+        "eight % (kPanel / 8) * 4",
+        f"{ON_EMULATOR}::test_right_kernels_pass_in_every_schedule[products_of_groups_32x64]",
+    ),
+    Mutation(
+        "first columns of a panel multiplied by all of the left factor",
+        PRODUCTS_OF_GROUPS,
+        "16 * k / kPanel * (kRows * kLine / 4) + 16 * k % kPanel / 8",
+        "16 * k / kPanel * (kRows * kLine / 4)",
+        f"{ON_EMULATOR}::test_right_kernels_pass_in_every_schedule[products_of_groups_96x64]",
+    ),
+    Mutation(
         "stores to other blocks read before their release",
         SCHEDULER,
         "    touch_stores(place, offset, bytes);\n",
@@ -1588,6 +1705,7 @@ MUTATIONS = (
     *CUDA,
     *CUDA_OF_ATTENTION,
     *CUDA_OF_ATTENTION_BACKWARD,
+    *CUDA_OF_WARPGROUPS,
     *CUDA_OF_CLUSTERS,
     *EMULATOR,
     *DISPATCH,

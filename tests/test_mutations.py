@@ -18,6 +18,7 @@ from .mutations import (
     CUDA_OF_ATTENTION,
     CUDA_OF_ATTENTION_BACKWARD,
     CUDA_OF_CLUSTERS,
+    CUDA_OF_WARPGROUPS,
     CXX,
     DISPATCH,
     EMULATOR,
@@ -47,11 +48,22 @@ def test_changes_one_place_and_names_a_test(mutation):
         (CUDA, "tests/extension/test_cuda_glu_depthwise_conv.py::"),
         (CUDA_OF_ATTENTION, "tests/extension/test_cuda_relpos_attention.py::"),
         (CUDA_OF_ATTENTION_BACKWARD, "tests/extension/test_cuda_relpos_attention.py::"),
+        (CUDA_OF_WARPGROUPS, "tests/extension/test_cuda_relpos_attention.py::"),
         (CUDA_OF_CLUSTERS, "tests/extension/test_cuda_cluster_loop.py::"),
         (EMULATOR, "tests/extension/test_emulator.py::"),
         (DISPATCH, "tests/"),
     ],
-    ids=["triton", "cxx", "cuda", "cuda attention", "cuda attention backward", "cuda clusters", "emulator", "dispatch"],
+    ids=[
+        "triton",
+        "cxx",
+        "cuda",
+        "cuda attention",
+        "cuda attention backward",
+        "cuda warpgroups",
+        "cuda clusters",
+        "emulator",
+        "dispatch",
+    ],
 )
 def test_the_tables_have_a_row_for_each(chosen: Sequence[Mutation], folder):
     assert all(m.test.startswith(folder) for m in chosen)

@@ -8,6 +8,8 @@ import torch
 
 import lcconformer
 from lcconformer import ops
+from lcconformer.ops.dropout import dropout_seed
+from lcconformer.ops.relpos_attention import RelposAttention, Traits, cuda
 from lcconformer.tune import DTYPES, LayerShape
 
 __all__ = ["cuda_calls"]
@@ -38,8 +40,14 @@ def _attention(layer: LayerShape, device: torch.device) -> Iterator[tuple[str, C
     def both() -> object:
         return torch.autograd.grad(forward(leaves), leaves, g)
 
+    def by_warps() -> object:
+        seed = dropout_seed(inputs[0], layer.dropout)
+        return cuda.forward(RelposAttention(*inputs, None, None, seed, layer.dropout), warpgroups=False)
+
     yield "relpos_attention cuda, forward", forward
     yield "relpos_attention cuda, forward and backward", both
+    if not cuda.unsupported(Traits(device, inputs[0].dtype, d)) and cuda.by_warpgroups(device):
+        yield "relpos_attention cuda, forward without warpgroups", by_warps
 
 
 def _convolutions(layer: LayerShape, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:

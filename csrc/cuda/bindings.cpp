@@ -88,7 +88,7 @@ void bind_relpos_attention(py::module_& m) {
     using Forward = RelposAttentionForward;
     Arguments<Forward> forward(m, "RelposAttentionForward", "Arguments of relpos_attention_forward");
     add_relpos_attention(forward);
-    forward.required<&Forward::out>("out").required<&Forward::lse>("lse");
+    forward.required<&Forward::warpgroups>("warpgroups").required<&Forward::out>("out").required<&Forward::lse>("lse");
 
     using Backward = RelposAttentionBackward;
     Arguments<Backward> backward(m, "RelposAttentionBackward", "Arguments of relpos_attention_backward");
@@ -108,6 +108,7 @@ void bind_relpos_attention(py::module_& m) {
 
     bind_launch<Forward>(m, "relpos_attention_forward", &relpos_attention_forward);
     bind_launch<Backward>(m, "relpos_attention_backward", &relpos_attention_backward);
+    m.def("relpos_attention_has_warpgroups", &relpos_attention_has_warpgroups, py::arg("device"));
     m.def("relpos_attention_slots", &relpos_attention_slots, py::arg("batch"), py::arg("frames"), py::arg("heads"),
           py::arg("head_dim"));
     m.def("relpos_attention_parts", &relpos_attention_parts, py::arg("slots"), py::arg("frames"), py::arg("heads"));

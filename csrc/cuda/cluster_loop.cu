@@ -14,7 +14,7 @@ constexpr int kPast = kLoopFrames;  // row of the positions that is of no distan
 struct Weights {
     Shared up1, down1, qkv, out, pointwise1, pointwise2, up2, down2, positions;
 
-    __device__ Weights(SharedMemory& shared, const ClusterLoop& op, int rank)
+    __device__ Weights(SharedMemory<>& shared, const ClusterLoop& op, int rank)
         : up1(shared.take(kHiddenOwn * kLoopWidth / 2)), down1(shared.take(kLoopWidth * kHiddenOwn / 2)),
           qkv(shared.take(3 * kOwn * kLoopWidth / 2)), out(shared.take(kLoopWidth * kOwn / 2)),
           pointwise1(shared.take(2 * kOwn * kLoopWidth / 2)), pointwise2(shared.take(kLoopWidth * kOwn / 2)),

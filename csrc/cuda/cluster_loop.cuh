@@ -161,7 +161,7 @@ struct LoopBlock {
     int rank, parity;
     float2 own;  // of thread t < kOwners: the stream of frame t / 8, columns 16 rank + 2 (t % 8) and the next
 
-    __device__ LoopBlock(SharedMemory& shared, float eps)
+    __device__ LoopBlock(SharedMemory<>& shared, float eps)
         : received(shared.take(kLoopReceived)), gathered(shared.take(kLoopGathered)),
           normalised(shared.take(kLoopNormalised)), exchanged(shared.take(kLoopExchanged)),
           tile(shared.take(kLoopTile)), barrier(shared.take(kLoopBarrier)), eps(eps), rank(cluster_rank()), parity(0),

@@ -48,11 +48,13 @@ class Shared {
     float* at_;
 };
 
-// Hands out the block's dynamic shared memory piece by piece; every thread takes the same pieces in the same order.
+// Hands out the block's dynamic shared memory piece by piece; every thread takes the same pieces in the same order. The
+// first starts at a multiple of kAlignment bytes.
+template <int kAlignment = 16>
 class SharedMemory {
    public:
     __device__ Shared take(int floats) {
-        extern __shared__ __align__(16) unsigned char memory[];
+        extern __shared__ __align__(kAlignment) unsigned char memory[];
         const Shared piece(reinterpret_cast<float*>(memory) + used_);
         used_ += (floats + 3) / 4 * 4;
         return piece;

@@ -31,9 +31,8 @@ __global__ void __launch_bounds__(kThreads, D <= 64 ? 2 : 1) forward(const Relpo
         load_queries<T, D>(qu, q, op.q.frame_stride, there, static_cast<const T*>(op.u) + bias);
         load_queries<T, D>(position.qv, q, op.q.frame_stride, there, static_cast<const T*>(op.v_bias) + bias);
     }
-    const float scale = kLog2E / sqrtf(static_cast<float>(D));
     const Skew skew(lane);
-    float acc[D / 8][4] = {}, maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+    RowSums<D> rows;
     // from the warp's first on: without one it only copies; all of its lanes agree
     const int own_rows = not_ahead(own.queries - i0 - warp * kRows);
 
@@ -55,40 +54,7 @@ __global__ void __launch_bounds__(kThreads, D <= 64 ? 2 : 1) forward(const Relpo
             position.next(s[n], tiles.positions, tiles.place(place + 8 * n, warp), skew, lane);
             multiply_rows<T, D>(s[n], qu, tiles.keys + stage, 8 * n, lane);
         }
-        if (left < kKeys) {
-#pragma unroll
-            for (int n = 0; n < kBlocks; ++n) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    if (8 * n + 2 * quad + i % 2 >= left) s[n][i] = -INFINITY;
-                }
-            }
-        }
-
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float most = s[0][2 * half];
-#pragma unroll
-            for (int n = 0; n < kBlocks; ++n) most = fmaxf(most, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
-            const float now = fmaxf(maximum[half], max_of_row(most) * scale);
-            const float factor = exp2_fast(maximum[half] - now);
-            maximum[half] = now;
-            float part = 0.0f;
-#pragma unroll
-            for (int n = 0; n < kBlocks; ++n) {
-#pragma unroll
-                for (int i = 2 * half; i < 2 * half + 2; ++i) {
-                    s[n][i] = exp2_fast(fmaf(s[n][i], scale, -now));
-                    part += s[n][i];
-                }
-            }
-            sum[half] = fmaf(sum[half], factor, part);
-#pragma unroll
-            for (int n = 0; n < D / 8; ++n) {
-                acc[n][2 * half] *= factor;
-                acc[n][2 * half + 1] *= factor;
-            }
-        }
+        rows.weigh(s, left, quad);
         if (op.seed != nullptr) {
             const uint32_t drawn = draw_tile(op, blockIdx.z * gridDim.y + blockIdx.y, tile, i0 + lane_row(), lane);
 #pragma unroll
@@ -104,37 +70,30 @@ __global__ void __launch_bounds__(kThreads, D <= 64 ? 2 : 1) forward(const Relpo
         for (int n = 0; n < kBlocks; n += 2) {
             const uint32_t w[4] = {pack<T>(s[n][0], s[n][1]), pack<T>(s[n][2], s[n][3]),
                                    pack<T>(s[n + 1][0], s[n + 1][1]), pack<T>(s[n + 1][2], s[n + 1][3])};
-            multiply_columns<T, D>(acc, w, tiles.values + stage, 8 * n, lane);
+            multiply_columns<T, D>(rows.acc, w, tiles.values + stage, 8 * n, lane);
         }
     }
 
-    if (own_rows <= 0) return;
-    const Sequence again = sequence_of(op, not_ahead(b));  // kept, it would take registers from the loop
-    const int last = i0 + lane_row();
-    const int64_t first = again.first + last;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const float total = sum_of_row(sum[half]);
-        if (last + 8 * half >= again.queries) continue;
-        const bool some = total > 0.0f;
-        const float norm = some ? op.keep_scale / total : 0.0f;
-        T* out = static_cast<T*>(op.out) + ((first + 8 * half) * op.heads + h) * D + 2 * quad;
-#pragma unroll
-        for (int n = 0; n < D / 8; ++n) {
-            store_pair<true>(out, 8 * n, D, make_float2(acc[n][2 * half] * norm, acc[n][2 * half + 1] * norm));
-        }
-        // no key, no weight
-        const float lse = some ? maximum[half] + log2f(total) : 0.0f;
-        if (quad == 0) op.lse[h * op.total_frames + first + 8 * half] = lse;
-    }
+    if (own_rows > 0) rows.template store<T>(op, b, h, i0, quad);
 }
 
 }  // namespace
+
+bool relpos_attention_has_warpgroups([[maybe_unused]] int device) {
+#if defined(LCC_EMULATION) || defined(LCC_SM90A)
+    int major = 0;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "relpos_attention_has_warpgroups");
+    return major == 9;
+#else
+    return false;
+#endif
+}
 
 void relpos_attention_forward(const RelposAttentionForward& given) {
     RelposAttentionForward op = given;
     prepare(op);
     if (op.batch == 0 || op.heads == 0 || op.frames == 0) return;
+    if (op.warpgroups) return relpos_attention_forward_by_warpgroups(op);
     const dim3 grid(static_cast<unsigned>(ceil_div(op.frames, kBlockRows)), static_cast<unsigned>(op.heads),
                     static_cast<unsigned>(op.batch));
     with_types(op, [&](auto t, auto d) {

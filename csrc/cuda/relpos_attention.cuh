@@ -66,7 +66,7 @@ struct Tiles {
     Shared keys, values;  // [stages, kKeys, D]
     Shared positions;     // [kRing, D]
 
-    __device__ Tiles(const RelposAttention& op, SharedMemory& shared, int b, int h, int i0)
+    __device__ Tiles(const RelposAttention& op, SharedMemory<>& shared, int b, int h, int i0)
         : op(op), b(b), h(h), i0(i0), keys(shared.take(kRelposStages * kTile)),
           values(shared.take(kRelposStages * kTile)), positions(shared.take(kPositionTiles * kTile)) {}
 
@@ -259,6 +259,72 @@ __device__ inline float sum_of_row(float x) {
     x += __shfl_xor_sync(kAll, x, 1);
     return x + __shfl_xor_sync(kAll, x, 2);
 }
+
+// The softmax of a lane's two rows, tile of scores by tile, and what has been summed of the values so far
+template <int D>
+struct RowSums {
+    float scale = kLog2E / sqrtf(static_cast<float>(D));
+    float acc[D / 8][4] = {}, maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+
+    // s: scores of 8 * kBlocks keys, of which `left` are there; then their weights
+    template <int kBlocks>
+    __device__ void weigh(float (&s)[kBlocks][4], int left, int quad) {
+        if (left < 8 * kBlocks) {
+#pragma unroll
+            for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    if (8 * n + 2 * quad + i % 2 >= left) s[n][i] = -INFINITY;
+                }
+            }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float most = s[0][2 * half];
+#pragma unroll
+            for (int n = 0; n < kBlocks; ++n) most = fmaxf(most, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+            const float now = fmaxf(maximum[half], max_of_row(most) * scale);
+            const float factor = exp2_fast(maximum[half] - now);
+            maximum[half] = now;
+            float part = 0.0f;
+#pragma unroll
+            for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+                for (int i = 2 * half; i < 2 * half + 2; ++i) {
+                    s[n][i] = exp2_fast(fmaf(s[n][i], scale, -now));
+                    part += s[n][i];
+                }
+            }
+            sum[half] = fmaf(sum[half], factor, part);
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n) {
+                acc[n][2 * half] *= factor;
+                acc[n][2 * half + 1] *= factor;
+            }
+        }
+    }
+    template <class T>
+    __device__ void store(const RelposAttentionForward& op, int b, int h, int i0, int quad) const {
+        const Sequence own = sequence_of(op, not_ahead(b));  // kept, it would take registers from the loop
+        const int row = i0 + lane_row();
+        const int64_t first = own.first + row;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float total = sum_of_row(sum[half]);
+            if (row + 8 * half >= own.queries) continue;
+            const bool some = total > 0.0f;
+            const float norm = some ? op.keep_scale / total : 0.0f;
+            T* out = static_cast<T*>(op.out) + ((first + 8 * half) * op.heads + h) * D + 2 * quad;
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n) {
+                store_pair<true>(out, 8 * n, D, make_float2(acc[n][2 * half] * norm, acc[n][2 * half + 1] * norm));
+            }
+            // no key, no weight
+            const float lse = some ? maximum[half] + log2f(total) : 0.0f;
+            if (quad == 0) op.lse[h * op.total_frames + first + 8 * half] = lse;
+        }
+    }
+};
 
 inline void check_heads(const char* name, const RelposHeads& x) {
     if (reinterpret_cast<uintptr_t>(x.data) % 16 != 0 || x.batch_stride % 8 != 0 || x.frame_stride % 8 != 0 ||

@@ -37,6 +37,16 @@ constexpr size_t relpos_attention_shared(int head_dim, int warps = kRelposWarps)
     return (2 * kRelposStages + relpos_attention_position_tiles(warps)) * kRelposKeys *
            relpos_attention_pitch(head_dim) * sizeof(float);
 }
+// The forward pass by warpgroups, on sm_90a: two with 64 queries each, which walk over the keys 64 at a time. Of
+// positions there is a tile for each, and the next; heads of 128 have their queries with either bias in shared memory.
+constexpr int kRelposWarpgroups = 2;
+constexpr int kRelposWarpgroupRows = 64;
+constexpr int kRelposWarpgroupKeys = 64;
+constexpr int kRelposWarpgroupPositionTiles = kRelposWarpgroups + 2;
+constexpr size_t relpos_attention_warpgroups_shared(int head_dim) {
+    const int queries = head_dim > 96 ? 2 * kRelposWarpgroups * kRelposWarpgroupRows : 0;
+    return ((2 * kRelposStages + kRelposWarpgroupPositionTiles) * kRelposWarpgroupKeys + queries) * head_dim * 2;
+}
 // ... backward also two numbers of each row, and sums over the rows of each warp
 constexpr size_t relpos_attention_rows_shared(int head_dim) {
     return relpos_attention_shared(head_dim, kRelposBackwardWarps) +
@@ -92,11 +102,17 @@ struct RelposAttention {
 };
 
 struct RelposAttentionForward : RelposAttention {
-    void* out;   // as q, contiguous
-    float* lse;  // [H, frames in all]
+    bool warpgroups;  // by their products; the device has them
+    void* out;        // as q, contiguous
+    float* lse;       // [H, frames in all]
 };
 
+// whether the device has products of warpgroups, sm_90, and the kernel is built for them
+bool relpos_attention_has_warpgroups(int device);
+
 void relpos_attention_forward(const RelposAttentionForward& op);
+// the same by products of warpgroups, with arguments that are prepared
+void relpos_attention_forward_by_warpgroups(const RelposAttentionForward& op);
 
 struct RelposAttentionBackward : RelposAttention {
     const void* out;   // of the forward pass

@@ -31,12 +31,16 @@ struct alignas(16) float4 {
     float x, y, z, w;
 };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+struct alignas(16) uint4 {
+    uint32_t x, y, z, w;
+};
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 using std::max;
 using std::min;
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
-// --- a runtime of two devices
+// --- a runtime of two devices, of one kind
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidDevice = 101;
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
@@ -49,6 +53,10 @@ inline cudaError_t cudaSetDevice(int device) {
     return emulation::device() = device, cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+    return *value = emulation::architecture() / 10, cudaSuccess;
+}
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
     return cudaSuccess;
@@ -188,11 +196,13 @@ class Shared {
     template <class V>
     void store(int i, const V& value, EMULATION_HERE) const {
         access<V>(i, {"store", file, line});
+        emulation::current()->shared_written(place(i).second, sizeof(V));
         *reinterpret_cast<V*>(piece_ + at_ + i) = value;
     }
     Shared operator+(int floats) const { return Shared(piece_, offset_, at_ + floats); }
     // where the i-th float is, and in bytes from the start of dynamic shared memory
     std::pair<void*, size_t> place(int i) const { return {piece_ + at_ + i, offset_ + (at_ + i) * sizeof(float)}; }
+    uint32_t address(int i) const { return static_cast<uint32_t>(place(i).second); }
 
    private:
     template <class V>
@@ -206,6 +216,7 @@ class Shared {
     int at_;
 };
 
+template <int kAlignment = 16>
 class SharedMemory {
    public:
     Shared take(int floats) {
@@ -221,8 +232,8 @@ V not_ahead(V x) {
     return x;
 }
 
-constexpr size_t kMaxShared = 99 << 10;             // of a block on sm_86, sm_89, sm_120: the least of all targets
-constexpr size_t kMaxSharedOfClusters = 227 << 10;  // on sm_90, which has them
+constexpr size_t kMaxShared = 99 << 10;         // of a block on sm_86, sm_89, sm_120: the least of all targets
+constexpr size_t kMaxSharedOfSm90 = 227 << 10;  // which has clusters
 constexpr unsigned kMaxThreads = 1024;
 constexpr unsigned kMaxCluster = 16;
 
@@ -234,8 +245,10 @@ void emulate(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
     if (grid.y > 65535 || grid.z > 65535) refuse("grid.y or grid.z above 65535");
     if (block.x * block.y * block.z == 0 || block.x * block.y * block.z > kMaxThreads) refuse("not 1 to 1024 threads");
     if (cluster == 0 || cluster > kMaxCluster || grid.x % cluster != 0) refuse("not whole clusters of 1 to 16 blocks");
-    if (cluster == 1 && shared > kMaxShared) refuse("more than 99 KiB of dynamic shared memory");
-    if (shared > kMaxSharedOfClusters) refuse("more than 227 KiB of dynamic shared memory");
+    if (cluster == 1 && emulation::architecture() != 90 && shared > kMaxShared) {
+        refuse("more than 99 KiB of dynamic shared memory");
+    }
+    if (shared > kMaxSharedOfSm90) refuse("more than 227 KiB of dynamic shared memory");
     emulation::Grid(grid, block, shared, cooperative, cluster, emulation::seed(), [&] { kernel(args...); }).run();
 }
 

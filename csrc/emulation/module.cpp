@@ -14,5 +14,7 @@ PYBIND11_MODULE(emulated, m) {
     m.def(
         "devices", [] { return std::make_pair(emulation::device(), emulation::launched_on()); },
         "The current device, and that of the last launch.");
+    m.def(
+        "set_architecture", [](int of) { emulation::architecture() = of; }, "Choose the devices' kind: 90 for sm_90.");
     m.def("set_seed", [](unsigned seed) { emulation::seed() = seed; }, "Choose the schedule of the launches to come.");
 }

@@ -11,6 +11,11 @@
 // same seed. Until that wait a touch of what it goes to is reported, even where it has landed already; of the other
 // threads, until the barrier after the wait.
 //
+// A product of a warpgroup is issued when the last of its 128 threads has reached it, reads its factors in shared
+// memory at a random later step, after the products before it, and gives its results to each thread at that thread's
+// wait; until then they are NaN. What its factors were made of must have been shown to products (fence.proxy.async) by
+// whoever wrote it, and be there when the product is issued.
+//
 // The blocks of a cluster are resident together, and one cluster at a time. A store to another block's shared memory
 // lands when it is released: by its own thread, or by one of its block behind a barrier of the block. Until then nobody
 // may touch where it goes; nor may it go where a block has returned.
@@ -172,6 +177,59 @@ struct Copied {
     bool waited;
 };
 
+constexpr int kGroupSize = 4 * kWarpSize;  // threads of a warpgroup
+constexpr int kProductRows = 64, kProductDepth = 16;
+
+// a factor in shared memory, as its descriptor has it, in bytes
+struct Factor {
+    size_t start, panels, eights;  // where it starts; from panel to panel, from eight rows to the next
+    size_t line;                   // of a row of a panel
+    explicit Factor(uint64_t descriptor)
+        : start((descriptor & 0x3FFF) << 4), panels((descriptor >> 16 & 0x3FFF) << 4),
+          eights((descriptor >> 32 & 0x3FFF) << 4), line(descriptor >> 62 == 1   ? 128
+                                                         : descriptor >> 62 == 2 ? 64
+                                                                                 : 0) {}
+    // of an element, in the order of the matrix there; rows of a panel are swizzled
+    size_t at(size_t row, size_t column) const {
+        const size_t panel = 2 * column / line, byte = 2 * column % line;
+        const size_t plain = start + panel * panels + row / 8 * eights + row % 8 * line + byte;
+        return plain ^ (plain >> 7 & (line / kCopy - 1)) << 4;
+    }
+};
+
+// c [64, columns] += a [64, 16] b [16, columns] of a warpgroup, or = without `adds`; a from registers or shared memory
+struct Product {
+    Place place;
+    int columns;
+    bool transposed, adds, from_registers;
+    uint64_t left, right;  // descriptors
+    float (*number)(uint16_t);
+    bool operator==(const Product& o) const {
+        return place == o.place && left == o.left && right == o.right && columns == o.columns;
+    }
+};
+struct PartOfProduct {
+    float* c;
+    const uint32_t* a;  // as it is until the wait, or null
+    std::array<uint32_t, 4> registers;
+};
+struct IssuedProduct {
+    Product product;
+    int arrived = 0;
+    std::array<PartOfProduct, kGroupSize> parts;
+};
+struct Warpgroup {
+    int first;  // of its threads in the block
+    std::vector<std::unique_ptr<IssuedProduct>> products;
+    size_t done = 0;
+    std::vector<Fiber*> waiting;  // for others to reach a product
+};
+// what products have made of a thread's registers, which are NaN meanwhile
+struct Sums {
+    std::vector<float> values;
+    int pending = 0;  // products that the thread has not waited for
+};
+
 // to the shared memory of another block of the cluster
 struct RemoteStore {
     Place place;
@@ -210,6 +268,11 @@ struct Fiber {
     bool at_cluster_barrier = false;            // has arrived and not waited
     uint64_t cluster_phase = 0;                 // in which it has arrived
     std::vector<Access> accesses;
+    size_t products = 0, products_waited = 0;  // so far
+    std::vector<size_t> product_groups;        // products before the end of each
+    std::map<float*, Sums> sums;               // of products that it has not waited for
+    bool registers_ready = false;              // begin_products since its last wait
+    std::vector<size_t> unshown;               // in units of kCopy, what it has written and not shown to products
     void* stack = nullptr;
     void* fake_stack = nullptr;  // of AddressSanitizer
 };
@@ -244,6 +307,8 @@ struct Block {
     std::map<size_t, Mbarrier> mbarriers;      // by offset in dynamic shared memory
     std::deque<RemoteStore> stores;            // of its threads, not released
     std::vector<const RemoteStore*> arriving;  // not released, by word of dynamic shared memory
+    std::vector<std::shared_ptr<Warpgroup>> groups;
+    std::vector<const Fiber*> unshown;  // who wrote each kCopy bytes of dynamic shared memory, until it shows them
     bool ended() const { return done == static_cast<int>(fibers.size()); }
 };
 
@@ -276,9 +341,15 @@ class Grid {
     void* shared_array(Place place, size_t bytes);
     std::pair<void*, size_t> shared_piece(size_t bytes);
     void shared_access(Place place, const void* address, size_t offset, size_t bytes);
+    void shared_written(size_t offset, size_t bytes);
     void copy(Place place, void* to, size_t offset, const void* from);
     void commit_copies() { ++running_->copy_group; }
     void wait_for_copies(uint64_t pending);
+    void show_to_products();
+    void begin_products() { running_->registers_ready = true; }
+    void multiply(const Product& product, float* c, const uint32_t* a);
+    void commit_products() { running_->product_groups.push_back(running_->products); }
+    void wait_for_products(size_t pending);
     void remote_store(Place place, int rank, size_t offset, const void* value, size_t bytes);
     void init_mbarrier(Place place, size_t offset, int count);
     void arrive_mbarrier(Place place, int rank, size_t offset);
@@ -299,6 +370,10 @@ class Grid {
     Mbarrier& mbarrier(Place place, Block& block, size_t offset);
     void release_stores();
     void touch_stores(Place place, size_t offset, size_t bytes);
+    void touch_copies(Place place, const void* address);
+    void check_factor(Place place, uint64_t descriptor, int rows, int columns);
+    static void finish_products(Block& block, Warpgroup& group, size_t end);
+    void land_later(std::function<void()> landing);
     void complete_cluster_barrier(Cluster& cluster);
     void start_fiber(Block& block, int rank);
     Fiber* pick();
@@ -325,7 +400,7 @@ class Grid {
     std::vector<std::unique_ptr<Block>> resident_;
     std::vector<Fiber*> runnable_;
     uint64_t step_ = 0;
-    std::multimap<uint64_t, std::shared_ptr<Copy>> landings_;  // by step
+    std::multimap<uint64_t, std::function<void()>> landings_;  // of copies and products, by step
     std::vector<void*> stacks_, free_stacks_;
     Fiber* running_ = nullptr;
     Context scheduler_;
@@ -352,6 +427,12 @@ inline int& device() {
 }
 inline int& launched_on() {
     static int value = -1;
+    return value;
+}
+
+// that of the devices: 80 for sm_80
+inline int& architecture() {
+    static int value = 80;
     return value;
 }
 
@@ -510,6 +591,7 @@ inline void Grid::enter() {
 inline void Grid::finish() {
     Block& block = *running_->block;
     if (!running_->copies.empty()) fail(name(*running_) + " returns before its copies have landed");
+    if (running_->products > running_->products_waited) fail(name(*running_) + " returns before its products are done");
     running_->done = true;
     ++block.done;
     Cluster& cluster = *block.cluster;
@@ -650,6 +732,10 @@ inline std::pair<void*, size_t> Grid::shared_piece(size_t bytes) {
 inline void Grid::shared_access(Place place, const void* address, size_t offset, size_t bytes) {
     if (traffic().counted) running_->accesses.push_back({place, offset, bytes});
     touch_stores(place, offset, bytes);
+    touch_copies(place, address);
+}
+
+inline void Grid::touch_copies(Place place, const void* address) {
     auto& copied = running_->block->copied;
     if (copied.empty()) return;
     // a copy begins at a multiple of kCopy, and no access is longer
@@ -675,19 +761,24 @@ inline void Grid::copy(Place place, void* to, size_t offset, const void* from) {
     }
 #endif
     shared_access(place, to, offset, kCopy);
+    shared_written(offset, kCopy);
     std::memset(to, kPoison, kCopy);
     running_->copies.push_back(std::make_shared<Copy>(Copy{to, from, running_->copy_group}));
     running_->block->copied[to] = {place, running_, false};
+    land_later([copy = running_->copies.back()] { copy->land(); });
+    yield();
+}
+
+inline void Grid::land_later(std::function<void()> landing) {
     // of every order of magnitude alike: between a copy and its wait a kernel takes ten steps or ten thousand
     const uint64_t longest = uint64_t{1} << delays_() % kDelays;
-    landings_.emplace(step_ + 1 + delays_() % longest, running_->copies.back());
-    yield();
+    landings_.emplace(step_ + 1 + delays_() % longest, std::move(landing));
 }
 
 inline void Grid::land_copies() {
     ++step_;
     for (; !landings_.empty() && landings_.begin()->first <= step_; landings_.erase(landings_.begin())) {
-        landings_.begin()->second->land();
+        landings_.begin()->second();
     }
 }
 
@@ -700,6 +791,159 @@ inline void Grid::wait_for_copies(uint64_t pending) {
         return true;
     });
     copies.erase(waited, copies.end());
+    yield();
+}
+
+inline void Grid::shared_written(size_t offset, size_t bytes) {
+    auto& unshown = running_->block->unshown;
+    unshown.resize(shared_ / kCopy + 1);
+    for (size_t place = offset / kCopy; place < (offset + bytes + kCopy - 1) / kCopy; ++place) {
+        if (std::exchange(unshown[place], running_) != running_) running_->unshown.push_back(place);
+    }
+}
+
+inline void Grid::show_to_products() {
+    Block& block = *running_->block;
+    auto& mine = running_->unshown;
+    const auto shown = std::remove_if(mine.begin(), mine.end(), [&](size_t place) {
+        if (block.unshown[place] != running_) return true;
+        const auto copy = block.copied.find(memory_at(block, place * kCopy, kCopy));
+        if (copy != block.copied.end() && !copy->second.waited) return false;
+        block.unshown[place] = nullptr;
+        return true;
+    });
+    mine.erase(shown, mine.end());
+    yield();
+}
+
+// where a product of the running thread is issued
+inline void Grid::check_factor(Place place, uint64_t descriptor, int rows, int columns) {
+    const Factor factor(descriptor);
+    Block& block = *running_->block;
+    const std::string where = " of the product at line " + std::to_string(place.line);
+    if (factor.line == 0) fail("the rows" + where + " are not swizzled by 64 or 128 bytes");
+    for (int row = 0; row < rows; ++row) {
+        for (int column = 0; column < columns; column += 8) {
+            const size_t offset = factor.at(row, column);
+            const void* address = memory_at(block, offset, kCopy);
+            if (address == nullptr) fail("a factor" + where + " reaches beyond the block's shared memory");
+            touch_stores(place, offset, kCopy);
+            touch_copies(place, address);
+            if (block.unshown.empty() || block.unshown[offset / kCopy] == nullptr) continue;
+            fail("a factor" + where + " has not been shown to products by " + name(*block.unshown[offset / kCopy]));
+        }
+    }
+}
+
+inline void Grid::multiply(const Product& product, float* c, const uint32_t* a) {
+    Fiber& fiber = *running_;
+    Block& block = *fiber.block;
+    const Place place = product.place;
+    if (block.fibers.size() % kGroupSize != 0) fail("a block of parts of warpgroups multiplies");
+    if (!fiber.registers_ready) {
+        fail(name(fiber) + " multiplies at line " + std::to_string(place.line) + " without begin_products");
+    }
+    block.groups.resize(block.fibers.size() / kGroupSize);
+    auto& shared_group = block.groups[fiber.rank / kGroupSize];
+    if (!shared_group) shared_group.reset(new Warpgroup{fiber.rank / kGroupSize * kGroupSize, {}, 0, {}});
+    Warpgroup& group = *shared_group;
+    const size_t number = fiber.products++;
+    if (number == group.products.size()) {
+        group.products.push_back(std::make_unique<IssuedProduct>(IssuedProduct{product, 0, {}}));
+    }
+    IssuedProduct& issued = *group.products[number];
+    if (!(issued.product == product)) {
+        fail("divergent warpgroup: " + name(fiber) + " multiplies at line " + std::to_string(place.line) +
+             " while others do at line " + std::to_string(issued.product.place.line) + ", or by other factors");
+    }
+    PartOfProduct& part = issued.parts[fiber.rank % kGroupSize];
+    part = {c, a, {}};
+    if (a != nullptr) std::copy_n(a, part.registers.size(), part.registers.begin());
+    const int registers = product.columns / 2;
+    Sums& sums = fiber.sums[c];
+    if (sums.pending++ == 0) {
+        sums.values.assign(c, c + registers);
+        std::memset(static_cast<void*>(c), kPoison, registers * sizeof(float));
+    }
+    if (++issued.arrived < kGroupSize) return;
+    const int k = kProductDepth, n = product.columns;
+    check_factor(place, product.right, product.transposed ? k : n, product.transposed ? n : k);
+    if (!product.from_registers) check_factor(place, product.left, kProductRows, k);
+    for (Fiber* other : std::exchange(group.waiting, {})) wake(*other);
+    // the block may have ended by then, behind its waits: they leave nothing to do
+    land_later([&block, group = shared_group, number] { finish_products(block, *group, number + 1); });
+    yield();
+}
+
+// in the order in which they were issued
+inline void Grid::finish_products(Block& block, Warpgroup& group, size_t end) {
+    for (; group.done < end; ++group.done) {
+        const IssuedProduct& issued = *group.products[group.done];
+        const Product& product = issued.product;
+        const auto read = [&](const Factor& factor, int row, int column) {
+            uint16_t bits;
+            std::memcpy(&bits, memory_at(block, factor.at(row, column), sizeof bits), sizeof bits);
+            return product.number(bits);
+        };
+        float left[kProductRows][kProductDepth];
+        std::vector<float> right(product.columns * kProductDepth);
+        for (int n = 0; n < product.columns; ++n) {
+            for (int k = 0; k < kProductDepth; ++k) {
+                right[n * kProductDepth + k] =
+                    product.transposed ? read(Factor(product.right), k, n) : read(Factor(product.right), n, k);
+            }
+        }
+        // lane 4 r + q of warp w has rows 16 w + r and 16 w + r + 8; of a, register i is of row r + 8 (i % 2) and
+        // columns 2 q + 8 (i / 2) on, two of them; of c, of each eight columns 2 q and 2 q + 1 of both rows
+        for (int thread = 0; thread < kGroupSize; ++thread) {
+            const int row = thread / kWarpSize * 16 + thread % kWarpSize / 4, pair = 2 * (thread % 4);
+            for (int i = 0; i < 4 * 2 && product.from_registers; ++i) {
+                const auto bits = static_cast<uint16_t>(issued.parts[thread].registers[i / 2] >> (16 * (i % 2)));
+                left[row + 8 * (i / 2 % 2)][pair + i % 2 + 8 * (i / 4)] = product.number(bits);
+            }
+        }
+        for (int row = 0; row < kProductRows && !product.from_registers; ++row) {
+            for (int k = 0; k < kProductDepth; ++k) left[row][k] = read(Factor(product.left), row, k);
+        }
+        for (int thread = 0; thread < kGroupSize; ++thread) {
+            const int row = thread / kWarpSize * 16 + thread % kWarpSize / 4, pair = 2 * (thread % 4);
+            auto& values = block.fibers[group.first + thread].sums.at(issued.parts[thread].c).values;
+            for (size_t i = 0; i < values.size(); ++i) {
+                const float* a = left[row + i % 4 / 2 * 8];
+                const float* b = &right[(i / 4 * 8 + pair + i % 2) * kProductDepth];
+                float sum = product.adds ? values[i] : 0.0f;
+                for (int k = 0; k < kProductDepth; ++k) sum += a[k] * b[k];
+                values[i] = sum;
+            }
+        }
+    }
+}
+
+inline void Grid::wait_for_products(size_t pending) {
+    Fiber& fiber = *running_;
+    fiber.registers_ready = false;
+    const size_t groups = fiber.product_groups.size();
+    const size_t end = groups > pending ? fiber.product_groups[groups - 1 - pending] : 0;
+    if (end > fiber.products_waited) {
+        Warpgroup& group = *fiber.block->groups[fiber.rank / kGroupSize];
+        while (group.products[end - 1]->arrived < kGroupSize) {
+            group.waiting.push_back(&fiber);
+            wait(group.products[end - 1]->product.place);
+        }
+        finish_products(*fiber.block, group, end);
+        for (; fiber.products_waited < end; ++fiber.products_waited) {
+            const IssuedProduct& issued = *group.products[fiber.products_waited];
+            const PartOfProduct& part = issued.parts[fiber.rank % kGroupSize];
+            if (part.a != nullptr && !std::equal(part.registers.begin(), part.registers.end(), part.a)) {
+                fail(name(fiber) + " changes a factor of the product at line " +
+                     std::to_string(issued.product.place.line) + " before its wait");
+            }
+            const auto sums = fiber.sums.find(part.c);
+            if (--sums->second.pending > 0) continue;
+            std::copy(sums->second.values.begin(), sums->second.values.end(), part.c);
+            fiber.sums.erase(sums);
+        }
+    }
     yield();
 }
 

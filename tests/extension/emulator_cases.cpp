@@ -10,6 +10,7 @@
 #include "cuda/cluster.cuh"
 #include "cuda/common.cuh"
 #include "cuda/tensor_cores.cuh"
+#include "cuda/warpgroup.cuh"
 
 namespace {
 
@@ -265,6 +266,155 @@ int run_copies() {
     return run(copies<kMissing>, 4 * kThreads * sizeof(float), false);
 }
 
+constexpr int kGroupThreads = 2 * lcc::kWarpgroup;
+using Halves = __nv_bfloat16;
+
+float left_at(int m, int k) { return static_cast<float>((3 * m + 5 * k) % 11 - 5); }
+float right_at(int k, int n) { return static_cast<float>((7 * k + 2 * n + k * n) % 13 - 6); }
+
+// [kRows, kColumns] of value(row, column), stored as a factor of products by all threads of the block
+template <class T, int kRows, int kColumns, class Value>
+lcc::Shared stored(lcc::SharedMemory<1024>& shared, const Value& value) {
+    using Matrix = lcc::Swizzled<kRows, kColumns>;
+    const lcc::Shared memory = shared.take(Matrix::kFloats);
+    for (int i = threadIdx.x; i < kRows * kColumns / 2; i += static_cast<int>(blockDim.x)) {
+        const int row = i / (kColumns / 2), column = i % (kColumns / 2) * 2;
+        memory.store(Matrix::at(row, column / 8) + column % 8 / 2,
+                     lcc::pack<T>(value(row, column), value(row, column + 1)));
+    }
+    return memory;
+}
+
+// the registers of left_at [64, 16] from column k0 on
+template <class T>
+void left_registers(uint32_t (&a)[4], int k0) {
+    const int thread = threadIdx.x % lcc::kWarpgroup, row = thread / 32 * 16 + thread % 32 / 4;
+    for (int i = 0; i < 4; ++i) {
+        const int r = row + i % 2 * 8, k = k0 + 2 * (thread % 4) + i / 2 * 8;
+        a[i] = lcc::pack<T>(left_at(r, k), left_at(r, k + 1));
+    }
+}
+
+template <int N>
+bool is_product(const float (&c)[N / 8][4], int depth) {
+    const int thread = threadIdx.x % lcc::kWarpgroup, row = thread / 32 * 16 + thread % 32 / 4;
+    for (int i = 0; i < N / 2; ++i) {
+        const int r = row + i % 4 / 2 * 8, n = i / 4 * 8 + 2 * (thread % 4) + i % 2;
+        float expected = 0.0f;
+        for (int k = 0; k < depth; ++k) expected += left_at(r, k) * right_at(k, n);
+        if (c[i / 4][i % 4] != expected) return false;
+    }
+    return true;
+}
+
+// left [64, K] right [K, N] of small integers by each of two warpgroups: right from rows of n or, kTransposed, of k;
+// left from registers, or kFromShared
+template <class T, int K, int N, bool kTransposed, bool kFromShared>
+void products_of_groups(float* out) {
+    using Left = lcc::Swizzled<64, K>;
+    using Right = std::conditional_t<kTransposed, lcc::Swizzled<K, N>, lcc::Swizzled<N, K>>;
+    lcc::SharedMemory<1024> shared;
+    const lcc::Shared left = stored<T, 64, K>(shared, left_at);
+    const lcc::Shared right = kTransposed ? stored<T, K, N>(shared, right_at)
+                                          : stored<T, N, K>(shared, [](int n, int k) { return right_at(k, n); });
+    lcc::show_to_products();
+    __syncthreads();
+    const uint64_t a = Left::factor(left, 0), b = Right::factor(right, 0);
+    float c[N / 8][4];
+    uint32_t registers[K / 16][4];
+    for (int k = 0; k < K / 16; ++k) left_registers<T>(registers[k], 16 * k);
+    lcc::begin_products();
+    const auto step = [&](int k, auto adds) {
+        const uint64_t from = b + (kTransposed ? Right::rows_from(k) : Right::columns_from(k));
+        if constexpr (kFromShared) {
+            lcc::multiply_add_async<T, N, kTransposed, adds()>(c, a + Left::columns_from(k), from);
+        } else {
+            lcc::multiply_add_async<T, N, kTransposed, adds()>(c, registers[k], from);
+        }
+    };
+    step(0, std::false_type{});
+    for (int k = 1; k < K / 16; ++k) step(k, std::true_type{});
+    lcc::commit_products();
+    lcc::wait_for_products<0>(c);
+    out[threadIdx.x] = is_product<N>(c, K) ? 1.0f : -1.0f;
+}
+
+// What is missing of a product, and of a second one with another sum: 's'howing, the 'b'arrier, 'B'eginning, the
+// 'w'ait, the 'f'irst wait, for all but the last group, the 'c'ommit, the last warp's 'p'art; the left factor 'k'eeping
+// its value; warps with the same 'd'escriptor; shared memory as far as the descriptor 'r'eaches; or it is left at the
+// 'e'nd.
+template <char kMissing>
+void products(float* out) {
+    using Right = lcc::Swizzled<64, 32>;
+    lcc::SharedMemory<1024> shared;
+    const lcc::Shared right = stored<Halves, 64, 32>(shared, [](int n, int k) { return right_at(k, n); });
+    if (kMissing != 's') lcc::show_to_products();
+    if (kMissing != 'b') __syncthreads();
+    uint64_t b = Right::factor(right, 0);
+    if (kMissing == 'd' && threadIdx.x >= 96) b += 2;
+    if (kMissing == 'r') b += Right::rows_from(3);
+    if (kMissing == 'p' && threadIdx.x >= 96 && threadIdx.x < 128) return;
+    float c[8][4], second[8][4];
+    uint32_t a[4];
+    left_registers<Halves>(a, 0);
+    if (kMissing != 'B') lcc::begin_products();
+    lcc::multiply_add_async<Halves, 64, false, false>(c, a, b);
+    if (kMissing != 'c') lcc::commit_products();
+    lcc::multiply_add_async<Halves, 64, false, false>(second, a, b);
+    lcc::commit_products();
+    if (kMissing == 'k') a[2] = 0;
+    if (kMissing != 'f' && kMissing != 'w') lcc::wait_for_products<1>(c);
+    const bool first = is_product<64>(c, 16);
+    if (kMissing != 'e' && kMissing != 'w') lcc::wait_for_products<0>(second);
+    out[threadIdx.x] = first && is_product<64>(second, 16) ? 1.0f : -1.0f;
+    if (kMissing == 'w') lcc::wait_for_products<0>(second);
+}
+
+// The right factor changes from 0 to 1 between a product and its wait; prints the first of each thread's results.
+void product_of_what_changes(float* out) {
+    using Right = lcc::Swizzled<64, 32>;
+    lcc::SharedMemory<1024> shared;
+    const lcc::Shared right = stored<Halves, 64, 32>(shared, [](int, int) { return 0.0f; });
+    lcc::show_to_products();
+    __syncthreads();
+    float c[8][4];
+    uint32_t a[4];
+    for (uint32_t& pair : a) pair = lcc::pack<Halves>(1.0f, 1.0f);
+    lcc::begin_products();
+    lcc::multiply_add_async<Halves, 64, false, false>(c, a, Right::factor(right, 0));
+    lcc::commit_products();
+    __syncthreads();
+    for (int i = threadIdx.x; i < Right::kFloats; i += kGroupThreads) right.store(i, lcc::pack<Halves>(1.0f, 1.0f));
+    __syncthreads();
+    lcc::wait_for_products<0>(c);
+    out[threadIdx.x] = c[0][0];
+}
+int run_product_of_what_changes() {
+    std::vector<float> out(kGroupThreads, -2.0f);
+    lcc::emulate("case", product_of_what_changes, dim3(1), dim3(kGroupThreads), 4096, false, 1, out.data());
+    for (const float x : out) std::printf("%g ", x);
+    return 0;
+}
+
+int run_groups(Kernel kernel, size_t shared) {
+    std::vector<float> out(kGroupThreads, -2.0f);
+    lcc::emulate("case", kernel, dim3(1), dim3(kGroupThreads), shared, false, 1, out.data());
+    for (int i = 0; i < kGroupThreads; ++i) {
+        if (out[i] == 1.0f) continue;
+        std::fprintf(stderr, "thread %d has %g\n", i, out[i]);
+        return 3;
+    }
+    return 0;
+}
+template <class T, int K, int N, bool kTransposed, bool kFromShared = false>
+int run_products_of_groups() {
+    return run_groups(products_of_groups<T, K, N, kTransposed, kFromShared>, (64 + N) * K * 2);
+}
+template <char kMissing>
+int run_products_without() {
+    return run_groups(products<kMissing>, 4096);
+}
+
 constexpr int kCluster = 4, kClusters = 2;
 
 // Each thread gives its block's successor in the cluster a pair, twice in the same place. What is missing is the
@@ -463,6 +613,27 @@ int main(int, char** argv) {
         {"products_of_bfloat16", run_products<__nv_bfloat16, false>},
         {"transposed_products_of_float16", run_products<__half, true>},
         {"transposed_products_of_bfloat16", run_products<__nv_bfloat16, true>},
+        {"products_of_groups_32x32", run_products_of_groups<__half, 32, 32, true>},
+        {"products_of_groups_32x64", run_products_of_groups<Halves, 32, 64, false>},
+        {"products_of_groups_96x64", run_products_of_groups<__half, 96, 64, false>},
+        {"products_of_groups_128x64", run_products_of_groups<Halves, 128, 64, false>},
+        {"products_of_groups_64x96", run_products_of_groups<Halves, 64, 96, true>},
+        {"products_of_groups_64x128", run_products_of_groups<__half, 64, 128, true>},
+        {"products_of_shared_memory_128x64", run_products_of_groups<Halves, 128, 64, false, true>},
+        {"products_of_shared_memory_96x64", run_products_of_groups<__half, 96, 64, false, true>},
+        {"two_products", run_products_without<' '>},
+        {"products_not_shown", run_products_without<'s'>},
+        {"products_without_barrier", run_products_without<'b'>},
+        {"products_without_beginning", run_products_without<'B'>},
+        {"products_without_wait", run_products_without<'w'>},
+        {"products_without_the_first_wait", run_products_without<'f'>},
+        {"products_without_commit", run_products_without<'c'>},
+        {"product_without_a_warp", run_products_without<'p'>},
+        {"product_of_a_changed_factor", run_products_without<'k'>},
+        {"product_of_two_descriptors", run_products_without<'d'>},
+        {"product_past_the_end", run_products_without<'r'>},
+        {"product_left_on_its_way", run_products_without<'e'>},
+        {"product_of_what_changes", run_product_of_what_changes},
         {"traffic_of_floats", traffic<float, 1>},
         {"traffic_of_floats_in_two_banks", traffic<float, 16>},
         {"traffic_of_pairs", traffic<float2, 2>},

@@ -1,6 +1,7 @@
 """The CUDA kernels of relpos_attention, forward and backward, against a float64 oracle.
 
-The same grid twice: emulated on the CPU, under sanitizers and in random schedules, and on a GPU where there is one.
+The same grid twice, as any GPU has it and, by products of warpgroups forward, as one of sm_90: emulated on the CPU, under
+sanitizers and in random schedules, and on a GPU where there is one.
 """
 
 from __future__ import annotations
@@ -19,12 +20,20 @@ FRAMES = (1, 7, 63, 65, 127, 203)
 DTYPES = ("float16", "bfloat16")
 
 
-@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
-def run(request):
+ON_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("gpu", "gpu-warpgroups")]
+
+
+@pytest.fixture(params=["emulated", "emulated-warpgroups", *ON_GPU])
+def run(request, monkeypatch):
     """``run(**case)`` -> errors; see ``cases.run``."""
-    if request.param == "emulated":
-        return request.getfixturevalue("worker")
-    return lambda **case: cases.run(case, "cuda", lambda _seed: None)
+    by_warpgroups = request.param.endswith("warpgroups")
+    if not request.param.startswith("gpu"):
+        worker = request.getfixturevalue("worker")
+        return lambda **case: worker(**{"arch": 90 if by_warpgroups else 80, "forward_only": by_warpgroups, **case})
+    if by_warpgroups and not glue.by_warpgroups(torch.device("cuda", torch.cuda.current_device())):
+        pytest.skip("the GPU, or the build, has no products of warpgroups")
+    monkeypatch.setattr(glue, "by_warpgroups", lambda device: by_warpgroups)
+    return lambda **case: cases.run(case | {"forward_only": False}, "cuda", lambda _seed: None)
 
 
 def check(run: Any, **case: Any) -> None:
@@ -47,6 +56,11 @@ def test_odd_shapes(run, t):
 @pytest.mark.parametrize("d", [32, 64, 96, 128])
 def test_head_widths_and_dtypes(run, d, dtype):
     check(run, t=37, h=2, d=d, dtype=dtype, lengths=[37, 32])
+
+
+@pytest.mark.parametrize("d", [96, 128])
+def test_wide_heads_of_several_tiles(run, d):
+    check(run, b=1, t=131, d=d)
 
 
 @pytest.mark.parametrize("lengths", [[0, 65], [0, 0], [64, 1], [65, 33]])
@@ -77,7 +91,8 @@ def test_strided_inputs(run, strided):
 @pytest.mark.parametrize(("slots", "packed"), [(1, None), (4, None), (2, [20, 0, 37])])
 def test_backward_of_some_heads_at_a_time(run, slots, packed):
     """The gradient of positions adds up over them."""
-    check(run, b=3, t=37, h=3, d=32, lengths=None if packed else [37, 20, 5], packed=packed, dropout=0.3, slots=slots)
+    lengths = None if packed else [37, 20, 5]
+    check(run, b=3, t=37, h=3, d=32, lengths=lengths, packed=packed, dropout=0.3, slots=slots, forward_only=False)
 
 
 @pytest.mark.parametrize("t", [30, 90])
@@ -108,11 +123,11 @@ def test_replays_in_a_cuda_graph():
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("way", ["forward", "backward"])
+@pytest.mark.parametrize(("way", "arch"), [("forward", 80), ("backward", 80), ("forward", 90)])
 @pytest.mark.parametrize("d", [64, 128])
-def test_no_bank_conflicts(worker, d, way):
+def test_no_bank_conflicts(worker, d, way, arch):
     """No two lanes ask a bank of shared memory for different words at a time."""
-    wavefronts, conflicts = worker(traffic=[d, way])
+    wavefronts, conflicts = worker(traffic=[d, way, arch])
     assert wavefronts > 0
     assert conflicts == 0, f"{conflicts} of {wavefronts} wavefronts of a block are bank conflicts"
 

@@ -28,6 +28,10 @@ def run_case(gxx):
         "barriers", "warp_operations", "atomics", "grid_barrier", "copies", "copies_in_two_groups",
         "ring_of_copies", "ring_of_blocks", "barrier_of_all_threads",
         "products_of_float16", "products_of_bfloat16", "transposed_products_of_float16", "transposed_products_of_bfloat16",
+        # rows by depth by columns where there is more than one choice; left factors from registers unless said
+        "products_of_groups_32x32", "products_of_groups_32x64", "products_of_groups_96x64", "products_of_groups_128x64",
+        "products_of_groups_64x96", "products_of_groups_64x128",
+        "products_of_shared_memory_96x64", "products_of_shared_memory_128x64", "two_products",
     ],
 )  # fmt: skip
 def test_right_kernels_pass_in_every_schedule(run_case, case):
@@ -71,6 +75,41 @@ def test_a_copy_reads_its_source_at_a_random_step_before_its_wait(run_case):
     assert all(len(of_threads) == 96 and {*of_threads} <= {"0", "1"} for of_threads in seen)
     assert {of_threads[0] for of_threads in seen} == {"0", "1"}  # one copy, by the schedule
     assert run_case("copy_of_what_changes", 0).stdout.split() == seen[0]
+
+
+def test_a_product_reads_its_factors_at_a_random_step_before_its_wait(run_case):
+    seen = [run_case("product_of_what_changes", seed).stdout.split() for seed in range(20)]
+    # sums of 16 zeros, of 16 ones, or of a column that changes meanwhile
+    assert all(len(of_threads) == 256 and {*map(int, of_threads)} <= {*range(17)} for of_threads in seen)
+    assert {of_threads[0] for of_threads in seen} >= {"0", "16"}
+    assert run_case("product_of_what_changes", 0).stdout.split() == seen[0]
+
+
+@pytest.mark.parametrize("case", ["without_wait", "without_the_first_wait", "without_commit", "without_barrier"])
+def test_a_product_that_is_not_waited_for_gives_a_wrong_result(run_case, case):
+    # under an odd seed a warpgroup multiplies before the other one has stored its part
+    for seed in SEEDS[1::2] if case == "without_barrier" else SEEDS:
+        result = run_case(f"products_{case}", seed)
+        assert result.returncode == 3, result.stderr
+
+
+OF_PRODUCTS = {
+    "products_not_shown": r"at line \d+ has not been shown to products by block \(0, 0, 0\) thread",
+    "products_without_beginning": r"multiplies at line \d+ without begin_products",
+    "product_without_a_warp": r"deadlock: .* waits in multiply_add_async at .*cases.cpp:\d+; .*\(96, 0, 0\) has ret",
+    "product_of_a_changed_factor": r"changes a factor of the product at line \d+ before its wait",
+    "product_of_two_descriptors": r"divergent warpgroup: .* multiplies at line \d+ while others .*by other factors",
+    "product_past_the_end": r"a factor of the product at line \d+ reaches beyond the block's shared memory",
+    "product_left_on_its_way": r"returns before its products are done",
+}
+
+
+@pytest.mark.parametrize("case", OF_PRODUCTS)
+def test_what_goes_wrong_with_products_is_named(run_case, case):
+    for seed in SEEDS:
+        result = run_case(case, seed)
+        assert result.returncode == 4, result.stderr
+        assert re.search(OF_PRODUCTS[case], result.stderr, re.DOTALL), result.stderr
 
 
 IN_CLUSTERS = {

@@ -29,7 +29,15 @@ KERNELS = {
         for e in ("float16", "bfloat16")
     ),
 }
-ON_CLUSTERS = {("cluster_loop.loops", "bfloat16", 90), ("cluster_phases.phases", "bfloat16", 90)}
+ON_90 = {
+    ("cluster_loop.loops", "bfloat16", 90),
+    ("cluster_phases.phases", "bfloat16", 90),
+    *(
+        (f"relpos_attention_warpgroups.warpgroups_{d}", e, 90)
+        for d in (32, 64, 96, 128)
+        for e in ("float16", "bfloat16")
+    ),
+}
 TABLE = ROOT / "bench" / "results" / "cuda_resources.json"
 
 
@@ -40,7 +48,7 @@ def table():
 
 def test_the_table_covers_every_kernel_on_every_architecture(table):
     got = {(row["kernel"], row["element"], row["arch"]) for row in table["kernels"]}
-    assert got == {(*kernel, arch) for kernel in KERNELS for arch in resources.SHARED_MEMORY} | ON_CLUSTERS
+    assert got == {(*kernel, arch) for kernel in KERNELS for arch in resources.SHARED_MEMORY} | ON_90
 
 
 def test_nothing_breaks_its_budget(table):

@@ -121,6 +121,20 @@ def test_gencode():
     ]
 
 
+@pytest.mark.parametrize(
+    ("archs", "own"),
+    [
+        (["80", "90+PTX"], ["80", "90+PTX", "90a"]),
+        (["90"], ["90", "90a"]),
+        (["90a"], ["90a"]),
+        (["80", "100+PTX"], ["80", "100+PTX"]),
+    ],
+)
+def test_features_of_sm_90_are_built_where_it_is(archs, own):
+    assert toolchain.with_own_features(archs) == own
+    assert all(source.exists() for source in toolchain.OF_90A)
+
+
 @pytest.mark.parametrize(("gib", "jobs"), [(1, 1), (5, 2), (100, 4)])
 def test_jobs_fit_memory_and_cores(monkeypatch, gib, jobs):
     monkeypatch.delenv("MAX_JOBS", raising=False)

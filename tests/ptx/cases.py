@@ -119,7 +119,7 @@ def cuda_cases() -> Iterator[Case]:
     yield convolution("batch", 5, "fp32", 65, 47)
     for d, dtype, t, more in (
         (32, "bf16", 131, {}), (64, "fp16", 67, {}), (64, "bf16", 67, {"dropout": 0.3}), (96, "bf16", 37, {"packed": True}),
-        (128, "fp16", 37, {}),
+        (128, "fp16", 37, {}), (128, "bf16", 131, {"forward_only": True}),
     ):  # fmt: skip
         yield attention(d, dtype, t, **more)
 

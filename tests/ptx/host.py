@@ -162,12 +162,13 @@ class CudaLauncher:
     A launch names its kernel by an address, and ``nm`` names the addresses.
     """
 
-    def __init__(self, module: str, texts: list[str]):
+    def __init__(self, module: str, texts: list[str], arch: int):
         spec = importlib.util.spec_from_file_location("launches", module)
         assert spec is not None
         assert spec.loader is not None
         self.module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.module)
+        self.module.set_architecture(arch)
         symbols = subprocess.run(["nm", "-C", module], check=True, capture_output=True, text=True).stdout
         self.names = {int(at, 16): name for at, name in re.findall(r"^(\w+) [tTwW] (.*)$", symbols, re.MULTILINE)}
         self.kernels: dict[str, tuple[str, str]] = {}
@@ -422,7 +423,7 @@ def run(case: Mapping[str, Any], change: Callable[[str], str] = lambda text: tex
         low = call(case, reference, measure, rounded)
     launcher: Launcher | CudaLauncher
     if "module" in case:
-        launcher = CudaLauncher(case["module"], [Path(path).read_text() for path in case["texts"]])
+        launcher = CudaLauncher(case["module"], [Path(path).read_text() for path in case["texts"]], case["arch"])
     else:
         launcher = Launcher(case["arch"], change=change)
     with settings(case), launcher.active():

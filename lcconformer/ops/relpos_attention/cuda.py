@@ -15,7 +15,7 @@ from ..availability import cuda_reasons
 from ..native import i64, pointer
 from .arguments import RelposAttention, Traits
 
-__all__ = ["backward", "forward", "unsupported"]
+__all__ = ["backward", "by_warpgroups", "forward", "unsupported"]
 
 _ELEMENTS = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _HEAD_DIMS = (32, 64, 96, 128)  # as csrc/cuda/relpos_attention.h has them
@@ -84,12 +84,24 @@ def _inputs(kernels: Any, args: RelposAttention) -> _Inputs:
     return _Inputs((q, k, v, pos, u, v_bias, lengths, cu_seqlens), arguments)
 
 
-def forward(args: RelposAttention, *, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def by_warpgroups(device: torch.device) -> bool:
+    """Whether the forward pass has a kernel for the device's own tensor cores: sm_90, in a build for it."""
+    return _kernels().relpos_attention_has_warpgroups(device.index or 0)
+
+
+def forward(
+    args: RelposAttention, *, out: Tensor | None = None, warpgroups: bool | None = None
+) -> tuple[Tensor, Tensor]:
+    """``warpgroups``: by the kernel of sm_90, or not; None for where there is one."""
     kernels, q = _kernels(), args.q
     inputs = _inputs(kernels, args)
+    if warpgroups is None:
+        warpgroups = by_warpgroups(q.device)
     out = q.new_empty(q.shape) if out is None else out
     lse = q.new_empty((q.shape[-2], math.prod(q.shape[:-2])), dtype=torch.float32)
-    launch = kernels.RelposAttentionForward(**inputs.arguments, out=pointer(out), lse=pointer(lse))
+    launch = kernels.RelposAttentionForward(
+        **inputs.arguments, warpgroups=warpgroups, out=pointer(out), lse=pointer(lse)
+    )
     kernels.relpos_attention_forward(launch)
     return out, lse
 

@@ -11,6 +11,7 @@ namespace py = pybind11;
 PYBIND11_MODULE(launches, m) {
     lcc::bind_element(m);
     lcc::cuda::bind(m);
+    m.def("set_architecture", [](int of) { emulation::architecture() = of; });
     recording::listener() = [module = py::handle(m)](const recording::Launch& launch) {
         const py::gil_scoped_acquire python;  // the bindings launch without it
         Dl_info info{};
