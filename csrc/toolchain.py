@@ -162,9 +162,12 @@ def gencode(archs: Sequence[str]) -> list[str]:
 
 
 def with_own_features(archs: Sequence[str]) -> list[str]:
-    """``archs`` and 90a, where 90 is among them: what a source that uses the features of sm_90a alone is compiled for."""
-    of_90 = any(re.fullmatch(r"90a?(\+PTX)?", arch) for arch in archs)
-    return [*archs, "90a"] if of_90 and not any(arch.startswith("90a") for arch in archs) else list(archs)
+    """``archs`` for a source that uses the features of sm_90a: 90a in the place of 90, whose devices run either.
+
+    90+PTX stays beside it: newer devices compile its PTX.
+    """
+    own = ["90a" if arch == "90" else arch for arch in archs]
+    return [*own, "90a"] if "90+PTX" in own and "90a" not in own else own
 
 
 def max_jobs() -> int:
