@@ -41,8 +41,8 @@ void no_first_barrier(float* out) {
     out[blockIdx.x * kThreads + i] = (i + 1) % kThreads + values[(i + 2) % kThreads];
 }
 
-// A warp has many operations of its own after a read, and then overwrites what the others have read, or, since a barrier
-// is missing, have yet to read.
+// A warp has many operations of its own after a read, and then overwrites what the others have read, or, since a
+// barrier is missing, have yet to read.
 template <int kWarp>
 void warp_runs_ahead(float* out) {
     LCC_SHARED(float, values, kThreads);
