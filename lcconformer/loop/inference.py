@@ -5,9 +5,8 @@ On the CPU a loop is five kernels in one call into C++: rows (feed-forward, norm
 rows.  Their buffers are made once per call, or, for few frames, kept for the next call of the same shape.  The residual
 stream, norms, softmax and sums are float32 whatever the dtype of the stack; the products of a bfloat16 stack, with its
 matrices and in attention, are those of bfloat16 where the processor is faster at them, else of float32.  Weights in 8 bits are
-multiplied in 8 bits where the processor can, and the products of attention are then in whichever of the two is faster, in a
-float32 stack too.  A frame gets the same bits in any batch.  The kernels run on threads of their own
-(csrc/cpu/pool.h).
+multiplied in 8 bits where the processor can.  A frame gets the same bits in any batch.  The kernels run on threads of their
+own (csrc/cpu/pool.h).
 """
 
 from __future__ import annotations

@@ -296,11 +296,7 @@ def pack(layer: nn.Module, overrides: dict[str, Tensor]) -> PackedLayer:
     qkv, last = get("attention.qkv.weight"), get("norm.weight")
     assert qkv is not None
     assert last is not None
-    if qkv.is_floating_point():
-        dtype = product_dtype(qkv)
-    else:
-        # beside the error of 8 bits that of bfloat16 in attention and convolution is small, whatever the encoder's dtype
-        dtype = product_dtype(last.bfloat16() if multiplies_int8() else last)
+    dtype = product_dtype(qkv if qkv.is_floating_point() else last)
 
     def matrix(name: str, scale: float = 1.0, dtype: torch.dtype = dtype, group: int | None = None) -> Matrix:
         weight, weight_scale, bias = get(f"{name}.weight"), get(f"{name}.scale"), get(f"{name}.bias")
