@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import os
 import random
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +16,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 
 from lcconformer.ops.registry import forget_choices
 from lcconformer.tolerance import allowed_error, largest_error, passes
@@ -28,8 +29,7 @@ RATE = 16_000
 PITCHES = {"SIL": 0.0, "AA": 300.0, "IY": 1200.0, "S": 3500.0}  # Hz, of the phones of made-up speech
 
 
-FATAL = pytest.StashKey[Any]()  # of a worker: the open file for its stacks if it dies
-DEATHS = pytest.StashKey[list[str]]()  # of the process that distributes the tests: how workers died
+DEATHS = pytest.StashKey[dict[str, str]]()  # of the process that distributes the tests: how a worker died
 
 
 @pytest.hookimpl(trylast=True)  # pytest turns the fault handler on first, into the middle of a long output
@@ -37,12 +37,17 @@ def pytest_configure(config: pytest.Config) -> None:
     # tensors here are too small to share among threads, and on a busy machine threads wait for one another
     torch.set_num_threads(1)
     if worker := getattr(config, "workerinput", None):
-        config.stash[FATAL] = file = fatal(worker).open("w")
-        faulthandler.enable(file)
+        # what a fatal signal prints, and what a test prints that is about to reach its time limit
+        with fatal(worker).open("w") as file:
+            os.dup2(file.fileno(), config.stash[fault_handler_stderr_fd_key])
+
+
+# lines of a stack, or below it, that are the same for every test
+OF_PYTEST = re.compile(r"/(_pytest|pluggy|xdist|execnet)/|^Extension modules")
 
 
 def fatal(worker: dict[str, Any]) -> Path:
-    """The file of a worker of pytest-xdist into which Python writes all stacks if a signal ends it."""
+    """The file of a worker of pytest-xdist into which Python writes all stacks if a signal or a time limit ends it."""
     return Path(tempfile.gettempdir()) / f"lcconformer-tests-{worker['testrunuid']}-{worker['workerid']}.txt"
 
 
@@ -51,16 +56,18 @@ def pytest_testnodedown(node: Any, error: object) -> None:
     path = fatal(node.workerinput)
     if error:
         code = node.gateway._io.popen.wait(60)
-        stacks = path.read_text(errors="replace") if path.exists() else ""
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        stacks = "\n".join(line for line in lines if not OF_PYTEST.search(line))
         how = f"signal {-code}" if code < 0 else f"code {code}; 1 is that of a time limit"
-        node.config.stash.setdefault(DEATHS, []).append(f"{node.workerinput['workerid']} ended with {how}\n{stacks}")
+        node.config.stash.setdefault(DEATHS, {})[node.workerinput["workerid"]] = f"ended with {how}\n{stacks}"
     path.unlink(missing_ok=True)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for death in terminalreporter.config.stash.get(DEATHS, []):
-        terminalreporter.section("a worker died")
-        terminalreporter.write_line(death)
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, after the hook above
+def pytest_handlecrashitem(report: pytest.TestReport) -> None:
+    """How the worker died stands in the test's report: its place is at the end of a long output."""
+    deaths = report.node.config.stash[DEATHS]  # type: ignore[attr-defined]
+    report.longrepr = f"{report.longrepr}: {deaths[report.node.workerinput['workerid']]}"  # type: ignore[attr-defined]
 
 
 def kernels_of(item: pytest.Item) -> str:

@@ -128,21 +128,27 @@ def test_a_hang_under_xdist_is_shown_and_the_rest_runs(tmp_path: Path) -> None:
     assert 'test_hang.py", line 4 in test_some' in done.stderr
 
 
-def test_the_summary_says_how_a_worker_died(tmp_path: Path) -> None:
+def test_the_report_says_how_a_worker_died(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
     (tmp_path / "test_death.py").write_text(
-        "import faulthandler, os\n"
+        "import faulthandler, os, time\n"
         "def test_a():\n    faulthandler._sigsegv()\n"
         "def test_b():\n    os._exit(3)\n"
         "def test_c():\n    pass\n"
+        "def test_d():\n    time.sleep(200)\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, "-n", "1",
-         "-p", "no:cacheprovider", tmp_path],
-        capture_output=True, text=True, timeout=240, env={**os.environ, "TMPDIR": str(tmp_path)},
+         "-o", "timeout=6", "-o", "faulthandler_timeout=3", "-p", "no:cacheprovider", tmp_path],
+        capture_output=True, text=True, timeout=240, env={**os.environ, "TMPDIR": str(tmp_path), "CI": "1"},
     )  # fmt: skip
-    assert "2 failed, 1 passed" in done.stdout
-    assert f"ended with signal {signal.SIGSEGV.value}" in done.stdout
-    assert "ended with code 3" in done.stdout
-    assert 'test_death.py", line 3 in test_a' in done.stdout
+    assert "3 failed, 1 passed" in done.stdout
+    # in the last lines of the output, which are the ones that are kept where much is cut
+    end = done.stdout[done.stdout.index("short test summary") :]
+    a, b, d = sorted(end.split("FAILED ")[1:])
+    assert f"ended with signal {signal.SIGSEGV.value}" in a
+    assert 'test_death.py", line 3 in test_a' in a
+    assert "ended with code 3" in b
+    assert "ended with code 1" in d
+    assert 'test_death.py", line 9 in test_d' in d
     assert not list(tmp_path.glob("lcconformer-tests-*"))
