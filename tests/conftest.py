@@ -25,6 +25,9 @@ from lcconformer.tolerance import allowed_error, largest_error, passes
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# ONNX Runtime reads this when it is imported, here and in child processes: no threads of its own that report to its makers
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
 RATE = 16_000
 PITCHES = {"SIL": 0.0, "AA": 300.0, "IY": 1200.0, "S": 3500.0}  # Hz, of the phones of made-up speech
 

@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 import io
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -61,6 +62,8 @@ def onnxruntime(case: Case) -> nn.Module:
     """Build a module that ONNX Runtime computes, in float32 or in int8 by its dynamic quantization."""
 
     def start(model: bytes) -> _Run:
+        # read at the import: no thread that reports to its makers while something is timed
+        os.environ["ORT_DISABLE_TELEMETRY"] = "1"
         import onnxruntime
 
         if case.dtype == "int8":
