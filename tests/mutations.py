@@ -1,28 +1,39 @@
 """Change lines of the kernels and of the dispatch to them one at a time, and require a named test to fail each time.
 
-``python tests/mutations.py [--match TEXT]`` copies the tracked files to a temporary folder, builds the C++ extension there
-if a chosen change needs it, and runs the named tests: all must pass.  Then each change is made, built, tested and undone:
+``python tests/mutations.py [--match TEXT] [--jobs N] [--out FILE]`` copies the tracked files to a temporary folder, builds the
+C++ extension there if a chosen change needs it, and runs the named tests, which must pass.  Then each change is made, built,
+tested and undone:
 
   caught    an assertion of the test failed
   MISSED    the test passed
-  BROKEN    no answer: the build failed, or the test was skipped, not found, or stopped by something else
+  BROKEN    no answer: the build failed, or the test was skipped, not found, or stopped by something else, or does not pass
+            without the change
 
-The exit status is 0 if all were caught.  The checkout is only read.
+With ``--jobs``, so many copies share the changes.  With ``--out``, each outcome is filed when it is known, and a change that
+is filed as caught, in the same file by the same test file, is not made again: an interrupted run goes on.
+
+The exit status is 0 if all were caught.  The checkout is only read, but for FILE.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.metadata
+import json
 import os
+import queue
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -1805,33 +1816,128 @@ def copy(root: Path) -> None:
         (root / "lcconformer" / name).symlink_to(root / name)
 
 
+def sources(mutation: Mutation) -> str:
+    """A name for the change and for the two files, of the checkout, that its outcome is read from."""
+    texts = [(CHECKOUT / name).read_text() for name in (mutation.file, mutation.test.partition("::")[0])]
+    return hashlib.sha256("\0".join([mutation.before, mutation.after, mutation.test, *texts]).encode()).hexdigest()[:16]
+
+
+class Filed:
+    """The outcomes in ``path``, a list of rows in JSON, or in no file."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.rows = json.loads(path.read_text()) if path and path.exists() else []
+        self._lock = threading.Lock()
+
+    def caught(self, mutation: Mutation) -> bool:
+        row = next((row for row in self.rows if self._is_of(row, mutation)), {})
+        return row.get("result") == "caught" and row["sources"] == sources(mutation)
+
+    def file(self, mutation: Mutation, result: str) -> None:
+        if self.path is None:
+            return
+        row = {"file": mutation.file, "name": mutation.name, "test": mutation.test, "result": result}
+        row |= {"sources": sources(mutation), "commit": commit()}
+        with self._lock:
+            rows = [other for other in self.rows if not self._is_of(other, mutation)]
+            self.rows = sorted([*rows, row], key=lambda row: (row["file"], row["name"]))
+            beside = self.path.with_name(f"{self.path.name}.tmp")
+            beside.write_text("[\n" + ",\n".join(map(json.dumps, self.rows)) + "\n]\n")
+            beside.replace(self.path)
+
+    @staticmethod
+    def _is_of(row: dict[str, str], mutation: Mutation) -> bool:
+        return (row["file"], row["name"]) == (mutation.file, mutation.name)
+
+
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, cwd=CHECKOUT, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
+class Copies:
+    """Copies of the checkout, built if need be; each serves one thread at a time."""
+
+    def __init__(self, roots: Sequence[Path], build: Callable[[Path], str]) -> None:
+        self.build = build
+        self.count = len(roots)
+        self.free: queue.SimpleQueue[Path] = queue.SimpleQueue()
+        for root in roots:
+            self.free.put(root)
+
+    @contextmanager
+    def one(self) -> Iterator[Path]:
+        root = self.free.get()
+        try:
+            yield root
+        finally:
+            self.free.put(root)
+
+    def prepare(self, root: Path) -> str:
+        root.mkdir()
+        copy(root)
+        return self.build(root)
+
+    def test(self, tests: Sequence[str]) -> tuple[str, str]:
+        with self.one() as root:
+            return run_tests(root, tests)
+
+    def check(self, mutation: Mutation) -> tuple[str, str, float]:
+        with self.one() as root:
+            start = time.monotonic()
+            result, why = check(mutation, root, self.build if mutation.needs_extension else lambda _: "")
+            return result, why, time.monotonic() - start
+
+
+def without_a_change(tests: Sequence[str], copies: Copies, pool: ThreadPoolExecutor) -> dict[str, str]:
+    """The tests that do not pass on the sources as they are, and why: their changes have no answer."""
+    parts = [part for k in range(copies.count) if (part := tests[k :: copies.count])]
+    doubtful = [t for part, (answer, _) in zip(parts, pool.map(copies.test, parts)) if answer != "passed" for t in part]
+    answers = zip(doubtful, pool.map(lambda test: copies.test([test]), doubtful))
+    return {test: f"{answer}: {why}" for test, (answer, why) in answers if answer != "passed"}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--match", default="", metavar="TEXT", help="only changes with this in their name, file or test"
     )
-    match = parser.parse_args().match
-    chosen = [m for m in MUTATIONS if match in f"{m.name} {m.file} {m.test}"]
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="copies that share the changes (default: 1)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="outcomes, in JSON; what is caught there is not made again"
+    )
+    asked = parser.parse_args()
+    if asked.jobs < 1:
+        parser.error(f"--jobs {asked.jobs}: at least 1")
+    filed = Filed(asked.out)
+    chosen = [m for m in MUTATIONS if asked.match in f"{m.name} {m.file} {m.test}"]
     if not chosen:
-        parser.error(f"no change has {match!r} in its name, file or test")
-    extension = any(m.needs_extension for m in chosen)
+        parser.error(f"no change has {asked.match!r} in its name, file or test")
+    # those that leave a changed extension behind come last
+    left = sorted((m for m in chosen if not filed.caught(m)), key=lambda m: m.needs_extension)
+    print(f"{len(chosen) - len(left)} of {len(chosen)} changes are filed as caught")
+    extension = any(m.needs_extension for m in left)
     if extension and (lacking := lacking_for_the_build()):
         parser.error(f"the C++ extension needs what this environment lacks: pip install {shlex.join(lacking)}")
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder).resolve()
-        copy(root)
-        build_if_needed = build if extension else lambda _: ""
-        print(f"building and testing without a change in {root}", flush=True)
-        if problem := build_if_needed(root):
-            sys.exit(problem)
-        answer, why = run_tests(root, list(dict.fromkeys(m.test for m in chosen)))
-        if answer != "passed":
-            sys.exit(f"without a change the tests are {answer}; all must pass: {why}")
-        caught = 0
-        for mutation in chosen:
-            start = time.monotonic()
-            result, why = check(mutation, root, build_if_needed)
-            print(f"{result}  {mutation.name}  {mutation.test}  {time.monotonic() - start:.1f} s", flush=True)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(asked.jobs) as pool:
+        roots = [Path(folder).resolve() / str(k) for k in range(min(asked.jobs, len(left)))]
+        copies = Copies(roots, build if extension else lambda _: "")
+        print(f"building and testing without a change in {folder}", flush=True)
+        for problem in pool.map(copies.prepare, roots):
+            if problem:
+                sys.exit(problem)
+        wrong = without_a_change(list(dict.fromkeys(m.test for m in left)), copies, pool)
+        caught = len(chosen) - len(left)
+        tried = [m for m in left if m.test not in wrong]
+        for mutation in left:
+            if mutation.test in wrong:
+                print(
+                    f"BROKEN  {mutation.name}  {mutation.test} without the change: {wrong[mutation.test]}", flush=True
+                )
+        for mutation, (result, why, seconds) in zip(tried, pool.map(copies.check, tried), strict=True):
+            filed.file(mutation, result)
+            print(f"{result}  {mutation.name}  {mutation.test}  {seconds:.1f} s", flush=True)
             if result == "BROKEN":
                 print(why, flush=True)
             caught += result == "caught"

@@ -6,7 +6,10 @@ The run itself takes minutes: ``python tests/mutations.py``.
 from __future__ import annotations
 
 import ast
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -162,3 +165,44 @@ def test_several_tests_without_a_change(tmp_path):
     assert mutations.run_tests(tmp_path, tests) == ("passed", "")
     # a whole file is no narrow test
     assert mutations.run_tests(tmp_path, ["test_toy.py"])[0] == "broken"
+
+
+def test_what_is_filed_as_caught_is_not_made_again(tmp_path, monkeypatch, capsys):
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    (checkout / "toy.py").write_text(TOY)
+    (checkout / "test_toy.py").write_text(TESTS)
+    (checkout / "lcconformer").mkdir()
+    (checkout / "lcconformer" / "__init__.py").touch()
+    for command in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -q -m toy"):
+        subprocess.run(["git", *command.split()], cwd=checkout, check=True)
+    monkeypatch.setattr(mutations, "CHECKOUT", checkout)
+    changes = [
+        Mutation("twice", "toy.py", "2 * x", "3 * x", "test_toy.py::test_two"),
+        Mutation("sum", "toy.py", "2 * x", "3 + x", "test_toy.py::test_zero"),
+        Mutation("unseen", "toy.py", "2 * x", "3 * x", "test_toy.py::test_zero"),
+        Mutation("lost", "toy.py", "2 * x", "3 * x", "test_toy.py::test_three"),
+    ]
+    monkeypatch.setattr(mutations, "MUTATIONS", changes)
+    out = tmp_path / "mutations.json"
+
+    def run(*more):
+        monkeypatch.setattr(sys, "argv", ["mutations.py", "--jobs", "2", "--out", str(out), *more])
+        status = mutations.main()
+        return status, capsys.readouterr().out, {row["name"]: row["result"] for row in json.loads(out.read_text())}
+
+    status, said, filed = run()
+    assert status == 1
+    assert filed == {"twice": "caught", "sum": "caught", "unseen": "MISSED"}
+    assert "BROKEN  lost  test_toy.py::test_three without the change: broken" in said
+    assert "2 of 4 caught" in said
+    status, said, filed = run()
+    assert "2 of 4 changes are filed as caught" in said
+    assert "twice" not in said
+    assert "MISSED  unseen" in said
+    # another text of the file or of its test: to be seen again
+    (checkout / "toy.py").write_text(TOY + "\n")
+    status, said, filed = run("--match", "sum")
+    assert "0 of 1 changes are filed as caught" in said
+    assert "caught  sum" in said
+    assert status == 0
