@@ -9,6 +9,7 @@ threads of OpenMP, which do spin after a call of PyTorch or of ours, see ``apart
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import io
 import logging
@@ -97,9 +98,7 @@ def openvino(case: Case) -> nn.Module:
     """
 
     def start(model: bytes) -> _Run:
-        import openvino
-
-        core = openvino.Core()
+        core = _openvino_core()
         network = core.read_model(model)
         if case.dtype == "int8":
             import nncf
@@ -115,6 +114,18 @@ def openvino(case: Case) -> nn.Module:
         return lambda x: request.infer({0: x})[0]
 
     return _Exported(case, start)
+
+
+@functools.cache
+def _openvino_core() -> Any:
+    """One for the process, for ever: each, on its way out, gives the main thread the signal stack that it found there.
+
+    Of two, the one that goes last brings back the other's, which is freed by then: the next signal that Python has a
+    handler for ends the process.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 def _missing(case: Case, packages: tuple[str, ...], dtypes: tuple[str, ...]) -> str | None:

@@ -1,6 +1,8 @@
 """Other runtimes compute the plain Conformer with the weights and inputs that everything else gets."""
 
 import importlib.util
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -56,6 +58,34 @@ def test_the_gate_in_int8(name):
             prepare(other, case, Gate(case))
     with pytest.raises(ValueError, match="training in int8 on cpu; int8 is for inference on a CPU"):
         case.replace(mode="training")
+
+
+SIGNALLED = """
+import faulthandler, gc, os, signal
+import torch
+from lcconformer.bench.core.case import Case
+from lcconformer.bench.providers import registry
+
+faulthandler.enable()  # what gives the main thread a signal stack
+(provider,) = registry.choose("openvino")
+case = Case("inference", 1, 5, d_model=64, layers=1, depth=1, kernel=3)
+first, second = provider.build(case).eval(), provider.build(case).eval()
+for module in (first, second):
+    module(torch.zeros(1, 5, 64))
+del first, module
+gc.collect()
+del second
+gc.collect()
+signal.signal(signal.SIGUSR1, lambda *_: print("received", flush=True))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_signals_arrive_after_two_models_of_openvino():
+    for package in ("openvino", "onnxscript"):
+        pytest.importorskip(package, reason="pip install 'lcconformer[test]'")
+    done = subprocess.run([sys.executable, "-c", SIGNALLED], capture_output=True, text=True, timeout=250)
+    assert (done.returncode, done.stdout) == (0, "received\n"), done.stderr
 
 
 def test_what_a_runtime_does_not_run(monkeypatch):
