@@ -16,7 +16,16 @@ from ..core.rows import Results, Row
 from . import RESULTS, accelerated
 from .table import number
 
-__all__ = ["ENGINES", "README", "RUNTIMES", "contention_section", "refresh", "runtimes_section", "section"]
+__all__ = [
+    "ENGINES",
+    "README",
+    "RUNTIMES",
+    "contention_section",
+    "refresh",
+    "runtimes_section",
+    "runtimes_summary",
+    "section",
+]
 
 README = RESULTS.parents[1] / "README.md"
 ENGINES = README.parent / "docs" / "engines.md"
@@ -35,8 +44,8 @@ def refresh(readme: Path = README, engines: Path = ENGINES, results: Path = RESU
     """
     _rewrite(readme, "bench", section(results))
     _rewrite(readme, "accelerated", accelerated.section(results))
-    for page in (readme, engines):
-        _rewrite(page, "runtimes", runtimes_section(results))
+    _rewrite(readme, "runtimes", runtimes_summary(results))
+    _rewrite(engines, "runtimes", runtimes_section(results))
     _rewrite(engines, "contention", contention_section(results))
 
 
@@ -59,6 +68,36 @@ def runtimes_section(results: Path = RESULTS) -> str:
             lines += ["", *_runtimes_table(f"d = {d_model}, N = {layers}", alone), *_dtypes(alone)]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) or "No results are filed yet."
+
+
+def runtimes_summary(results: Path = RESULTS) -> str:
+    """Markdown of the same rows in one table: how many times as fast as the faster runtime, from the least to the most."""
+    dtypes = ("float32", "bfloat16", "int8")
+    lines = []
+    for path, found, sizes in _latest(results, lambda r: not r.beside):
+        for d_model, layers, rows in sizes:
+            ratios: dict[str, list[float]] = {dtype: [] for dtype in dtypes}
+            for shape in dict.fromkeys((r.batch, r.frames) for r in rows):
+                ms = {(r.provider, r.dtype): r.median_ms for r in rows if not r.beside and (r.batch, r.frames) == shape}
+                for dtype in dtypes:
+                    if (ratio := _to_the_faster(ms, dtype)) is not None:
+                        ratios[dtype].append(ratio)
+            cells = [
+                f"{min(x):.2f} to {max(x):.2f} ({len(x)} shape{'s' * (len(x) > 1)})" if x else "-"
+                for x in ratios.values()
+            ]
+            link = f"[{found.rows[0].device_name}](bench/results/{path.parent.name}/{path.name})"
+            lines.append("| " + " | ".join([link, f"{d_model}", f"{layers}", *cells]) + " |")
+    if not lines:
+        return "No results are filed yet."
+    return "\n".join([f"| rows | d | N | {' | '.join(dtypes)} |", "|---|---:|---:|" + "---:|" * len(dtypes), *lines])
+
+
+def _to_the_faster(ms: dict[tuple[str, str], float], dtype: str) -> float | None:
+    """How many times as fast lcconformer is as the faster runtime, from milliseconds by provider and dtype."""
+    ours = ms.get(("lcconformer", dtype))
+    best = min((ms[name, dtype] for name in RUNTIMES if (name, dtype) in ms), default=None)
+    return None if ours is None or best is None else best / ours
 
 
 def _dtypes(rows: Sequence[Row]) -> list[str]:
@@ -143,12 +182,11 @@ def _runtimes_table(title: str, rows: Sequence[Row]) -> list[str]:
         ms = {(r.provider, r.dtype): r.median_ms for r in rows if (r.batch, r.frames) == (batch, frames)}
         cells = [f"{batch} x {frames}"]
         for provider, dtype, _ in columns:
-            ours = ms.get(("lcconformer", dtype))
-            best = min((ms[name, dtype] for name in RUNTIMES if (name, dtype) in ms), default=None)
             if provider is not None:
                 cells.append(number(ms.get((provider, dtype))))
             else:
-                cells.append("-" if ours is None or best is None else f"**{best / ours:.2f}**")
+                ratio = _to_the_faster(ms, dtype)
+                cells.append("-" if ratio is None else f"**{ratio:.2f}**")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 

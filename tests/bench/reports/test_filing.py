@@ -111,11 +111,20 @@ def test_rows_against_runtimes_have_a_table_of_their_own(place):
         "| 2 x 400 | 4.00 | 3.00 | 2.00 | **1.50** | 1.50 | 0.80 | **1.88** |\n\n"
         "lcconformer against its own float32: bfloat16 2.00 to 2.50 times as fast.\n"
     )
-    for page in ("README.md", "engines.md"):
-        text = (path / page).read_text()
-        assert expected in text
-        assert "| d = 256, N = 12 |" in text
-        assert text.endswith("<!-- runtimes:end -->\n\ntail\n")
+    text = (path / "engines.md").read_text()
+    assert expected in text
+    assert "| d = 256, N = 12 |" in text
+    assert text.endswith("<!-- runtimes:end -->\n\ntail\n")
+    link = "[A CPU, 2 threads](bench/results/a-cpu-2-threads/runtimes-2026-01-02-abc123.json)"
+    assert (
+        (path / "README.md")
+        .read_text()
+        .endswith(
+            "<!-- runtimes:begin -->\n| rows | d | N | float32 | bfloat16 | int8 |\n|---|---:|---:|---:|---:|---:|\n"
+            f"| {link} | 256 | 4 | 1.50 to 1.50 (2 shapes) | 1.50 to 1.88 (2 shapes) | - |\n"
+            f"| {link} | 256 | 12 | 1.50 to 1.50 (1 shape) | 1.50 to 1.50 (1 shape) | - |\n<!-- runtimes:end -->\n\ntail\n"
+        )
+    )
 
 
 def test_every_machine_and_size_has_its_latest_rows_against_runtimes(place):
@@ -246,7 +255,7 @@ def test_slug():
     [
         ("README.md", "bench", readme.section),
         ("README.md", "accelerated", accelerated.section),
-        ("README.md", "runtimes", readme.runtimes_section),
+        ("README.md", "runtimes", readme.runtimes_summary),
         ("docs/engines.md", "runtimes", readme.runtimes_section),
         ("docs/engines.md", "contention", readme.contention_section),
     ],
