@@ -1191,7 +1191,7 @@ CUDA_OF_ATTENTION = (
         CUDA_ATTENTION_SIZES,
         "return head_dim / 2 + 4;",
         "return head_dim / 2;",
-        f"{ON_CUDA_ATTENTION}::test_no_bank_conflicts[64-forward]",
+        f"{ON_CUDA_ATTENTION}::test_no_bank_conflicts[64-forward-80]",
     ),
 )
 
@@ -1892,10 +1892,16 @@ class Copies:
 
 def without_a_change(tests: Sequence[str], copies: Copies, pool: ThreadPoolExecutor) -> dict[str, str]:
     """The tests that do not pass on the sources as they are, and why: their changes have no answer."""
-    parts = [part for k in range(copies.count) if (part := tests[k :: copies.count])]
-    doubtful = [t for part, (answer, _) in zip(parts, pool.map(copies.test, parts)) if answer != "passed" for t in part]
-    answers = zip(doubtful, pool.map(lambda test: copies.test([test]), doubtful))
-    return {test: f"{answer}: {why}" for test, (answer, why) in answers if answer != "passed"}
+    wrong, parts = {}, [part for k in range(copies.count) if (part := tests[k :: copies.count])]
+    while parts:
+        halves = []
+        for part, (answer, why) in zip(parts, pool.map(copies.test, parts)):
+            if answer != "passed" and len(part) > 1:
+                halves += [part[: len(part) // 2], part[len(part) // 2 :]]
+            elif answer != "passed":
+                wrong[part[0]] = f"{answer}: {why}"
+        parts = halves
+    return wrong
 
 
 def main() -> int:

@@ -84,6 +84,14 @@ def test_every_test_in_the_tables_exists():
     assert not [name for name in named if name not in (sources if name.endswith(".py") else defined)]
 
 
+def test_every_named_test_is_collected():
+    named = list(dict.fromkeys(mutation.test for mutation in MUTATIONS))
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *named]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert f"{len(named)} tests collected" in done.stdout
+
+
 def test_a_change_of_two_places_is_refused():
     with pytest.raises(ValueError, match=r"name: 'x' occurs 2 times in toy\.py"):
         Mutation("name", "toy.py", "x", "y", "").of("x = x")
