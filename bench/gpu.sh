@@ -28,15 +28,9 @@ out=$(cd "$1" && pwd)
 # what was built and compiled serves the next call too, unless the checkout is read-only
 work=$repo/build/gpu
 mkdir -p "$work" 2>/dev/null && [ -w "$work" ] || { work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT; }
-mkdir -p "$work/site/lcconformer"
 # the Python parts as they are installed; the driver compiles the extension beside them
-(cd "$work/site/lcconformer" && rm -rf kernels bench && find . -name '*.py' -delete)
-for part in lcconformer kernels bench; do
-  target=$work/site/lcconformer
-  [ "$part" = lcconformer ] || target=$target/$part
-  mkdir -p "$target"
-  tar -C "$repo/$part" --exclude='*.so' --exclude=__pycache__ -cf - . | tar -C "$target" -xf - || exit 2
-done
+. "$repo/bench/package.sh"
+package "$repo" "$work/site" || exit 2
 
 export PYTHONPATH="$work/site" PYTHONUNBUFFERED=1 TQDM_DISABLE=1 MPLBACKEND=Agg LCCONFORMER_STRICT=1
 export TRITON_CACHE_DIR="$work/triton" TORCHINDUCTOR_CACHE_DIR="$work/inductor"

@@ -24,14 +24,8 @@ out=$(cd "$2" && pwd)
 work=$repo/build/paper
 
 # the Python parts as they are installed; Triton serves the GPU without the compiled extension
-rm -rf "$work/site"
-mkdir -p "$work/site/lcconformer"
-for part in lcconformer kernels bench; do
-  target=$work/site/lcconformer
-  [ "$part" = lcconformer ] || target=$target/$part
-  mkdir -p "$target"
-  tar -C "$repo/$part" --exclude='*.so' --exclude=__pycache__ -cf - . | tar -C "$target" -xf - || exit 2
-done
+. "$repo/bench/package.sh"
+package "$repo" "$work/site" || exit 2
 export PYTHONPATH="$work/site" PYTHONUNBUFFERED=1 MPLBACKEND=Agg TRITON_CACHE_DIR="$work/triton"
 export LCCONFORMER_COMMIT="${LCCONFORMER_COMMIT:-$(git -C "$repo" rev-parse --short=10 HEAD 2>/dev/null || echo unknown)}"
 cd "$work" || exit 2  # away from the checkout, whose lcconformer/ would shadow the copy
