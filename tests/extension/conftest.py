@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,17 +34,14 @@ def gxx() -> str:
 
 
 def build(name: str, units: Sequence[tuple[Path, Sequence[str]]], link: Sequence[str], gxx: str) -> Path:
-    """Compile (source, flags) units and link them; what a file and the headers say decides whether it is compiled again."""
-    headers = hashlib.sha256(repr((LANGUAGE, sys.version)).encode())
-    for folder in (CSRC, HERE):
-        for path in sorted(folder.rglob("*")):
-            if path.suffix in (".h", ".cuh"):
-                headers.update(path.read_bytes())
+    """Compile (source, flags) units and link them; what a file and its headers say decides whether it is compiled again."""
     folder = ROOT / "build" / "emulation"
     folder.mkdir(parents=True, exist_ok=True)
     objects, running = [], []
     for source, flags in units:
-        key = hashlib.sha256(headers.digest() + repr((source, flags)).encode() + source.read_bytes())
+        key = hashlib.sha256(repr((LANGUAGE, sys.version, source, flags)).encode())
+        for path in sorted(included(source)):
+            key.update(path.read_bytes())
         out = folder / f"{source.stem}-{key.hexdigest()[:16]}.o"
         objects.append(str(out))
         if not out.exists():
@@ -59,6 +57,17 @@ def build(name: str, units: Sequence[tuple[Path, Sequence[str]]], link: Sequence
         subprocess.run([gxx, "-fsanitize=address,undefined", *objects, *link, "-o", _part(target)], check=True)
         os.replace(_part(target), target)
     return target
+
+
+def included(source: Path) -> set[Path]:
+    """The source and every header of ours that it includes, directly or not."""
+    found, left = set(), [source]
+    while left:
+        path = left.pop()
+        found.add(path)
+        names = re.findall(r'^ *# *include "(.+)"', path.read_text(), re.MULTILINE)
+        left += [header for name in names if (header := CSRC / name) not in found]
+    return found
 
 
 def _part(out: Path) -> Path:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
-from .conftest import HERE, SANITIZE, build
+from .conftest import CSRC, HERE, SANITIZE, build, included
 
 SEEDS = range(5)
 
@@ -197,3 +198,11 @@ def test_what_would_hang_or_fail_to_launch_is_named(run_case, case, message):
         result = run_case(case, seed)
         assert result.returncode == 4, result.stderr
         assert re.search(message, result.stderr, re.DOTALL), result.stderr
+
+
+def test_a_kernel_is_compiled_again_for_its_own_headers_alone(gxx):
+    for source in (CSRC / "cuda").glob("*.cu"):
+        command = [gxx, "-MM", "-std=c++17", "-DLCC_EMULATION", f"-I{CSRC}", "-x", "c++", source]
+        rule = subprocess.run(command, check=True, capture_output=True, text=True).stdout.replace("\\\n", " ")
+        assert {Path(name) for name in rule.split()[1:]} <= included(source)
+    assert CSRC / "cuda/relpos_attention.cuh" not in included(CSRC / "cuda/glu_depthwise_conv.cu")
