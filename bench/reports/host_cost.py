@@ -1,8 +1,8 @@
 """What launching costs the host, over a driver that does nothing: ``python -m lcconformer.bench.reports.host_cost``.
 
-The inference chain (:mod:`lcconformer.loop.chain`) where it is not recorded in a CUDA graph: microseconds of the processor for a
-loop whose launches are bound, and for a whole first call, which makes the buffers and binds the launches.  No GPU takes part:
-the kernels are compiled for sm_90 and not run, so that this is Python and the allocation of buffers.
+The inference chain (:mod:`lcconformer.loop.chain`) where it is not recorded in a CUDA graph: microseconds of the processor
+for a loop whose launches are bound, and for a whole first call, which makes the buffers and binds the launches.  No GPU takes
+part: the kernels are compiled for sm_90 and not run, so that this is Python and the allocation of buffers.
 """
 
 from __future__ import annotations
