@@ -159,8 +159,9 @@ def tables(cases: Sequence[Mapping[str, Any]]) -> str:
 
 Before: the review of 80658a3 (2026-11-26, sections 2 and 3), by its own model. Time of the host: before, {HOST[0]} to
 {HOST[1]} us for each kernel on the machine of the review; now, a loop of the chain without a CUDA graph, {loop} launches
-over a driver that does nothing ({of_host}). A first call of 12 loops, which binds the arguments of its {first} launches,
-takes {first_us} us in all. By default the chain is in a graph, which the host launches once for all loops.
+over a driver that does nothing ({of_host}).
+A first call of 12 loops, which binds the arguments of its {first} launches, takes {first_us} us in all.
+By default the chain is in a graph, which the host launches once for all loops.
 
 ```
 {grid(layer_header, _layers(own, host))}
