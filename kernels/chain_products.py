@@ -24,6 +24,7 @@ weights, which no kernel of the chain writes, are all that is read ahead of the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -265,6 +266,7 @@ def max_width(arch: int, m: int) -> int:
     return _WIDEST_OF_MANY if SHARED_MEMORY[nearest_arch(arch)] > 128 * 1024 else _WIDEST_OF_MANY_IN_99_KIB
 
 
+@functools.cache
 def row_chunks(width: int, largest: int = 256) -> tuple[int, int]:
     """Return (BLOCK_K, CHUNKS): whole rows as the fewest tiles with the least beyond them."""
     if width <= 32:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -132,6 +133,13 @@ def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(x.device)
 
 
+Launch = Callable[[int, bool], None]
+"""A kernel with its grid and arguments, to be launched on a stream, given by its handle, once or more: its tensors are read
+where they are.  The second argument says whether a profiler wants to hear of it."""
+
+_collected: ContextVar[list[Launch] | None] = ContextVar("lcconformer.launches", default=None)
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], config: LaunchConfig, x: torch.Tensor, *args: Any, **kwargs: Any
 ) -> None:
@@ -139,20 +147,44 @@ def launch(
     if 0 in grid:
         return
     with device_guard(x):
-        if INTERPRETED:
-            kernel[grid](*args, **kwargs, **config.kwargs())
-        else:
-            _launch_bound(kernel, grid, config, args, kwargs)
+        bound = _bind(kernel, grid, config, args, kwargs)
+    issue(bound, x)
 
 
-# what Triton compiled for a kernel, a device, a configuration and a specialisation of the arguments
-_bound: dict[tuple[Any, ...], Any] = {}
+@contextlib.contextmanager
+def collected() -> Iterator[list[Launch]]:
+    """Collect the launches of the block in a list, for :func:`run`, instead of making them."""
+    launches: list[Launch] = []
+    token = _collected.set(launches)
+    try:
+        yield launches
+    finally:
+        _collected.reset(token)
 
 
-@functools.cache
-def _parameters(kernel: Any) -> tuple[tuple[str, bool, bool], ...]:
-    """Return of each parameter of a kernel: name, whether it is a constexpr, whether Triton specialises on its value."""
-    return tuple((p.name, p.is_constexpr, not p.do_not_specialize) for p in kernel.params)
+def issue(launch: Launch, x: torch.Tensor) -> None:
+    """Make a launch on the device of `x`, or leave it to the block of :func:`collected` around."""
+    launches = _collected.get()
+    if launches is None:
+        run((launch,), x)
+    else:
+        launches.append(launch)
+
+
+def run(launches: Iterable[Launch], x: torch.Tensor) -> None:
+    """Make the launches one after the other, on the device of `x` and its current stream."""
+    with device_guard(x):
+        stream, hooked = _stream(), _hooked()
+        for launch in launches:
+            launch(stream, hooked)
+
+
+def _stream() -> int:
+    """Return the handle of the current stream of the current device; the interpreter has none."""
+    if INTERPRETED:
+        return 0
+    driver = triton.runtime.driver.active
+    return driver.get_current_stream(driver.get_current_device())
 
 
 def _hooked() -> bool:
@@ -161,21 +193,43 @@ def _hooked() -> bool:
     return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
-def _launch_bound(
+class _Known(NamedTuple):
+    """What is known of a kernel.
+
+    Attributes:
+        parameters: of each its name, whether it is a constexpr, and whether Triton specialises on its value.
+        compiled: what Triton compiled, by device, configuration and specialisation of the arguments.
+    """
+
+    parameters: tuple[tuple[str, bool, bool], ...]
+    compiled: dict[tuple[Any, ...], CompiledKernel]
+
+
+@functools.cache
+def _known(kernel: Any) -> _Known:
+    return _Known(tuple((p.name, p.is_constexpr, not p.do_not_specialize) for p in kernel.params), {})
+
+
+def _bind(
     kernel: Any, grid: tuple[int, ...], config: LaunchConfig, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> None:
-    """Launch what Triton compiled for arguments like these; Triton itself does it the first time.
+) -> Launch:
+    """Return the launch of what Triton compiles for arguments like these on the current device.
 
     `kernel[grid](...)` binds, specialises and hashes its arguments anew at each launch. The key here tells apart all that
     Triton does: dtype and 16-byte alignment of tensors; whether integers are one, multiples of 16, and fit in 32 bits; what
-    is absent; and the values of constexprs. (24 arguments, a loaded EPYC, nothing launched: 14.5 us by Triton, 7.5 us so.)
+    is absent; and the values of constexprs.
     """
-    driver = triton.runtime.driver.active
-    device = driver.get_current_device()
+
+    def by_triton(_stream: int, _hooked: bool) -> None:
+        kernel[grid](*args, **kwargs, **config.kwargs())
+
+    if INTERPRETED:
+        return by_triton
     named = {**kwargs, **config.blocks}
-    parameters = _parameters(kernel)
+    parameters, known = _known(kernel)
     values = [*args, *[named[name] for name, _, _ in parameters[len(args) :]]]
-    key: list[Any] = [kernel, device, config.num_warps, config.num_stages, config.pdl]
+    device = triton.runtime.driver.active.get_current_device()
+    key: list[Any] = [device, config.num_warps, config.num_stages, config.pdl]
     for value, (_, constant, specialised) in zip(values, parameters):
         if constant:
             key.append(value)
@@ -188,26 +242,24 @@ def _launch_bound(
             key.append(float)
         else:
             key += value.dtype, not value.data_ptr() & 15
-    bound = tuple(key)
-    compiled = _bound.get(bound)
-    if compiled is None or _hooked():
-        compiled = kernel[grid](*args, **kwargs, **config.kwargs())
-        if isinstance(compiled, CompiledKernel):
-            _bound[bound] = compiled
-        return
+    specialisation = tuple(key)
+    compiled = known.get(specialisation)
+    if compiled is None:
+        compiled = kernel.warmup(*args, grid=grid, **kwargs, **config.kwargs())
+        if not isinstance(compiled, CompiledKernel):  # it is being compiled in the background
+            return by_triton
+        known[specialisation] = compiled
     x, y, z = (*grid, 1, 1)[:3]
-    compiled.run(
-        x,
-        y,
-        z,
-        driver.get_current_stream(device),
-        compiled.function,
-        compiled.packed_metadata,
-        None,
-        None,
-        None,
-        *values,
-    )
+    start = compiled.run
+    rest = (compiled.function, compiled.packed_metadata, None, None, None, *values)
+
+    def bound_launch(stream: int, hooked: bool) -> None:
+        if hooked:
+            by_triton(stream, hooked)
+        else:
+            start(x, y, z, stream, *rest)
+
+    return bound_launch
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:

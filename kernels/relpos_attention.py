@@ -670,16 +670,17 @@ def forward(
     seed: Tensor | None,
     dropout_p: float,
     out: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output, shaped like q, and the log2-sum-exp2 of the scaled scores in float32 [H, frames in all].
 
     q, k, v are [B, T, H, D], or packed [frames in all, H, D] with cu_seqlens [B+1]; `seed` is an int64 tensor of one
-    element, or None for no dropout.  Shapes have been checked.  Writes to `out`, contiguous, where given.
+    element, or None for no dropout.  Shapes have been checked.  Writes to `out` and `lse`, contiguous, where given.
     """
     b, t, rows = _sizes(q, pos, cu_seqlens)
     h = q.shape[-2]
     out = q.new_empty(q.shape) if out is None else out
-    lse = q.new_empty(h, rows, dtype=torch.float32)
+    lse = q.new_empty(h, rows, dtype=torch.float32) if lse is None else lse
     q, k, v, pos = (unit_stride(x) for x in (q, k, v, pos))
     ends = _lengths_args(lengths, cu_seqlens)
     config = _config("forward", q)

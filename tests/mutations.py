@@ -553,6 +553,20 @@ TRITON = (
         "0 if not specialised else 16 if",
         "tests/kernels/test_common.py::test_a_bound_launch_is_what_triton_would_launch",
     ),
+    Mutation(
+        "launching: always on the first stream",
+        "kernels/common.py",
+        "            launch(stream, hooked)",
+        "            launch(7, hooked)",
+        "tests/kernels/test_common.py::test_a_bound_launch_is_what_triton_would_launch",
+    ),
+    Mutation(
+        "launching: a profiler does not hear of bound launches",
+        "kernels/common.py",
+        "        if hooked:",
+        "        if False:",
+        "tests/kernels/test_common.py::test_a_bound_launch_is_what_triton_would_launch",
+    ),
 )
 
 CPU_ATTENTION, ON_CPU_ATTENTION = "csrc/cpu/simd/relpos_attention.cpp", "tests/extension/test_cpu_relpos_attention.py"
@@ -1707,6 +1721,20 @@ DISPATCH = (
         "        _forced.reset(token)\n",
         "",
         f"{ON_POLICY}::test_blocks_nest_and_end_with_an_error",
+    ),
+    Mutation(
+        "chain: all loops leave their output in one place",
+        "lcconformer/loop/chain.py",
+        "k if all_states else 0), self._begin",
+        "0), self._begin",
+        "tests/loop/test_chain.py::test_launches_are_bound_once_for_all_loops_and_calls",
+    ),
+    Mutation(
+        "chain: a copy of weights is bound",
+        "lcconformer/loop/chain.py",
+        "if not all(t.is_contiguous() for t in watch(stack).tensors()):",
+        "if False:",
+        "tests/loop/test_chain.py::test_weights_that_are_not_contiguous_are_left_to_the_modules",
     ),
 )
 

@@ -153,12 +153,14 @@ def tables(cases: Sequence[Mapping[str, Any]]) -> str:
         "case", "kernel", "times", "issue slots before", "now", "cycles before", "now", "MMA cycles now",
         "MMA units before", "now",
     ]  # fmt: skip
-    loop, of_host = number(host["launches_a_loop"]), f"{host['machine']}, Triton {host['triton']}"
+    loop, first = number(host["launches_a_loop"]), number(host["launches_a_first_call"])
+    first_us, of_host = number(host["microseconds_a_first_call"]), f"{host['machine']}, Triton {host['triton']}"
     return f"""# Before the review of the compiled code, and now
 
 Before: the review of 80658a3 (2026-11-26, sections 2 and 3), by its own model. Time of the host: before, {HOST[0]} to
 {HOST[1]} us for each kernel on the machine of the review; now, a loop of the chain without a CUDA graph, {loop} launches
 over a driver that does nothing ({of_host}).
+A first call of 12 loops, which binds the arguments of its {first} launches, takes {first_us} us in all.
 By default the chain is in a graph, which the host launches once for all loops.
 
 ```

@@ -1,7 +1,7 @@
 """Launches of a Triton kernel over a driver that does nothing, with arguments of every kind.
 
-Run as a script, without TRITON_INTERPRET: launches it by `common.launch` and by Triton itself, compares what was launched, and
-prints how many launches and specialisations there were.
+Run as a script, without TRITON_INTERPRET: launches it by `common.launch`, at once and later, and by Triton itself, compares
+what was launched, and prints how many launches and specialisations there were.
 """
 
 from __future__ import annotations
@@ -47,25 +47,60 @@ def cases() -> list[tuple[LaunchConfig, tuple[Any, ...], dict[str, Any]]]:
     return found
 
 
+def equal(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    return len(one) == len(other) and all(a is b or a == b for a, b in zip(one, other))
+
+
 def same() -> dict[str, int]:
-    """Launch every case three times by `launch`, the last two of them bound, and once by Triton."""
+    """Launch every case twice by `launch` and once by Triton."""
     kernels = set()
     for config, args, kwargs in cases():
         for grid in ((3,), (3, 2)):
             LAUNCHED.clear()
             TOLD.clear()
-            for _ in range(3):
+            for _ in range(2):
                 common.launch(kernel, grid, config, args[0], *args, **kwargs)
             kernel[grid](*args, **kwargs, **config.kwargs())
-            assert len(LAUNCHED) == 4
-            for launched in LAUNCHED[:3]:
-                assert len(launched) == len(LAUNCHED[3])
-                assert all(a is b or a == b for a, b in zip(launched, LAUNCHED[3])), (launched, LAUNCHED[3])
-            assert TOLD[1:3] == [None, None], "not bound"
+            assert len(LAUNCHED) == 3
+            for launched in LAUNCHED[:2]:
+                assert equal(launched, LAUNCHED[2]), (launched, LAUNCHED[2])
+            assert TOLD[:2] == [None, None], "not bound"
             kernels.add(LAUNCHED[0][0])
-    return {"cases": len(cases()), "kernels": len(kernels), "bound": len(common._bound)}
+    return {"cases": len(cases()), "kernels": len(kernels), "bound": len(common._known(kernel).compiled)}
+
+
+def listen(_metadata: Any) -> None:
+    pass
+
+
+def later() -> None:
+    """Collect a launch and make it several times: on the stream of each time, and through Triton where a profiler listens."""
+    config, args, kwargs = cases()[0]
+    kernel[(3,)](*args, **kwargs, **config.kwargs())
+    driver, hook = triton.runtime.driver.active, triton.knobs.runtime.launch_enter_hook
+    by_triton = LAUNCHED[-1]
+    stream = by_triton[4]
+    LAUNCHED.clear()
+    TOLD.clear()
+    with common.collected() as launches:
+        common.launch(kernel, (3,), config, args[0], *args, **kwargs)
+    assert len(launches) == 1
+    assert not LAUNCHED
+    for own in (stream, stream + 1, stream):
+        driver.get_current_stream = lambda _device, own=own: own
+        common.run(launches, args[0])
+    hook.add(listen)
+    common.run(launches, args[0])
+    hook.remove(listen)
+    assert [launched[4] for launched in LAUNCHED] == [stream, stream + 1, stream, stream]
+    for launched in LAUNCHED:
+        assert equal((*launched[:4], stream, *launched[5:]), by_triton)
+    assert TOLD[:3] == [None, None, None], "not bound"
+    assert TOLD[3] is not None, "a profiler does not hear of it"
 
 
 if __name__ == "__main__":
     install()
-    print(json.dumps(same()))
+    found = same()
+    later()
+    print(json.dumps(found))

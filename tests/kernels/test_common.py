@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,29 @@ def test_a_shipped_kernel_has_every_constexpr_and_no_other():
 def test_an_empty_grid_launches_nothing():
     x = torch.zeros(1, device=DEVICE)
     common.launch(None, (0, 3), LaunchConfig(4, 1), x)
+
+
+def test_collected_launches_are_made_later_and_read_tensors_where_they_are():
+    out, seed = torch.full((16, 16), -1, dtype=torch.int8, device=DEVICE), torch.tensor([1], device=DEVICE)
+    with common.collected() as launches:
+        common.launch(_keep_kernel, (1,), LaunchConfig(4, 1), out, out, seed, 0, 0, 0, 0, 1 << 15, M=16, N=16)
+        common.launch(_keep_kernel, (0,), LaunchConfig(4, 1), out, out, seed, 0, 0, 0, 0, 1 << 15, M=16, N=16)
+    assert len(launches) == 1
+    assert (out == -1).all()
+    for number in (2, 3):
+        seed.fill_(number)
+        common.run(launches, out)
+        assert (out.cpu().numpy() == kept(number, 0, 0, 0, 0, 0.5, 16, 16)).all()
+
+
+def test_a_thread_collects_its_own_launches():
+    with common.collected() as launches:
+        found = []
+        thread = threading.Thread(target=lambda: found.append(kept(1, 0, 0, 0, 0, 0.5, 16, 16)))
+        thread.start()
+        thread.join()
+    assert launches == []
+    assert (found[0] == kept(1, 0, 0, 0, 0, 0.5, 16, 16)).all()
 
 
 def test_a_bound_launch_is_what_triton_would_launch():

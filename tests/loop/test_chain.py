@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ pytest.importorskip("triton")
 from lcconformer.kernels import chain_convolution, chain_products, common, relpos_attention
 
 from lcconformer import ConformerConfig, ConformerEncoder, backend, engine
-from lcconformer.loop import chain
+from lcconformer.loop import chain, graphs
 from lcconformer.loop.recording import unrecorded
 
 from ..conftest import with_random_values
@@ -120,6 +121,86 @@ def test_one_chain_serves_every_depth_and_weights_written_in_place(assert_close)
         torch.testing.assert_close(out, by_modules(encoder, x, None, 1)[-1], rtol=0, atol=2e-5)
 
 
+def test_launches_are_bound_once_for_all_loops_and_calls(monkeypatch):
+    bound = []
+
+    def bind(kernel, *_):
+        bound.append(kernel.__name__)
+        return lambda _stream, _hooked: None
+
+    def count(depth, all_states):
+        bound.clear()
+        list(made.run(encoder, depth, all_states))
+        return len(bound)
+
+    monkeypatch.setattr(common, "_bind", bind)
+    encoder = make_encoder(num_layers=4)
+    with torch.no_grad(), backend("triton"):
+        made = chain.Chain(encoder, torch.randn(1, 5, 16), None, unrecorded)
+        # the taps; the first loop; of the others what comes from the loop before, once; the last norm
+        assert count(3, False) == 1 + 10 + 2 + 1
+        assert count(3, False) == 0
+        assert count(4, False) == 1 + 10 + 2 + 1
+        assert count(4, True) == 1 + 10 + 3 * 2 + 1
+        assert count(4, True) == count(3, False) == 0
+
+
+def test_what_changes_between_calls_is_seen():
+    """Bound launches are kept while the weights stay where they are, and no longer."""
+    encoder, x = make_encoder(padding="peer", conv_norm="batch"), torch.randn(1, 5, 16)
+    layer = encoder.layers[0]
+
+    def call(x, lengths=None, depth=1):
+        (out,) = graphs.run(encoder, x, lengths, depth, False, unrecorded)
+        low = by_modules(encoder, x, lengths, depth)[-1]
+        real = slice(None) if lengths is None else torch.arange(x.shape[1]) < lengths[:, None]
+        torch.testing.assert_close(out[real], low[real], rtol=0, atol=2e-5)
+        return next(reversed(graphs._kept[encoder].shapes.values())).loops
+
+    def in_place():
+        for tensor in (*layer.parameters(), *layer.buffers()):
+            tensor.data.mul_(2)
+
+    with torch.no_grad(), backend("triton"):
+        kept = call(x)
+        assert call(torch.randn(1, 5, 16), depth=2) is kept
+        in_place()
+        assert call(x) is kept
+        encoder.load_state_dict(make_encoder(padding="peer", conv_norm="batch").state_dict())
+        assert call(x) is kept
+        assert call(torch.randn(2, 3, 16)) is not kept
+        assert call(x, torch.tensor([3])) is not kept
+        for change in (
+            lambda: setattr(layer.ffn1.up.weight, "data", torch.randn(24, 16)),
+            lambda: setattr(layer.conv, "pointwise2", torch.nn.Linear(16, 16)),
+            lambda: encoder.load_state_dict(encoder.double().float().state_dict(), assign=True),
+        ):
+            kept = call(x)
+            change()
+            assert call(x) is not kept
+
+
+def test_threads_take_turns():
+    encoder, wrong = make_encoder(padding="peer"), []
+    jobs = [torch.randn(1, 5, 16) for _ in range(3)]
+    expected = [by_modules(encoder, x, None, 1)[-1] for x in jobs]
+
+    def work(x, ref):
+        with backend("triton"):
+            for _ in range(3):
+                (out,) = graphs.run(encoder, x, None, 1, False, unrecorded)
+                if not torch.allclose(out, ref, rtol=0, atol=2e-5):
+                    wrong.append(out)
+
+    threads = [threading.Thread(target=work, args=job) for job in zip(jobs, expected)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert len(graphs._kept[encoder].shapes) == 1
+
+
 class Operators(TorchDispatchMode):
     """Collects the names of ATen operators."""
 
@@ -137,7 +218,7 @@ def launches(monkeypatch, encoder, x, depth):
     found = []
 
     def record(kernel, grid, config, *_args, **_kwargs):
-        found.append((kernel.__name__, config.pdl))
+        common.issue(lambda _stream, _hooked: found.append((kernel.__name__, config.pdl)), x)
 
     for module in (chain_products, chain_convolution, relpos_attention):
         monkeypatch.setattr(module, "launch", record)
@@ -190,6 +271,14 @@ def test_what_it_does_not_serve(changes, reason):
             assert chain.reasons(make_encoder(), torch.randn(1, 5, 16), 5)
 
 
+def test_weights_that_are_not_contiguous_are_left_to_the_modules():
+    encoder, x = make_encoder(), torch.randn(1, 5, 16)
+    with backend("triton"):
+        assert chain.reasons(encoder, x, 5) == []
+        encoder.layers[0].norm.bias.data = torch.randn(16, 2)[:, 0]
+        assert chain.reasons(encoder, x, 5) == ["weights that are not contiguous are left to the modules"]
+
+
 def test_many_wide_or_float32_rows_are_left_to_the_library(monkeypatch):
     def reasons(d: int, rows: int, dtype: torch.dtype = torch.float16) -> str:
         encoder = make_encoder(d_model=d, num_heads=d // 64 or 1)
@@ -210,7 +299,6 @@ def test_many_wide_or_float32_rows_are_left_to_the_library(monkeypatch):
 
 def test_runs_where_triton_is_forced_and_is_told(monkeypatch):
     """As on a GPU: graphs.run takes the chain, whose recording stands for all loops of a depth."""
-    from lcconformer.loop import graphs
     from lcconformer.ops.registry import record
 
     from .test_graphs import Recorder

@@ -56,7 +56,14 @@ def lines(tmp_path, monkeypatch):
         files = {
             "triton_cost": {"triton": "9.9", "kernels": costs},
             "cuda_resources": {"nvcc": "13", "kernels": kernels},
-            "host_cost": {"machine": "M", "triton": "9.9", "launches_a_loop": 10.0, "microseconds_a_loop": 123.4},
+            "host_cost": {
+                "machine": "M",
+                "triton": "9.9",
+                "launches_a_loop": 10.0,
+                "microseconds_a_loop": 123.4,
+                "launches_a_first_call": 122,
+                "microseconds_a_first_call": 987.6,
+            },
         }
         for name, content in files.items():
             (tmp_path / f"{name}.json").write_text(json.dumps(content))
