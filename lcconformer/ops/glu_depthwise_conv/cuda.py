@@ -14,7 +14,7 @@ from torch import Tensor
 from lcconformer import extension
 
 from ..availability import cuda_reasons
-from ..native import i64, pointer, unit_stride
+from ..native import f32, i64, pointer, unit_stride
 from .arguments import GluDepthwiseConv, Statistics, Traits
 
 __all__ = ["backward", "forward", "unsupported"]
@@ -96,11 +96,14 @@ def forward(args: GluDepthwiseConv, save: bool, *, out: Tensor | None = None) ->
     x, weight, lengths = unit_stride(args.x), args.weight.contiguous(), i64(args.lengths)
     shape = (*x.shape[:2], weight.shape[0])
     bias = None if args.bias is None else args.bias.contiguous()
-    affine = _affine(args, args.running_mean, args.running_var)
+    # an evaluation BatchNorm is folded by the kernel: each tensor computed here would be a launch
+    affine, running = _affine(args, None, None), (f32(args.running_mean), f32(args.running_var))
     out, y = x.new_empty(shape) if out is None else out, x.new_empty(shape if save else (0,))
     launch = kernels.GluDepthwiseConvForward(
         **_inputs(kernels, args, x, weight, lengths, affine),
         bias=pointer(bias),
+        mean=pointer(running[0]),
+        var=pointer(running[1]),
         out=pointer(out),
         y=pointer(y) if save else 0,
     )
