@@ -1806,8 +1806,8 @@ DISPATCH = (
     Mutation(
         "backends on request chosen without a request",
         REGISTRY,
-        "if name not in self.backends or name in self.on_request:",
-        "if name not in self.backends:",
+        "if name in self.on_request and (reasons or self.on_request[name](traits)):",
+        "if name in self.on_request and reasons:",
         f"{ON_INFO}::test_a_backend_on_request_serves_only_where_it_is_forced",
     ),
     Mutation(

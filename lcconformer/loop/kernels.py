@@ -62,7 +62,7 @@ def _traits(stack: LayerStack, x: Tensor) -> dict[str, Any]:
     return {
         "relpos_attention": relpos_attention.Traits(device, dtype, d // config.num_heads),
         "glu_depthwise_conv": glu_depthwise_conv.Traits(
-            device, dtype, d, config.conv_norm, conv_norm_dtype, training, activation
+            device, dtype, d, config.conv_norm, conv_norm_dtype, training, activation, torch.is_grad_enabled()
         ),
         "feed_forward": feed_forward.Traits(device, x.dtype, d, norm_dtype, dtype, activation),
         "residual_layer_norm": residual_layer_norm.Traits(device, x.dtype, d, norm_dtype),
