@@ -191,15 +191,15 @@ struct Rows {
 
 // eight channels, of which `count` are there
 template <bool kAligned, class T>
-__device__ inline void store_eight(T* to, const float (&values)[kEight], int count) {
-    if (kAligned) {
+__device__ inline void store_eight(T* to, const float (&values)[kEight], [[maybe_unused]] int count) {
+    if constexpr (kAligned) {
         *reinterpret_cast<uint4*>(to) = make_uint4(pack<T>(values[0], values[1]), pack<T>(values[2], values[3]),
                                                    pack<T>(values[4], values[5]), pack<T>(values[6], values[7]));
-        return;
-    }
+    } else {
 #pragma unroll
-    for (int i = 0; i < kEight; ++i) {
-        if (i < count) assign(to[i], values[i]);
+        for (int i = 0; i < kEight; ++i) {
+            if (i < count) assign(to[i], values[i]);
+        }
     }
 }
 
