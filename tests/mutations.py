@@ -1062,13 +1062,6 @@ CUDA = (
         f"{ON_CUDA_CONVOLUTION}::test_tiles_of_several_segments[emulated-none-203-5]",
     ),
     Mutation(
-        "products: segments behind the tile read",
-        CUDA_PRODUCTS,
-        "min(first + lane % 8, tile.segments - 1)",
-        "first + lane % 8",
-        f"{ON_CUDA_CONVOLUTION}::test_tiles_of_several_segments[emulated-none-203-5]",
-    ),
-    Mutation(
         "products: later segments stored in the place of the first",
         CUDA_PRODUCTS,
         "first += kColumns, t += kColumns * kSegment",
@@ -1155,7 +1148,7 @@ CUDA = (
     Mutation(
         "products, LayerNorm: scale and shift of the last channels for all",
         CUDA_PRODUCTS,
-        "        if (lane < 3 * kEight) taps.store(kConstants + lane, constant);\n        __syncwarp();\n    }",
+        "        taps.store(place_of_constant(lane), constant);\n        __syncwarp();\n    }",
         "        __syncwarp();\n    }",
         f"{ON_CUDA_CONVOLUTION}::test_layer_norm[emulated-264-bfloat16]",
     ),

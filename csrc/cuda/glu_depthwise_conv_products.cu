@@ -128,6 +128,11 @@ __device__ inline float constant_of_lane(const GluDepthwiseConvForward& op, int 
     return bias != nullptr ? to_float(bias[channel]) : value;
 }
 
+// the last eight lanes have none, and store to what is free ahead of the odd taps: so no lane goes ahead
+__device__ inline int place_of_constant(int lane) {
+    return lane < 3 * kEight ? kConstants + lane : kOddTaps - kEight + lane % kEight;
+}
+
 // z[i][r] = bias + the correlation of channel c + i at frame_of_lane(r) of segments `first` ...: rows of the product
 // are the frames of a segment, columns are segments
 template <class T>
@@ -302,7 +307,7 @@ __global__ void __launch_bounds__(Block<kLayer>::threads, kLayer ? 1 : 4) produc
         const int words = glu_depthwise_conv_products_words(op.width);
         if (lane < words) first.store(taps, lane);
         for (int j = lane + kWarp; j < words; j += kWarp) LaneTaps(op, c, j).store(taps, j);
-        if (lane < 3 * kEight) taps.store(kConstants + lane, constant);
+        taps.store(place_of_constant(lane), constant);
         __syncthreads();
     };
 
@@ -357,7 +362,7 @@ __global__ void __launch_bounds__(Block<kLayer>::threads, kLayer ? 1 : 4) produc
         load_rows<kAligned>(z, Rows<T>(op, waiting, tile, t, c));
         const float constant = constant_of_lane<T, kLayer>(op, c, lane);
         __syncwarp();  // those of the channels before have been read
-        if (lane < 3 * kEight) taps.store(kConstants + lane, constant);
+        taps.store(place_of_constant(lane), constant);
         __syncwarp();
     }
 }
