@@ -33,12 +33,14 @@ HEAD_DIMS = (32, 64, 96, 128)
 BUDGET = {"registers": 128, "stack": 0, "spills": 0}
 ATTENTION_BACKWARD = ("rows", "keys", "positions")
 CLUSTER = ("cluster_loop.loops", "cluster_phases.phases")
+PRODUCTS = "glu_depthwise_conv_products.products"
 REGISTERS = {f"relpos_attention.forward_{d}": 255 for d in HEAD_DIMS if d > 64} | dict.fromkeys(CLUSTER, 255)
 REGISTERS |= {f"relpos_attention_warpgroups.warpgroups_{d}": 255 for d in HEAD_DIMS}
 REGISTERS |= {
     f"relpos_attention_backward.{name}_{d}": 168 if d <= 64 else 255 for name in ATTENTION_BACKWARD for d in HEAD_DIMS
 }
-NAMES = "|".join(("forward", "backward", "row_moments", "reduce", "loops", "phases", "warpgroups", *ATTENTION_BACKWARD))
+OTHERS = ("forward", "backward", "row_moments", "reduce", "products", "loops", "phases", "warpgroups")
+NAMES = "|".join((*OTHERS, *ATTENTION_BACKWARD))
 ELEMENTS = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16", None: "bfloat16"}  # None: no template
 
 
@@ -64,14 +66,14 @@ def kernels(nvcc: toolchain.Nvcc, source: Path, arch: int) -> list[dict[str, obj
         used = re.search(r"Used (\d+) registers", part)
         stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
         # ..._GLOBAL__N__<hash of the file>7forwardI6__halfLb1EE...: a length, the name, of a template the element type, with
-        # LayerNorm or the head dim
-        name = re.search(rf"\d({NAMES})(?:I(\w+?)(Lb[01]E|Li\d+E)?E)?E", symbol[1]) if symbol else None
+        # LayerNorm or the head dim, and whether rows are aligned
+        name = re.search(rf"\d({NAMES})(?:I(\w+?)(L[bi]\d+E)?(Lb[01]E)?E)?E", symbol[1]) if symbol else None
         if used is None or stack is None or name is None:
             raise RuntimeError(f"{source.name} for sm_{arch}: cannot read what ptxas says: {part[:300]}")
         shared = re.search(r"(\d+) bytes smem", part)
         rows.append(
             {
-                "kernel": f"{source.stem}.{name[1]}{variant(name[3] or '')}",
+                "kernel": f"{source.stem}.{name[1]}{variant(name[3], name[4])}",
                 "element": ELEMENTS[name[2]],
                 "arch": arch,
                 "registers": int(used[1]),
@@ -83,9 +85,10 @@ def kernels(nvcc: toolchain.Nvcc, source: Path, arch: int) -> list[dict[str, obj
     return sorted(rows, key=lambda row: (row["kernel"], row["element"]))
 
 
-def variant(parameter: str) -> str:
-    """What the last template parameter, as mangled, adds to a kernel's name."""
-    return f"_{parameter[2:-1]}" if parameter.startswith("Li") else "_layer" if parameter == "Lb1E" else ""
+def variant(parameter: str | None, aligned: str | None) -> str:
+    """What template parameters behind the element type, as mangled, add to a kernel's name."""
+    of = f"_{parameter[2:-1]}" if parameter and parameter.startswith("Li") else "_layer" if parameter == "Lb1E" else ""
+    return f"{of}_unaligned" if aligned == "Lb0E" else of
 
 
 def dynamic_shared(compiler: str) -> dict[str, dict[str, int]]:
@@ -95,6 +98,11 @@ def dynamic_shared(compiler: str) -> dict[str, dict[str, int]]:
         "glu_depthwise_conv.forward_layer": ("glu_depthwise_conv_forward_shared({}, true)", WIDTHS),
         "glu_depthwise_conv.backward": ("glu_depthwise_conv_backward_shared({})", WIDTHS),
         "glu_depthwise_conv.backward_layer": ("glu_depthwise_conv_backward_shared({})", WIDTHS),
+        **{
+            f"{PRODUCTS}{layer}{rows}": (f"glu_depthwise_conv_products_shared({{}}, {value}, {segments})", WIDTHS)
+            for layer, value, segments in (("", "false", 16), ("_layer", "true", 7))
+            for rows in ("", "_unaligned")
+        },
         **{f"relpos_attention.forward_{d}": ("relpos_attention_shared({})", (d,)) for d in HEAD_DIMS},
         **{
             f"relpos_attention_warpgroups.warpgroups_{d}": ("relpos_attention_warpgroups_shared({})", (d,))

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch  # noqa: F401  (before the extension: see above)
 
-INTERFACE = 10  # kInterface of csrc/arguments.h: names and fields of the kernels as this source calls them
+INTERFACE = 11  # kInterface of csrc/arguments.h: names and fields of the kernels as this source calls them
 
 __all__ = ["INTERFACE", "build_info", "cuda_reasons", "load", "openmp_runtimes", "why_missing"]
 

@@ -46,8 +46,9 @@ def _op(name: str, device: torch.device, dtype: torch.dtype, training: bool) -> 
         elif other == "cpu" and device.type != "cpu":
             against[other] = ["the tensors are not on the CPU"]
         else:
-            on_request = "on request only, until a GPU has measured it" if other in op.on_request else "could serve"
-            against[other] = op.reasons(other, traits) or [f"{on_request}; LCCONFORMER_BACKEND={other} forces it"]
+            on_request = op.on_request[other](traits) if other in op.on_request else ""
+            reason = f"{on_request or 'could serve'}; LCCONFORMER_BACKEND={other} forces it"
+            against[other] = op.reasons(other, traits) or [reason]
     row = {"op": name, "device": str(device), "dtype": str(dtype).removeprefix("torch."), "training": training}
     return {**row, "backend": choice.backend, "error": choice.error, "against": against}
 

@@ -899,6 +899,7 @@ CXX = (
 )
 
 CUDA_CONVOLUTION = "csrc/cuda/glu_depthwise_conv.cu"
+CUDA_PRODUCTS = "csrc/cuda/glu_depthwise_conv_products.cu"
 ON_CUDA_CONVOLUTION = "tests/extension/test_cuda_glu_depthwise_conv.py"
 
 CUDA = (
@@ -907,21 +908,21 @@ CUDA = (
         CUDA_CONVOLUTION,
         "op, tile, tile.t0 - halo, rows, c0);\n        load_weights",
         "op, tile, tile.t0 - halo + 1, rows, c0);\n        load_weights",
-        f"{ON_CUDA_CONVOLUTION}::test_odd_shapes[emulated-1-1]",
+        f"{ON_CUDA_CONVOLUTION}::test_odd_shapes[emulated-1-1-float32]",
     ),
     Mutation(
         "tail of the halo dropped",
         CUDA_CONVOLUTION,
         "const int rows = min(G::frames + op.width - 1,",
         "const int rows = min(G::frames,",
-        f"{ON_CUDA_CONVOLUTION}::test_odd_shapes[emulated-65-3]",
+        f"{ON_CUDA_CONVOLUTION}::test_odd_shapes[emulated-65-3-float32]",
     ),
     Mutation(
         "mask off by one",
         CUDA_CONVOLUTION,
         "t >= 0 && t < tile.real",
         "t >= 0 && t <= tile.real",
-        f"{ON_CUDA_CONVOLUTION}::test_odd_shapes[emulated-1-1]",
+        f"{ON_CUDA_CONVOLUTION}::test_odd_shapes[emulated-1-1-float32]",
     ),
     Mutation(
         "padding mask dropped",
@@ -935,7 +936,7 @@ CUDA = (
         CUDA_CONVOLUTION,
         "        __syncthreads();\n        const float2 bias",
         "        const float2 bias",
-        f"{ON_CUDA_CONVOLUTION}::test_odd_shapes[emulated-1-1]",
+        f"{ON_CUDA_CONVOLUTION}::test_odd_shapes[emulated-1-1-float32]",
     ),
     Mutation(
         "missing barrier between tiles",
@@ -964,21 +965,21 @@ CUDA = (
         "-Tiles::taps_pitch>(dglu, grad + f * kGroup + 2 * lane,\n"
         "                                              weights + (op.width - 1) * Tiles::taps_pitch + 2 * lane,",
         "Tiles::taps_pitch>(dglu, grad + f * kGroup + 2 * lane, weights + 2 * lane,",
-        f"{ON_CUDA_CONVOLUTION}::test_odd_shapes[emulated-7-3]",
+        f"{ON_CUDA_CONVOLUTION}::test_odd_shapes[emulated-7-3-float32]",
     ),
     Mutation(
         "partial sums over frames not added",
         CUDA_CONVOLUTION,
         "count = taps ? parts : kGluConvWarps",
         "count = taps ? parts / 2 : kGluConvWarps",
-        f"{ON_CUDA_CONVOLUTION}::test_odd_shapes[emulated-63-1]",
+        f"{ON_CUDA_CONVOLUTION}::test_odd_shapes[emulated-63-1-float32]",
     ),
     Mutation(
         "frames of the halo in the bias gradient",
         CUDA_CONVOLUTION,
         "if (f >= halo && f < halo + Tiles::frames) {",
         "if (f >= halo) {",
-        f"{ON_CUDA_CONVOLUTION}::test_odd_shapes[emulated-65-3]",
+        f"{ON_CUDA_CONVOLUTION}::test_odd_shapes[emulated-65-3-float32]",
     ),
     Mutation(
         "bias gradient without the folded scale",
@@ -1006,7 +1007,7 @@ CUDA = (
         CUDA_CONVOLUTION,
         "int taps_pitch = channels + 4;",
         "int taps_pitch = channels;",
-        f"{ON_CUDA_CONVOLUTION}::test_no_bank_conflicts[none-31]",
+        f"{ON_CUDA_CONVOLUTION}::test_no_bank_conflicts[none-31-float32]",
     ),
     Mutation(
         "halves of eight channels staged in one place",
@@ -1056,6 +1057,125 @@ CUDA = (
         "(dz.x - m.z - zhat.x * m.w) * m.y",
         "(dz.x - m.z) * m.y",
         f"{ON_CUDA_CONVOLUTION}::test_layer_norm[emulated-6-float32]",
+    ),
+    Mutation(
+        "products: halo off by one",
+        CUDA_PRODUCTS,
+        "tile.t0 - op.width / 2, rows",
+        "tile.t0 - op.width / 2 + 1, rows",
+        f"{ON_CUDA_CONVOLUTION}::test_odd_shapes[emulated-1-1-bfloat16]",
+    ),
+    Mutation(
+        "products: padding mask dropped",
+        CUDA_PRODUCTS,
+        "op.lengths == nullptr ? frames : static_cast<int>(min(op.lengths[b], op.frames))",
+        "frames",
+        f"{ON_CUDA_CONVOLUTION}::test_odd_shapes[emulated-7-3-bfloat16]",
+    ),
+    Mutation(
+        "products: frame before the utterance taken",
+        CUDA_PRODUCTS,
+        "t + n >= 0 && t + n < real",
+        "t + n >= -1 && t + n < real",
+        f"{ON_CUDA_CONVOLUTION}::test_odd_shapes[emulated-7-3-bfloat16]",
+    ),
+    Mutation(
+        "products: frames behind the tile stored",
+        CUDA_PRODUCTS,
+        "min(tile.frames, tile.t0 + tile.segments * kSegment) - t",
+        "tile.frames - t",
+        f"{ON_CUDA_CONVOLUTION}::test_tiles_of_several_segments[emulated-none-203-5]",
+    ),
+    Mutation(
+        "products: later segments stored in the place of the first",
+        CUDA_PRODUCTS,
+        "first += kColumns, t += kColumns * kSegment",
+        "first += kColumns",
+        f"{ON_CUDA_CONVOLUTION}::test_tiles_of_several_segments[emulated-none-203-9]",
+    ),
+    Mutation(
+        "products: pairs from odd taps on taken from even ones",
+        CUDA_PRODUCTS,
+        "row % 2 * kOddTaps + lane",
+        "lane",
+        f"{ON_CUDA_CONVOLUTION}::test_odd_shapes[emulated-7-3-bfloat16]",
+    ),
+    Mutation(
+        "products: taps of the lower rows kept for the upper",
+        CUDA_PRODUCTS,
+        "before[i] = next;",
+        "before[i] = now;",
+        f"{ON_CUDA_CONVOLUTION}::test_odd_shapes[emulated-65-31-bfloat16]",
+    ),
+    Mutation(
+        "products: taps behind the last word of a warp left out",
+        CUDA_PRODUCTS,
+        "for (int j = lane + kWarp; j < words; j += kWarp)",
+        "for (int j = lane + kWarp; j < 0; j += kWarp)",
+        f"{ON_CUDA_CONVOLUTION}::test_odd_shapes[emulated-65-63-bfloat16]",
+    ),
+    Mutation(
+        "products: segments in the same banks",
+        CUDA_PRODUCTS,
+        "return 4 * (n ^ (n >> 3 & 1));",
+        "return 4 * n;",
+        f"{ON_CUDA_CONVOLUTION}::test_no_bank_conflicts[none-31-bfloat16]",
+    ),
+    Mutation(
+        "products: missing barrier after the GLU",
+        CUDA_PRODUCTS,
+        "        __syncthreads();\n    };",
+        "    };",
+        f"{ON_CUDA_CONVOLUTION}::test_odd_shapes[emulated-65-31-bfloat16]",
+    ),
+    Mutation(
+        "products: mean of BatchNorm not subtracted",
+        CUDA_PRODUCTS,
+        "fmaf(-op.mean[channel], scale, value)",
+        "value",
+        f"{ON_CUDA_CONVOLUTION}::test_folded_batch_norm[emulated-True-bfloat16]",
+    ),
+    Mutation(
+        "products, LayerNorm: missing barrier between chunks",
+        CUDA_PRODUCTS,
+        "        __syncthreads();  // this chunk has been read by every warp\n",
+        "",
+        f"{ON_CUDA_CONVOLUTION}::test_layer_norm[emulated-264-bfloat16]",
+    ),
+    Mutation(
+        "products, LayerNorm: missing barrier before the moments are read",
+        CUDA_PRODUCTS,
+        "    __syncthreads();\n    if (warp < 4) {",
+        "    if (warp < 4) {",
+        f"{ON_CUDA_CONVOLUTION}::test_layer_norm[emulated-128-bfloat16]",
+    ),
+    Mutation(
+        "products, LayerNorm: missing barrier before mean and deviation are read",
+        CUDA_PRODUCTS,
+        "    __syncthreads();\n    float2 normal[4];",
+        "    float2 normal[4];",
+        f"{ON_CUDA_CONVOLUTION}::test_layer_norm[emulated-128-bfloat16]",
+    ),
+    Mutation(
+        "products, LayerNorm: channels beyond C in the moments",
+        CUDA_PRODUCTS,
+        "kAll || i < there ? z[i][r] - own : 0.0f",
+        "z[i][r] - own",
+        f"{ON_CUDA_CONVOLUTION}::test_layer_norm[emulated-6-bfloat16]",
+    ),
+    Mutation(
+        "products, LayerNorm: moments of earlier chunks dropped",
+        CUDA_PRODUCTS,
+        "mean[r] = fmaf(by, share, mean[r]);",
+        "mean[r] = own;",
+        f"{ON_CUDA_CONVOLUTION}::test_layer_norm[emulated-264-bfloat16]",
+    ),
+    Mutation(
+        "products, LayerNorm: scale and shift of the last channels for all",
+        CUDA_PRODUCTS,
+        "        taps.store(place_of_constant(lane), constant);\n        __syncwarp();\n    }",
+        "        __syncwarp();\n    }",
+        f"{ON_CUDA_CONVOLUTION}::test_layer_norm[emulated-264-bfloat16]",
     ),
 )
 
@@ -1704,8 +1824,8 @@ DISPATCH = (
     Mutation(
         "backends on request chosen without a request",
         REGISTRY,
-        "if name not in self.backends or name in self.on_request:",
-        "if name not in self.backends:",
+        "if name in self.on_request and (reasons or self.on_request[name](traits)):",
+        "if name in self.on_request and reasons:",
         f"{ON_INFO}::test_a_backend_on_request_serves_only_where_it_is_forced",
     ),
     Mutation(

@@ -35,7 +35,7 @@ def test_covers_every_op_device_and_mode(capsys):
 def test_text_names_ops_versions_and_reasons(capsys):
     assert main(["info"]) == 0
     text = capsys.readouterr().out
-    on_request = "not chosen until a GPU has measured them, but serve on request: "
+    on_request = "serve on request, or where a model has them faster: "
     assert f"{on_request}cuda of glu_depthwise_conv, cuda of relpos_attention" in text
     for word in (*ops.__all__, torch.__version__, "extension", "not cuda: "):
         assert word in text
@@ -105,7 +105,7 @@ def test_what_the_table_says_is_what_the_op_takes(monkeypatch, backends, want):
 
 def test_a_backend_on_request_serves_only_where_it_is_forced(monkeypatch):
     monkeypatch.setitem(registry.OPS, "feed_forward", registry.OPS["feed_forward"])
-    op = registry.Op("feed_forward", {"cpu": Refusing()}, on_request=frozenset({"cpu"}))
+    op = registry.Op("feed_forward", {"cpu": Refusing()}, on_request={"cpu": registry.until_measured})
     row = next(r for r in info.collect()["ops"] if r["op"] == "feed_forward" and r["device"] == "cpu")
     assert row["backend"] == "torch"
     reason = "on request only, until a GPU has measured it; LCCONFORMER_BACKEND=cpu forces it"

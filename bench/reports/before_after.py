@@ -1,8 +1,8 @@
 """What a layer and its kernels cost before the compiled GPU code was reviewed, and cost now, as :mod:`.predicted` prints it.
 
 Before: constants from that review (of 80658a3, 2026-11-26; its sections 2 and 3), whose model differs in details from ours.
-Now: kernels of a layer from the predictions, main loops from triton_cost.json and cuda_resources.json, time of the host from
-host_cost.json.  Nothing here was measured on a GPU.
+Now: kernels of a layer from the predictions, main loops from triton_cost.json, kernels in CUDA from cuda_resources.json and
+cuda_cost.json, time of the host from host_cost.json.  Nothing here was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -143,6 +143,15 @@ def tables(cases: Sequence[Mapping[str, Any]]) -> str:
         for row in resources["kernels"]
         if row["arch"] == ARCH and row["element"] == "bfloat16" and not re.search(r"_(?!64$)\d+$", row["kernel"])
     ]
+    convolutions = read_json(RESULTS / "cuda_cost.json")
+    convolution = [
+        [
+            row["norm"], str(row["channels"]), f"sm_{row['arch']}", f"({row['batch']},{row['frames']})",
+            number(row["microseconds"]), row["bound"], number(row["kilocycles"]["issue"]), number(row["triton"]),
+        ]
+        for row in convolutions["kernels"]
+    ]  # fmt: skip
+    convolution_header = ["norm", "C", "GPU", "(B,T)", "us", "bound by", "1000 issue slots", "us of Triton's"]
     no_cost = [name for name in missing if name != "GEMM" and not name.startswith("aten ")]
     shapes = dict.fromkeys(f"({c['batch']},{c['frames']})" for c in own if (c["batch"], c["frames"]) not in filed)
     layer_header = [
@@ -181,6 +190,14 @@ CUDA kernels on sm_{ARCH} in bfloat16 with heads of {HEAD}, by nvcc {resources["
 {grid(["kernel", "registers", "stack", "spills"], cuda)}
 ```
 
+The forward pass of the convolution on tensor cores, K = 31, by nvcc {convolutions["nvcc"]}, beside Triton
+{convolutions["triton"]}; both store what a backward pass needs. `auto` takes the CUDA kernel without a norm and with an
+evaluation BatchNorm, where it is cheaper in every case; with LayerNorm not, as a short utterance alone has too few blocks.
+
+```
+{grid(convolution_header, convolution)}
+```
+
 Not counted:
 
 - time of the host where PyTorch launches kernels, that is inference by the modules and training, and of the replay of a graph:
@@ -188,6 +205,6 @@ Not counted:
 - issue slots and MMA units of products by the library (GEMM) and of PyTorch's own kernels (aten), whose code is not ours.
 - issue slots of {", ".join(no_cost) or "nothing else"}: not in triton_cost.json at this width; nor are main loops at \
 {", ".join(shapes) or "no shape"}.
-- issue slots and MMA units of the CUDA kernels: cuda_resources.json has neither.
+- issue slots and MMA units of the other CUDA kernels: no file has them.
 - multiply-adds of the convolution's main loop now (256 before), and barriers of LayerNorm (95 before): no file has them.
 """

@@ -32,7 +32,12 @@ void bind_glu_depthwise_conv(py::module_& m) {
     using Forward = GluDepthwiseConvForward;
     Arguments<Forward> forward(m, "GluDepthwiseConvForward", "Arguments of glu_depthwise_conv_forward");
     add_glu_depthwise_conv(forward);
-    forward.optional<&Forward::bias>("bias").required<&Forward::out>("out").optional<&Forward::y>("y");
+    forward.optional<&Forward::bias>("bias")
+        .optional<&Forward::mean>("mean")
+        .optional<&Forward::var>("var")
+        .required<&Forward::out>("out")
+        .optional<&Forward::y>("y")
+        .optional<&Forward::segments>("segments");
 
     using Backward = GluDepthwiseConvBackward;
     Arguments<Backward> backward(m, "GluDepthwiseConvBackward", "Arguments of glu_depthwise_conv_backward");

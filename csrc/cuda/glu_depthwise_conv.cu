@@ -1,8 +1,6 @@
-#include "cuda/glu_depthwise_conv.h"
+#include "cuda/glu_depthwise_conv.cuh"
 
 #include <algorithm>
-
-#include "cuda/common.cuh"
 
 namespace lcc::cuda {
 namespace {
@@ -30,17 +28,6 @@ struct Tiling {
     static constexpr int taps_pitch = channels + 4;
 };
 using Tiles = Tiling<false>;
-
-// of the element type's precision: within 4 ulp of float32 for float32, which moves twice the bytes in any case
-template <class T>
-__device__ inline float sigmoid(float x) {
-    if (std::is_same_v<T, float>) return 1.0f / (1.0f + expf(-x));
-    return reciprocal_fast(1.0f + exp2_fast(-1.44269504f * x));
-}
-template <class T>
-__device__ inline float2 sigmoid(float2 x) {
-    return make_float2(sigmoid<T>(x.x), sigmoid<T>(x.y));
-}
 
 __device__ inline void fma(float2& acc, float2 a, float2 b) {
     acc.x = fmaf(a.x, b.x, acc.x);
@@ -193,21 +180,6 @@ __device__ inline float sum_rows(float (&v)[N], int lane) {
     }
 }
 
-// Mean and sum of squared deviations of `count` numbers. Chan et al. 1979, "Updating formulae ... for computing sample
-// variances".
-struct Moments {
-    float count, mean, squares;
-
-    __device__ void merge(const Moments& o) {
-        const float total = count + o.count;
-        if (total == 0.0f) return;
-        const float by = o.mean - mean, share = o.count / total;
-        mean += by * share;
-        squares += o.squares + by * by * count * share;
-        count = total;
-    }
-};
-
 // the moments of row lane / 2 over channels c, c + 1 of all lanes
 __device__ inline Moments moments_of_rows(const float2 (&z)[kRows], int c, int channels, int lane) {
     const int first = c - lane_channel(lane);
@@ -262,8 +234,13 @@ __device__ inline void store_rows(const float2 (&z)[kRows], const GluDepthwiseCo
 
 // silu(z * scale + shift) in place, after (z - mean) * inverse deviation with LayerNorm: those of row r are lane 2 r's
 template <class T, bool kLayer>
-__device__ inline void finish(float2 (&z)[kRows], const GluDepthwiseConv& op, int c, float mean, float inverse) {
-    const float2 scale = pair_or(op.scale, c, op.channels, 1.0f), shift = pair_or(op.shift, c, op.channels, 0.0f);
+__device__ inline void finish(float2 (&z)[kRows], const GluDepthwiseConvForward& op, int c, float mean, float inverse) {
+    float2 scale = pair_or(op.scale, c, op.channels, 1.0f), shift = pair_or(op.shift, c, op.channels, 0.0f);
+    if (op.var != nullptr) {
+        const float2 m = pair_or(op.mean, c, op.channels, 0.0f), v = pair_or(op.var, c, op.channels, 1.0f);
+        scale = make_float2(rsqrtf(v.x + op.eps) * scale.x, rsqrtf(v.y + op.eps) * scale.y);
+        shift = make_float2(fmaf(-m.x, scale.x, shift.x), fmaf(-m.y, scale.y, shift.y));
+    }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
         float2 a = z[r];
@@ -599,11 +576,6 @@ __global__ void __launch_bounds__(kReduceRows* kWarp) reduce(const GluDepthwiseC
     }
 }
 
-unsigned grid_size(const char* name, int64_t blocks) {
-    if (blocks >= (int64_t{1} << 31)) throw std::invalid_argument(std::string(name) + ": more than 2^31 tiles");
-    return static_cast<unsigned>(blocks);
-}
-
 void check_sizes(const GluDepthwiseConv& op) {
     if (op.width % 2 == 0 || op.width < 1 || op.width > kGluConvMaxWidth) {
         throw std::invalid_argument("glu_depthwise_conv: K is " + std::to_string(op.width) + "; expected odd, 1 to 63");
@@ -617,12 +589,6 @@ void check_sizes(const GluDepthwiseConv& op) {
     if (op.frames > kMost || op.x_frame_stride > kMost) {
         throw std::invalid_argument("glu_depthwise_conv: 2^31 frames, or elements from one to the next");
     }
-}
-
-template <class T>
-bool aligned(const GluDepthwiseConv& op) {
-    return rows_aligned(static_cast<const T*>(op.x), op.x_batch_stride, op.x_frame_stride, op.channels) &&
-           rows_aligned(op.scale) && rows_aligned(op.shift);
 }
 
 template <class T, bool kLayer>
@@ -657,10 +623,6 @@ void launch_backward(GluDepthwiseConvBackward op) {
 }
 
 template <class T>
-void forward_with(const GluDepthwiseConvForward& op) {
-    op.layer_norm ? launch_forward<T, true>(op) : launch_forward<T, false>(op);
-}
-template <class T>
 void backward_with(const GluDepthwiseConvBackward& op) {
     op.layer_norm ? launch_backward<T, true>(op) : launch_backward<T, false>(op);
 }
@@ -669,11 +631,8 @@ void backward_with(const GluDepthwiseConvBackward& op) {
 
 void glu_depthwise_conv_forward(const GluDepthwiseConvForward& op) {
     check_sizes(op);
-    switch (op.element) {
-        case Element::float32: return forward_with<float>(op);
-        case Element::float16: return forward_with<__half>(op);
-        case Element::bfloat16: return forward_with<__nv_bfloat16>(op);
-    }
+    if (op.element != Element::float32) return glu_depthwise_conv_forward_by_products(op);
+    op.layer_norm ? launch_forward<float, true>(op) : launch_forward<float, false>(op);
 }
 
 int glu_depthwise_conv_slots(int64_t batch, int64_t frames, int channels) {

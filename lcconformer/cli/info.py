@@ -65,7 +65,7 @@ def _text(info: dict[str, Any]) -> str:
                 out.append(f"      {row['error']}")
             out += [f"      not {name}: {'; '.join(reasons)}" for name, reasons in row["against"].items()]
     on_request = ", ".join(f"{name} of {op.name}" for _, op in sorted(OPS.items()) for name in sorted(op.on_request))
-    out += ["", f"Kernels that are not chosen until a GPU has measured them, but serve on request: {on_request}"]
+    out += ["", f"Kernels that no GPU has measured serve on request, or where a model has them faster: {on_request}"]
 
     out += ["", "Engine of the loop for such a batch:"]
     for row in info["engines"]:

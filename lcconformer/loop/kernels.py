@@ -62,7 +62,7 @@ def _traits(stack: LayerStack, x: Tensor) -> dict[str, Any]:
     return {
         "relpos_attention": relpos_attention.Traits(device, dtype, d // config.num_heads),
         "glu_depthwise_conv": glu_depthwise_conv.Traits(
-            device, dtype, d, config.conv_norm, conv_norm_dtype, training, activation
+            device, dtype, d, config.conv_norm, conv_norm_dtype, training, activation, torch.is_grad_enabled()
         ),
         "feed_forward": feed_forward.Traits(device, x.dtype, d, norm_dtype, dtype, activation),
         "residual_layer_norm": residual_layer_norm.Traits(device, x.dtype, d, norm_dtype),
@@ -98,7 +98,8 @@ def choose_kernels(stack: LayerStack, x: Tensor, explaining: bool) -> Kernels:
     traits["feed_forward"] = traits["feed_forward"]._replace(dtype=products_dtype(x))
     ask = _explained if explaining else Op.choose
     attention = ask(RELPOS_ATTENTION, traits["relpos_attention"])
-    convolution = ask(GLU_DEPTHWISE_CONV, traits["glu_depthwise_conv"])
+    # this engine has a backward pass, whatever mode it is asked in
+    convolution = ask(GLU_DEPTHWISE_CONV, traits["glu_depthwise_conv"]._replace(gradients=True))
     hidden = ask(FEED_FORWARD, traits["feed_forward"])
     norm = ask(RESIDUAL_LAYER_NORM, traits["residual_layer_norm"])
     accumulate: Accumulate = add_partial_sums

@@ -8,7 +8,7 @@ import torch
 
 from lcconformer import extension
 
-__all__ = ["cpu_reasons", "cuda_reasons", "triton_reasons"]
+__all__ = ["capability", "cpu_reasons", "cuda_reasons", "triton_reasons"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -32,15 +32,23 @@ def _triton_missing(device_type: str, index: int | None) -> str:
     return f"no Triton kernels for device type {device_type!r}"
 
 
+def capability(device_type: str, index: int | None) -> int:
+    """Return what a GPU is, 90 for sm_90; 0 for other devices.  A constant of the process, also to a tracer."""
+    if device_type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
 def _cuda_missing(device_type: str, index: int | None) -> list[str]:
     """Return why the CUDA kernels cannot serve a device; empty: they can.  A constant of the process, also to a tracer."""
     if device_type != "cuda":
         return [f"the tensors are on device type {device_type!r}"]
-    major, minor = torch.cuda.get_device_capability(index)
-    return extension.cuda_reasons(10 * major + minor)
+    return extension.cuda_reasons(capability(device_type, index))
 
 
 # what torch.compiler.assume_constant_result does, without its import of torch._dynamo and triton (over a second)
+capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _triton_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _cuda_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]

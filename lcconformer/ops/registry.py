@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -16,7 +16,19 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-__all__ = ["BACKENDS", "OPS", "Choice", "Op", "backend", "forced_backend", "forget_choices", "note", "record", "strict"]
+__all__ = [
+    "BACKENDS",
+    "OPS",
+    "Choice",
+    "Op",
+    "backend",
+    "forced_backend",
+    "forget_choices",
+    "note",
+    "record",
+    "strict",
+    "until_measured",
+]
 
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 _ON_DEVICE = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}
@@ -126,11 +138,14 @@ class Op(Generic[T, B]):
     Args:
         name: name of the op in every folder, in messages and in result files.
         backends: name -> implementation; ``"torch"`` serves everything.
-        on_request: backends that serve only when they are forced.
+        on_request: backends that ``auto`` takes where nothing speaks against it, and else only when they are forced: traits ->
+            why ``auto`` does not, or ``""``.
     """
 
-    def __init__(self, name: str, backends: Mapping[str, B], on_request: frozenset[str] = frozenset()) -> None:
-        self.name, self.backends, self.on_request = name, backends, on_request
+    def __init__(
+        self, name: str, backends: Mapping[str, B], on_request: Mapping[str, Callable[[T], str]] | None = None
+    ) -> None:
+        self.name, self.backends, self.on_request = name, backends, on_request or {}
         self._choices: dict[Hashable, Choice] = {}
         OPS[name] = self
 
@@ -171,9 +186,12 @@ class Op(Generic[T, B]):
         passed_over: list[tuple[str, tuple[str, ...]]] = []
         chosen = "torch"
         for name in _ON_DEVICE.get(traits.device.type, ("torch",)):
-            if name not in self.backends or name in self.on_request:
+            if name not in self.backends:
                 continue
             reasons = self.reasons(name, traits)
+            # one that nobody counts on is not missed
+            if name in self.on_request and (reasons or self.on_request[name](traits)):
+                continue
             if not reasons:
                 chosen = name
                 break
@@ -192,6 +210,11 @@ class Op(Generic[T, B]):
 
 OPS: dict[str, Op[Any, Any]] = {}
 """Every op by its name."""
+
+
+def until_measured(_traits: object) -> str:
+    """Say why kernels that no GPU has run serve on request only."""
+    return "on request only, until a GPU has measured it"
 
 
 def _fallback(op: str, chosen: str, passed_over: list[tuple[str, tuple[str, ...]]]) -> str:

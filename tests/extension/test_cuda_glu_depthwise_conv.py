@@ -32,7 +32,7 @@ def run(request):
 def check(run: Any, **case: Any) -> None:
     """max |out - ref| <= r * max |low - ref| + two roundings of the largest value; and the same bits in any schedule."""
     case = {"b": 2, "c": 5, "k": 31, "dtype": "float32", "lengths": None, "norm": "none", "bias": True,
-            "strided": False, "slots": 0, "seed": 0, **case}  # fmt: skip
+            "strided": False, "slots": 0, "segments": 0, "seed": 0, **case}  # fmt: skip
     answer = run(**case)
     for name, got in answer["tensors"].items():
         bound = (2 if name == "y" else 3) * got["low"] + got["floor"]
@@ -40,10 +40,11 @@ def check(run: Any, **case: Any) -> None:
     assert answer["same_bits"], "the result depends on the schedule"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("k", WIDTHS)
 @pytest.mark.parametrize("t", FRAMES)
-def test_odd_shapes(run, t, k):
-    check(run, t=t, k=k, lengths=[t // 2, t])
+def test_odd_shapes(run, t, k, dtype):
+    check(run, t=t, k=k, dtype=dtype, lengths=[t // 2, t])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -74,10 +75,11 @@ def test_layer_norm(run, c, dtype):
     check(run, t=35, c=c, k=7, norm="layer", dtype=dtype, lengths=[35, 9])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("k", WIDTHS)
 @pytest.mark.parametrize("t", [1, 31, 33, 70])
-def test_layer_norm_at_odd_shapes(run, t, k):
-    check(run, t=t, k=k, norm="layer", lengths=[t, t // 2])
+def test_layer_norm_at_odd_shapes(run, t, k, dtype):
+    check(run, t=t, k=k, dtype=dtype, norm="layer", lengths=[t, t // 2])
 
 
 @pytest.mark.parametrize("c", [1024, 1023])
@@ -108,6 +110,15 @@ def test_blocks_that_walk_over_several_tiles(run, slots):
     check(run, t=200, slots=slots, lengths=[130, 200])  # 8 tiles
 
 
+@pytest.mark.parametrize(
+    ("norm", "t", "segments"),
+    [("none", 203, 5), ("none", 203, 9), ("batch", 250, 16), ("layer", 203, 3), ("layer", 110, 7)],
+)
+def test_tiles_of_several_segments(run, norm, t, segments):
+    """Of products: fewer than eight, more than eight, all there can be; the last tile is shorter, and has padding."""
+    check(run, t=t, c=40, norm=norm, dtype="bfloat16", segments=segments, lengths=[t, t - 60])
+
+
 @pytest.mark.gpu
 def test_replays_in_a_cuda_graph():
     inputs = {
@@ -127,10 +138,14 @@ def test_replays_in_a_cuda_graph():
     torch.testing.assert_close(out, cases.on_cuda_kernels(*args), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("norm", "k"), [("none", 31), ("layer", 31), ("none", 7), ("layer", 63)])
-def test_no_bank_conflicts(worker, norm, k):
+@pytest.mark.parametrize(
+    ("norm", "k", "dtype"),
+    [*((norm, 31, dtype) for norm in ("none", "layer") for dtype in ("float32", "bfloat16")),
+     ("none", 7, "float32"), ("layer", 63, "bfloat16"), ("none", 63, "float16")],
+)  # fmt: skip
+def test_no_bank_conflicts(worker, norm, k, dtype):
     """No two lanes ask a bank of shared memory for different words at a time; the wavefronts that are left are counted."""
-    got = worker(traffic={"norm": norm, "dtype": "bfloat16", "t": 64, "k": k})
+    got = worker(traffic={"norm": norm, "dtype": dtype, "t": 112, "k": k})
     for direction, (wavefronts, conflicts) in got.items():
         assert wavefronts > 0
         assert conflicts == 0, f"{direction}: {conflicts} of {wavefronts} wavefronts of a block are bank conflicts"

@@ -16,9 +16,16 @@ sys.path.insert(0, str(CSRC))
 import resources
 import toolchain
 
-CONVOLUTION = ("forward", "forward_layer", "backward", "backward_layer", "row_moments", "reduce")
+CONVOLUTION = ("backward", "backward_layer", "row_moments", "reduce")
 KERNELS = {
     *((f"glu_depthwise_conv.{name}", e) for name in CONVOLUTION for e in ("float32", "float16", "bfloat16")),
+    *((f"glu_depthwise_conv.{name}", "float32") for name in ("forward", "forward_layer")),
+    *(
+        (f"{resources.PRODUCTS}{layer}{rows}", e)
+        for layer in ("", "_layer")
+        for rows in ("", "_unaligned")
+        for e in ("float16", "bfloat16")
+    ),
     *(
         (f"{name}_{d}", e)
         for name in (

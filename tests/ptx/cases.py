@@ -111,12 +111,15 @@ def quick_cases() -> Iterator[Case]:
 
 
 def cuda_cases() -> Iterator[Case]:
-    """Channels odd and even, taps of one group and of four, tails; with and without a folded norm; heads of every width."""
+    """Channels odd, even, in eights; taps of one group and of four, tails; with a norm and without; heads of every width."""
     yield convolution("none", 66, "fp32", 67)
     yield convolution("batch", 66, "bf16", 131, 3)
     yield convolution("batch", 130, "fp16", 37)
     yield convolution("none", 5, "bf16", 1, 63)
     yield convolution("batch", 5, "fp32", 65, 47)
+    yield convolution("none", 72, "bf16", 150)
+    yield convolution("layer", 136, "bf16", 37)
+    yield convolution("layer", 130, "fp16", 37, 7)
     for d, dtype, t, more in (
         (32, "bf16", 131, {}), (64, "fp16", 67, {}), (64, "bf16", 67, {"dropout": 0.3}), (96, "bf16", 37, {"packed": True}),
         (128, "fp16", 37, {}), (128, "bf16", 131, {"forward_only": True}),

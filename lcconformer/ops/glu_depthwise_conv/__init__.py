@@ -99,14 +99,15 @@ def glu_depthwise_conv(
         return no_frames(x[..., :c], weight, bias, *(() if norm == "none" else (norm_weight, norm_bias)))
     training = training and norm == "batch"
     norm_dtype = None if norm == "none" or norm_weight is None else norm_weight.dtype
-    backend = OP.choose(Traits(x.device, x.dtype, c, norm, norm_dtype, training, activation))
-    (eps,) = floats(eps)
     affine = (None, None) if norm == "none" else (norm_weight, norm_bias)
+    gradients = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, weight, bias, *affine))
+    backend = OP.choose(Traits(x.device, x.dtype, c, norm, norm_dtype, training, activation, gradients))
+    (eps,) = floats(eps)
     running = (running_mean, running_var) if norm == "batch" else (None, None)
     args = GluDepthwiseConv(x, weight, bias, lengths, *affine, *running, norm, num_groups, training, eps, activation)
     if backend == "torch":
         return reference.apply(args, momentum)
-    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, weight, bias, *affine)):
+    if gradients:
         refuse_transforms(OP.name)
         out, mean, var, frames = GluDepthwiseConvFn.apply(*args.flat(), backend)
     else:

@@ -49,7 +49,9 @@ class GluDepthwiseConv(Contract):
 
 
 class Traits(NamedTuple):
-    """What decides the backend: device and dtype of x, channels C, norm and its dtype, the activation."""
+    """What decides the backend: device and dtype of x, channels C, norm and its dtype, the activation, and whether there
+    will be a backward pass.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -58,6 +60,7 @@ class Traits(NamedTuple):
     norm_dtype: torch.dtype | None
     training: bool
     activation: str
+    gradients: bool = False
 
 
 class Statistics(NamedTuple):

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from lcconformer import extension
 
-from ..availability import cuda_reasons
-from ..native import i64, pointer, unit_stride
+from ..availability import capability, cuda_reasons
+from ..native import f32, i64, pointer, unit_stride
 from .arguments import GluDepthwiseConv, Statistics, Traits
 
-__all__ = ["backward", "forward", "unsupported"]
+__all__ = ["backward", "costlier", "forward", "unsupported"]
 
 _MAX_LAYER_CHANNELS = 1024  # kGluConvMaxLayerChannels of csrc/cuda/glu_depthwise_conv.h
 _ELEMENTS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -35,6 +35,31 @@ def unsupported(traits: Traits) -> list[str]:
     if traits.activation != "silu":
         reasons.append(f"activation {traits.activation!r} is not fused, only 'silu' is")
     return reasons
+
+
+# architectures that the model of bench/results/cuda_cost.json and Triton's costs cover
+_MODELLED = (80, 90)
+
+
+def costlier(traits: Traits) -> str:
+    """Say why ``auto`` takes Triton's kernel: this one does not cost less in every such case of cuda_cost.json.
+
+    No GPU has run either; a test holds these reasons to the file.
+    """
+    forces = "on request only, until a GPU has measured it: "
+    if traits.dtype == torch.float32:
+        return f"{forces}float32 does without tensor cores, and has no prediction"
+    if traits.gradients:
+        return f"{forces}its backward pass has no prediction"
+    if traits.norm_dtype not in (None, torch.float32):
+        return f"{forces}norm_weight and the like are {traits.norm_dtype}, to be converted by a kernel each"
+    if traits.channels % 8:
+        return f"{forces}predictions are for channels in eights"
+    if traits.norm == "layer":
+        return f"{forces}the model has it slower than Triton's for a short utterance alone"
+    if capability(traits.device.type, traits.device.index) not in _MODELLED:
+        return f"{forces}predictions are for sm_80 and sm_90"
+    return ""
 
 
 class _Affine(NamedTuple):
@@ -96,11 +121,14 @@ def forward(args: GluDepthwiseConv, save: bool, *, out: Tensor | None = None) ->
     x, weight, lengths = unit_stride(args.x), args.weight.contiguous(), i64(args.lengths)
     shape = (*x.shape[:2], weight.shape[0])
     bias = None if args.bias is None else args.bias.contiguous()
-    affine = _affine(args, args.running_mean, args.running_var)
+    # an evaluation BatchNorm is folded by the kernel: each tensor computed here would be a launch
+    affine, running = _affine(args, None, None), (f32(args.running_mean), f32(args.running_var))
     out, y = x.new_empty(shape) if out is None else out, x.new_empty(shape if save else (0,))
     launch = kernels.GluDepthwiseConvForward(
         **_inputs(kernels, args, x, weight, lengths, affine),
         bias=pointer(bias),
+        mean=pointer(running[0]),
+        var=pointer(running[1]),
         out=pointer(out),
         y=pointer(y) if save else 0,
     )

@@ -15,8 +15,7 @@ from .arguments import Backend, GluDepthwiseConv, Statistics, Traits
 __all__ = ["OP", "GluDepthwiseConvFn"]
 
 _BACKENDS: dict[str, Backend] = {"cuda": cuda, "triton": triton, "cpu": cpu, "torch": reference}
-# the CUDA kernel on request, until a GPU has measured it against Triton's
-OP: Op[Traits, Backend] = Op("glu_depthwise_conv", _BACKENDS, on_request=frozenset({"cuda"}))
+OP: Op[Traits, Backend] = Op("glu_depthwise_conv", _BACKENDS, on_request={"cuda": cuda.costlier})
 
 _TENSORS = 8  # fields of GluDepthwiseConv that are tensors, the first ones
 

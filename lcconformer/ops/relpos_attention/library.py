@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from ..derivatives import ON_OPS, differentiable_once
-from ..registry import Op
+from ..registry import Op, until_measured
 from . import cpu, cuda, reference, triton
 from .arguments import Backend, RelposAttention, Traits
 
 __all__ = ["OP", "RelposAttentionFn"]
 
 _BACKENDS: dict[str, Backend] = {"cuda": cuda, "triton": triton, "cpu": cpu, "torch": reference}
-# the CUDA kernels on request, until a GPU has measured them against Triton's
-OP: Op[Traits, Backend] = Op("relpos_attention", _BACKENDS, on_request=frozenset({"cuda"}))
+OP: Op[Traits, Backend] = Op("relpos_attention", _BACKENDS, on_request={"cuda": until_measured})
 
 torch.library.define(
     "lcconformer::relpos_attention_fwd",

@@ -56,6 +56,23 @@ def lines(tmp_path, monkeypatch):
         files = {
             "triton_cost": {"triton": "9.9", "kernels": costs},
             "cuda_resources": {"nvcc": "13", "kernels": kernels},
+            "cuda_cost": {
+                "nvcc": "13",
+                "triton": "9.9",
+                "kernels": [
+                    {
+                        "norm": "none",
+                        "channels": 256,
+                        "arch": 90,
+                        "batch": 32,
+                        "frames": 400,
+                        "microseconds": 6.5,
+                        "bound": "l2",
+                        "kilocycles": {"issue": 8.8},
+                        "triton": 7.9,
+                    },
+                ],
+            },
             "host_cost": {
                 "machine": "M",
                 "triton": "9.9",
@@ -101,6 +118,7 @@ def test_every_number_of_now_is_of_the_files(lines):
     assert cells(text, "training (32,400)  ... backward of attention")[-2:] == ["17", "2.00"]
     assert cells(text, "a.rows_64") == ["168", "0", "8"]
     assert cells(text, "b.reduce") == ["168", "0", "8"]
+    assert cells(text, "none ") == ["256", "sm_90", "(32,400)", "6.50", "l2", "8.80", "7.90"]
     assert not [line for line in text if "a.rows_128" in line]
     assert [line for line in text if line.startswith("- issue slots of partials.accumulate: not in triton_cost.json")]
 
