@@ -21,7 +21,6 @@ import tempfile
 from pathlib import Path
 
 import toolchain
-
 from lcconformer.kernels.cost import MACHINES, Program, Work, parse, predict
 
 CSRC = Path(__file__).resolve().parent

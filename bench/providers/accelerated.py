@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.case import Case
-from . import nemo, peers
+from . import nemo, peers, speechbrain
 
 __all__ = ["PEERS", "Peer"]
 
@@ -141,6 +141,20 @@ def _nemo(case: Case) -> nn.Module:
     return _Call(encoder, lambda m, x: m(audio_signal=x.transpose(1, 2), length=_lengths(x))[0].transpose(1, 2))
 
 
+def _speechbrain(case: Case) -> nn.Module:
+    with speechbrain.source() as module:
+        encoder = module.ConformerEncoder(
+            case.layers,
+            case.d_model,
+            case.ffn_dim,
+            case.num_heads,
+            kernel_size=case.kernel,
+            dropout=case.dropout,
+            attention_type="RoPEMHA",
+        )
+    return _Call(encoder, _first)
+
+
 def _lucidrains(case: Case) -> nn.Module:
     module: Any = importlib.import_module("conformer")
     heads = {"dim_head": case.d_model // case.num_heads, "heads": case.num_heads}
@@ -157,5 +171,6 @@ PEERS: tuple[Peer, ...] = (
     Peer("Parakeet", "transformers", peers.parakeet, _needs("transformers")),
     Peer("NeMo", "nemo_toolkit", _nemo, nemo.missing),
     Peer("ESPnet", "espnet", _espnet, _needs("espnet2")),
+    Peer("SpeechBrain", "speechbrain", _speechbrain, speechbrain.missing),
     Peer("lucidrains", "conformer", _lucidrains, _needs("conformer")),
 )

@@ -29,13 +29,7 @@ class SpeechBrainLayer(AcceleratedLayer):
     ``src_mask`` or chunks the peer computes.
     """
 
-    own_classes = (
-        "speechbrain.nnet.attention:PositionalwiseFeedForward",
-        "speechbrain.nnet.attention:RoPEMHA",
-        "ConvolutionModule",
-        "speechbrain.nnet.normalization:LayerNorm",
-        "speechbrain.nnet.activations:Swish",
-    )
+    own_classes = ("PositionalwiseFeedForward", "RoPEMHA", "ConvolutionModule", "LayerNorm", "Swish")
     keys = ()  # the engine has no rotary positions
 
     def check_structure(self) -> None:

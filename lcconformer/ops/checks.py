@@ -40,17 +40,21 @@ def check_shape(op: str, name: str, x: Tensor, shape: tuple[int | None, ...], le
 
 def check_same(op: str, **tensors: Tensor | None) -> None:
     """All given tensors are floating point and agree in dtype and device with the first."""
-    given = {name: t for name, t in tensors.items() if t is not None}
-    for name, t in given.items():
+    first, ref = "", None
+    for name, t in tensors.items():
+        if t is None:
+            continue
         check_tensor(op, name, t)
-    first, ref = next(iter(given.items()))
-    if ref.dtype not in FLOATS:
-        raise ValueError(f"{op}: {first} has dtype {ref.dtype}; expected one of float16, bfloat16, float32, float64")
-    for name, t in given.items():
-        if t.dtype != ref.dtype:
-            raise ValueError(f"{op}: {name} has dtype {t.dtype} but {first} has {ref.dtype}; cast them to one dtype")
-        if t.device != ref.device:
-            raise ValueError(f"{op}: {name} is on {t.device} but {first} is on {ref.device}; move them to one device")
+        if ref is None:
+            first, ref, dtype, device = name, t, t.dtype, t.device
+            if dtype not in FLOATS:
+                raise ValueError(
+                    f"{op}: {first} has dtype {dtype}; expected one of float16, bfloat16, float32, float64"
+                )
+        elif t.dtype != dtype:
+            raise ValueError(f"{op}: {name} has dtype {t.dtype} but {first} has {dtype}; cast them to one dtype")
+        elif t.device != device:
+            raise ValueError(f"{op}: {name} is on {t.device} but {first} is on {device}; move them to one device")
 
 
 def check_device(op: str, x: Tensor, **tensors: Tensor | None) -> None:

@@ -62,7 +62,9 @@ def differentiable_once(name: str, instead: str) -> Callable[[Callable[..., Any]
         @functools.wraps(backward)
         def once(ctx: Any, *douts: Any) -> Any:
             saved = list(ctx.saved_tensors)  # once: checkpointing hands them out no second time
-            twice = not torch.compiler.is_compiling() and torch.is_grad_enabled()
+            if not torch.is_grad_enabled():
+                return backward(ctx, saved, *douts)
+            twice = not torch.compiler.is_compiling()
             sources = [t for t in (*saved, *douts) if t is not None and t.requires_grad] if twice else []
             with torch.no_grad():
                 gradients = backward(ctx, saved, *douts)

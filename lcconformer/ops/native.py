@@ -6,6 +6,7 @@ csrc/cpu/kernels.h say what the fields are.  The object holds addresses, so the 
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import Any
 
@@ -28,14 +29,21 @@ def cpu_kernels() -> ModuleType:
     return extension.load().cpu
 
 
+@functools.cache
+def _element(dtype: torch.dtype) -> Any:
+    return getattr(cpu_kernels().Element, _ELEMENTS[dtype])
+
+
 def common(x: Tensor) -> dict[str, Any]:
     """Arguments of every kernel: the element type of the big tensors, which ``x`` is one of, and the number of threads."""
-    return {"element": getattr(cpu_kernels().Element, _ELEMENTS[x.dtype]), "threads": torch.get_num_threads()}
+    return {"element": _element(x.dtype), "threads": torch.get_num_threads()}
 
 
 def pointer(x: Tensor | None, element: int = 0) -> int:
     """Address of an element of ``x``, counted in memory from the first one; 0 without a tensor."""
-    return 0 if x is None else x.data_ptr() + element * x.element_size()
+    if x is None:
+        return 0
+    return x.data_ptr() + element * x.element_size() if element else x.data_ptr()
 
 
 def unit_stride(x: Tensor) -> Tensor:
@@ -50,7 +58,9 @@ def rows_of(x: Tensor) -> Tensor:
 
 def f32(x: Tensor | None) -> Tensor | None:
     """Parameters and statistics go to the kernels as contiguous float32."""
-    return None if x is None else x.to(torch.float32).contiguous()
+    if x is None or (x.dtype == torch.float32 and x.is_contiguous()):
+        return x
+    return x.to(torch.float32).contiguous()
 
 
 def i64(x: Tensor | None) -> Tensor | None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import importlib
-import sys
-from types import ModuleType
 
 import pytest
 import torch
-from lcconformer.bench.providers.bare import bare_packages, folder_of
+from lcconformer.bench.providers import speechbrain as speechbrain_source
 from torch import nn
 
 from lcconformer import accelerate, restore
@@ -19,12 +17,11 @@ from .peers import check_alike, randomise
 
 @pytest.fixture(scope="module")
 def speechbrain():
-    """SpeechBrain's own encoder, layers and attention; torchaudio, which they do not call, need not fit torch."""
-    if folder_of("speechbrain") is None:
-        pytest.skip("SpeechBrain is not installed; pip install --no-deps speechbrain")
-    with bare_packages("speechbrain"), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "torchaudio", ModuleType("torchaudio"))
-        yield importlib.import_module("speechbrain.lobes.models.transformer.Conformer")
+    """SpeechBrain's own encoder, layers and attention."""
+    if (why := speechbrain_source.missing()) is not None:
+        pytest.skip(why)
+    with speechbrain_source.source() as module:
+        yield module
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from ..derivatives import refuse_transforms
 from ..dropout import dropout_seed
 from . import reference
 from .arguments import FeedForward, Traits
-from .library import OP, FeedForwardFn
+from .library import OP, FeedForwardFn, launch_forward
 from .reference import feed_forward_reference
 
 __all__ = ["OP", "FeedForward", "Traits", "feed_forward", "feed_forward_reference"]
@@ -83,4 +83,4 @@ def feed_forward(
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in given):
         refuse_transforms(OP.name)
         return FeedForwardFn.apply(*args, backend)
-    return torch.ops.lcconformer.feed_forward_fwd(*args, False, backend=backend)[0]
+    return launch_forward(*args, False, backend=backend)[0]

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ..derivatives import ON_OPS, differentiable_once
+from ..dispatch import undispatched
 from ..registry import Op
 from . import cpu, reference, triton
 from .arguments import Backend, FeedForward, Traits
 
-__all__ = ["OP", "FeedForwardFn"]
+__all__ = ["OP", "FeedForwardFn", "launch_forward"]
 
 _BACKENDS: dict[str, Backend] = {"triton": triton, "cpu": cpu, "torch": reference}
 OP: Op[Traits, Backend] = Op("feed_forward", _BACKENDS)
@@ -30,16 +31,18 @@ torch.library.define(
 )
 
 
-@torch.library.impl("lcconformer::feed_forward_fwd", ("CPU", "CUDA"))
 def _fwd(*args: Any, backend: str = "triton") -> tuple[Tensor, ...]:
     *arguments, save = args
     return OP.backends[backend].forward(FeedForward(*arguments), save)
 
 
-@torch.library.impl("lcconformer::feed_forward_bwd", ("CPU", "CUDA"))
 def _bwd(dout: Tensor, *args: Any, backend: str = "triton") -> tuple[Tensor, ...]:
     *arguments, mean, rstd, u = args
     return OP.backends[backend].backward(dout, FeedForward(*arguments), mean, rstd, u)
+
+
+torch.library.impl("lcconformer::feed_forward_fwd", ("CPU", "CUDA"), _fwd)
+torch.library.impl("lcconformer::feed_forward_bwd", ("CPU", "CUDA"), _bwd)
 
 
 @torch.library.register_fake("lcconformer::feed_forward_fwd")
@@ -61,6 +64,10 @@ def _bwd_fake(dout: Tensor, *args: Any, backend: str = "triton") -> tuple[Tensor
     return call.x.new_empty(call.x.shape), call.norm_weight.new_empty((2, d)), dw1, db1, dw2, db2
 
 
+launch_forward = undispatched(torch.ops.lcconformer.feed_forward_fwd, _fwd)
+launch_backward = undispatched(torch.ops.lcconformer.feed_forward_bwd, _bwd)
+
+
 class FeedForwardFn(torch.autograd.Function):
     """Keeps x, the statistics of its rows and the up-projection; recomputes norm, activation and dropout.
 
@@ -70,7 +77,7 @@ class FeedForwardFn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         *arguments, backend = args
-        out, mean, rstd, u = torch.ops.lcconformer.feed_forward_fwd(*arguments, True, backend=backend)
+        out, mean, rstd, u = launch_forward(*arguments, True, backend=backend)
         ctx.save_for_backward(*arguments[:_TENSORS], mean, rstd, u)
         ctx.options, ctx.backend = tuple(arguments[_TENSORS:]), backend
         return out
@@ -79,7 +86,7 @@ class FeedForwardFn(torch.autograd.Function):
     @differentiable_once(OP.name, ON_OPS)
     def backward(ctx, saved_tensors, dout):
         *tensors, mean, rstd, u = saved_tensors
-        dx, dnorm, dw1, db1, dw2, db2 = torch.ops.lcconformer.feed_forward_bwd(
+        dx, dnorm, dw1, db1, dw2, db2 = launch_backward(
             dout, *tensors, *ctx.options, mean, rstd, u, backend=ctx.backend
         )
         _x, _norm_weight, _norm_bias, _w1, b1, _w2, b2, _seed = tensors

@@ -13,7 +13,7 @@ from ..checks import check_device, check_lengths, check_same, check_shape, float
 from ..derivatives import no_frames, refuse_transforms
 from . import reference
 from .arguments import NORMS, GluDepthwiseConv, Statistics, Traits
-from .library import OP, GluDepthwiseConvFn
+from .library import OP, GluDepthwiseConvFn, launch_forward
 from .reference import depthwise_conv1d, glu_depthwise_conv_reference, normalise, update_running
 
 __all__ = [
@@ -111,7 +111,7 @@ def glu_depthwise_conv(
         refuse_transforms(OP.name)
         out, mean, var, frames = GluDepthwiseConvFn.apply(*args.flat(), backend)
     else:
-        out, _y, mean, var, frames = torch.ops.lcconformer.glu_depthwise_conv_fwd(*args.flat(), False, backend=backend)
+        out, _y, mean, var, frames = launch_forward(*args.flat(), False, backend=backend)
     if args.training and running_mean is not None and running_var is not None:
         update_running(running_mean, running_var, mean, var, frames, momentum)
     return out

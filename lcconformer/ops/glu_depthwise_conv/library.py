@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ..derivatives import ON_OPS, differentiable_once
+from ..dispatch import undispatched
 from ..registry import Op
 from . import cpu, cuda, reference, triton
 from .arguments import Backend, GluDepthwiseConv, Statistics, Traits
 
-__all__ = ["OP", "GluDepthwiseConvFn"]
+__all__ = ["OP", "GluDepthwiseConvFn", "launch_forward"]
 
 _BACKENDS: dict[str, Backend] = {"cuda": cuda, "triton": triton, "cpu": cpu, "torch": reference}
 OP: Op[Traits, Backend] = Op("glu_depthwise_conv", _BACKENDS, on_request={"cuda": cuda.costlier})
@@ -31,17 +32,19 @@ torch.library.define(
 )
 
 
-@torch.library.impl("lcconformer::glu_depthwise_conv_fwd", ("CPU", "CUDA"))
 def _fwd(*args: Any, backend: str = "triton") -> tuple[Tensor, ...]:
     *arguments, save = args
     out, saved = OP.backends[backend].forward(GluDepthwiseConv(*arguments), save)
     return out, *saved
 
 
-@torch.library.impl("lcconformer::glu_depthwise_conv_bwd", ("CPU", "CUDA"))
 def _bwd(dout: Tensor, *args: Any, backend: str = "triton") -> tuple[Tensor, ...]:
     *arguments, y, mean, var, count = args
     return OP.backends[backend].backward(dout, GluDepthwiseConv(*arguments), Statistics(y, mean, var, count))
+
+
+torch.library.impl("lcconformer::glu_depthwise_conv_fwd", ("CPU", "CUDA"), _fwd)
+torch.library.impl("lcconformer::glu_depthwise_conv_bwd", ("CPU", "CUDA"), _bwd)
 
 
 @torch.library.register_fake("lcconformer::glu_depthwise_conv_fwd")
@@ -70,6 +73,10 @@ def _bwd_fake(dout: Tensor, *args: Any, backend: str = "triton") -> tuple[Tensor
     return call.x.new_empty(call.x.shape), call.weight.new_empty((k, c)), call.weight.new_empty((c,)), dnorm
 
 
+launch_forward = undispatched(torch.ops.lcconformer.glu_depthwise_conv_fwd, _fwd)
+launch_backward = undispatched(torch.ops.lcconformer.glu_depthwise_conv_bwd, _bwd)
+
+
 class GluDepthwiseConvFn(torch.autograd.Function):
     """Keeps the input and the convolution's output; the backward recomputes GLU, norm and activation.
 
@@ -80,7 +87,7 @@ class GluDepthwiseConvFn(torch.autograd.Function):
     def forward(ctx, *args):
         *arguments, backend = args
         call = GluDepthwiseConv(*arguments)
-        out, *saved = torch.ops.lcconformer.glu_depthwise_conv_fwd(*arguments, True, backend=backend)
+        out, *saved = launch_forward(*arguments, True, backend=backend)
         ctx.save_for_backward(call.x, call.weight, call.lengths, call.norm_weight, call.norm_bias, *saved)
         ctx.options, ctx.backend = tuple(arguments[_TENSORS:]), backend
         ctx.has_bias = call.bias is not None
@@ -94,8 +101,6 @@ class GluDepthwiseConvFn(torch.autograd.Function):
         x, weight, lengths, norm_weight, norm_bias, *saved = saved_tensors
         # bias and running statistics are not read, and the latter may have moved since
         inputs = (x, weight, None, lengths, norm_weight, norm_bias, None, None)
-        dx, dtaps, dbias, dnorm = torch.ops.lcconformer.glu_depthwise_conv_bwd(
-            dout, *inputs, *ctx.options, *saved, backend=ctx.backend
-        )
+        dx, dtaps, dbias, dnorm = launch_backward(dout, *inputs, *ctx.options, *saved, backend=ctx.backend)
         dnorm_bias, dnorm_weight = dnorm if dnorm.numel() else (None, None)
         return dx, dtaps.t(), dbias if ctx.has_bias else None, None, dnorm_weight, dnorm_bias, *(None,) * 8

@@ -22,7 +22,7 @@ from ..dropout import dropout_seed
 from ..registry import forced_backend
 from . import reference
 from .arguments import RelposAttention, Traits
-from .library import OP, RelposAttentionFn
+from .library import OP, RelposAttentionFn, launch_forward
 from .reference import relative_shift, relpos_attention_reference
 
 __all__ = ["OP", "RelposAttention", "Traits", "relative_shift", "relpos_attention", "relpos_attention_reference"]
@@ -90,7 +90,7 @@ def relpos_attention(
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, pos, u, v_bias)):
         refuse_transforms(OP.name)
         return RelposAttentionFn.apply(*args, backend)
-    out, _lse = torch.ops.lcconformer.relpos_attention_fwd(*args, backend=backend)
+    out, _lse = launch_forward(*args, backend=backend)
     return out
 
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..derivatives import ON_OPS, differentiable_once
+from ..dispatch import undispatched
 from ..registry import Op, until_measured
 from . import cpu, cuda, reference, triton
 from .arguments import Backend, RelposAttention, Traits
 
-__all__ = ["OP", "RelposAttentionFn"]
+__all__ = ["OP", "RelposAttentionFn", "launch_forward"]
 
 _BACKENDS: dict[str, Backend] = {"cuda": cuda, "triton": triton, "cpu": cpu, "torch": reference}
 OP: Op[Traits, Backend] = Op("relpos_attention", _BACKENDS, on_request={"cuda": until_measured})
@@ -29,15 +30,17 @@ torch.library.define(
 )
 
 
-@torch.library.impl("lcconformer::relpos_attention_fwd", ("CPU", "CUDA"))
 def _fwd(*args: Any, backend: str = "triton") -> tuple[Tensor, Tensor]:
     return OP.backends[backend].forward(RelposAttention(*args))
 
 
-@torch.library.impl("lcconformer::relpos_attention_bwd", ("CPU", "CUDA"))
 def _bwd(dout: Tensor, *args: Any, backend: str = "triton") -> tuple[Tensor, ...]:
     *arguments, out, lse = args
     return OP.backends[backend].backward(dout, RelposAttention(*arguments), out, lse)
+
+
+torch.library.impl("lcconformer::relpos_attention_fwd", ("CPU", "CUDA"), _fwd)
+torch.library.impl("lcconformer::relpos_attention_bwd", ("CPU", "CUDA"), _bwd)
 
 
 @torch.library.register_fake("lcconformer::relpos_attention_fwd")
@@ -52,6 +55,10 @@ def _bwd_fake(dout: Tensor, *args: Any, backend: str = "triton") -> tuple[Tensor
     return tuple(x.new_empty(x.shape) for x in args[:6])  # q, k, v, pos, u, v_bias
 
 
+launch_forward = undispatched(torch.ops.lcconformer.relpos_attention_fwd, _fwd)
+launch_backward = undispatched(torch.ops.lcconformer.relpos_attention_bwd, _bwd)
+
+
 class RelposAttentionFn(torch.autograd.Function):
     """Keeps the inputs, the output and the log-sum-exp of each row; recomputes weights and dropout from those.
 
@@ -61,7 +68,7 @@ class RelposAttentionFn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         *arguments, backend = args
-        out, lse = torch.ops.lcconformer.relpos_attention_fwd(*arguments, backend=backend)
+        out, lse = launch_forward(*arguments, backend=backend)
         *tensors, dropout_p = arguments
         ctx.save_for_backward(*tensors, out, lse)
         ctx.dropout_p, ctx.backend = dropout_p, backend
@@ -71,7 +78,5 @@ class RelposAttentionFn(torch.autograd.Function):
     @differentiable_once(OP.name, ON_OPS)
     def backward(ctx, saved_tensors, dout):
         *tensors, out, lse = saved_tensors
-        gradients = torch.ops.lcconformer.relpos_attention_bwd(
-            dout, *tensors, ctx.dropout_p, out, lse, backend=ctx.backend
-        )
+        gradients = launch_backward(dout, *tensors, ctx.dropout_p, out, lse, backend=ctx.backend)
         return *gradients, *(None,) * 5  # lengths, cu_seqlens, seed, dropout_p, backend

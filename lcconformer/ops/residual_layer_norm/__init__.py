@@ -13,7 +13,7 @@ from ..derivatives import refuse_transforms
 from ..dropout import dropout_seed
 from . import reference
 from .arguments import ResidualLayerNorm, Traits
-from .library import OP, ResidualLayerNormFn
+from .library import OP, ResidualLayerNormFn, launch_forward
 from .reference import residual_layer_norm_reference
 
 __all__ = ["OP", "ResidualLayerNorm", "Traits", "residual_layer_norm", "residual_layer_norm_reference"]
@@ -62,5 +62,5 @@ def residual_layer_norm(
     if torch.is_grad_enabled() and any(p.requires_grad for p in (x, y, weight, bias)):
         refuse_transforms(OP.name)
         return ResidualLayerNormFn.apply(*args, backend)
-    s, n, _mean, _rstd = torch.ops.lcconformer.residual_layer_norm_fwd(*args, backend=backend)
+    s, n, _mean, _rstd = launch_forward(*args, backend=backend)
     return s, n

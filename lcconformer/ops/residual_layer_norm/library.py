@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..derivatives import ON_OPS, differentiable_once
+from ..dispatch import undispatched
 from ..registry import Op
 from . import cpu, reference, triton
 from .arguments import Backend, ResidualLayerNorm, Traits
 
-__all__ = ["OP", "ResidualLayerNormFn"]
+__all__ = ["OP", "ResidualLayerNormFn", "launch_forward"]
 
 _BACKENDS: dict[str, Backend] = {"triton": triton, "cpu": cpu, "torch": reference}
 OP: Op[Traits, Backend] = Op("residual_layer_norm", _BACKENDS)
@@ -29,14 +30,16 @@ torch.library.define(
 )
 
 
-@torch.library.impl("lcconformer::residual_layer_norm_fwd", ("CPU", "CUDA"))
 def _fwd(*args: Any, backend: str = "triton") -> tuple[Tensor, ...]:
     return OP.backends[backend].forward(ResidualLayerNorm(*args))
 
 
-@torch.library.impl("lcconformer::residual_layer_norm_bwd", ("CPU", "CUDA"))
 def _bwd(*args: Any, backend: str = "triton") -> tuple[Tensor, ...]:
     return OP.backends[backend].backward(*args)
+
+
+torch.library.impl("lcconformer::residual_layer_norm_fwd", ("CPU", "CUDA"), _fwd)
+torch.library.impl("lcconformer::residual_layer_norm_bwd", ("CPU", "CUDA"), _bwd)
 
 
 @torch.library.register_fake("lcconformer::residual_layer_norm_fwd")
@@ -53,6 +56,10 @@ def _bwd_fake(ds, dn, s, mean, rstd, weight, seed, alpha, dropout_p, *, backend=
     return s.new_empty(s.shape), dy, weight.new_empty((2, weight.shape[0]))
 
 
+launch_forward = undispatched(torch.ops.lcconformer.residual_layer_norm_fwd, _fwd)
+launch_backward = undispatched(torch.ops.lcconformer.residual_layer_norm_bwd, _bwd)
+
+
 class ResidualLayerNormFn(torch.autograd.Function):
     """Keeps s and the statistics of its rows; recomputes dropout from its seed.
 
@@ -63,7 +70,7 @@ class ResidualLayerNormFn(torch.autograd.Function):
     def forward(ctx, *args):
         *arguments, backend = args
         call = ResidualLayerNorm(*arguments)
-        s, n, mean, rstd = torch.ops.lcconformer.residual_layer_norm_fwd(*arguments, backend=backend)
+        s, n, mean, rstd = launch_forward(*arguments, backend=backend)
         ctx.save_for_backward(s, mean, rstd, call.weight, call.seed)
         ctx.options, ctx.backend = (call.alpha, call.dropout_p), backend
         ctx.same = call.seed is None and call.alpha == 1.0
@@ -72,8 +79,6 @@ class ResidualLayerNormFn(torch.autograd.Function):
     @staticmethod
     @differentiable_once(OP.name, ON_OPS)
     def backward(ctx, saved_tensors, ds, dn):
-        dx, dy, dparams = torch.ops.lcconformer.residual_layer_norm_bwd(
-            ds, dn, *saved_tensors, *ctx.options, backend=ctx.backend
-        )
+        dx, dy, dparams = launch_backward(ds, dn, *saved_tensors, *ctx.options, backend=ctx.backend)
         dweight, dbias = dparams
         return dx, dx if ctx.same else dy, dweight, dbias, *(None,) * 5  # seed, alpha, dropout_p, eps, backend
