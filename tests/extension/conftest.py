@@ -66,7 +66,9 @@ def included(source: Path) -> set[Path]:
         path = left.pop()
         found.add(path)
         names = re.findall(r'^ *# *include "(.+)"', path.read_text(), re.MULTILINE)
-        left += [header for name in names if (header := CSRC / name) not in found]
+        beside = [path.parent / name for name in names]
+        headers = [near if near.exists() else CSRC / name for near, name in zip(beside, names)]
+        left += [header for header in headers if header not in found]
     return found
 
 

@@ -201,8 +201,8 @@ def test_what_would_hang_or_fail_to_launch_is_named(run_case, case, message):
 
 
 def test_a_kernel_is_compiled_again_for_its_own_headers_alone(gxx):
-    for source in (CSRC / "cuda").glob("*.cu"):
+    for source in (*(CSRC / "cuda").glob("*.cu"), *(CSRC / "cpu" / "simd").glob("*.cpp")):
         command = [gxx, "-MM", "-std=c++17", "-DLCC_EMULATION", f"-I{CSRC}", "-x", "c++", source]
         rule = subprocess.run(command, check=True, capture_output=True, text=True).stdout.replace("\\\n", " ")
-        assert {Path(name) for name in rule.split()[1:]} <= included(source)
+        assert {Path(name).resolve() for name in rule.split()[1:]} <= {path.resolve() for path in included(source)}
     assert CSRC / "cuda/relpos_attention.cuh" not in included(CSRC / "cuda/glu_depthwise_conv.cu")
