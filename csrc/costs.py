@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import resources
 import toolchain
 from lcconformer.kernels.cost import MACHINES, Program, Work, parse, predict
 
@@ -156,19 +156,6 @@ def collect(nvcc: toolchain.Nvcc, nvdisasm: str, compiler: str) -> dict[str, obj
     return {"nvcc": nvcc.version, "triton": filed["triton"], "kernels": rows}
 
 
-def write(report: dict, path: Path) -> None:
-    """The report as JSON, a row a line, atomically."""
-    rows = ",\n  ".join(json.dumps(row) for row in report["kernels"])
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        part.write_text(
-            f'{{\n "nvcc": "{report["nvcc"]}",\n "triton": "{report["triton"]}",\n "kernels": [\n  {rows}\n ]\n}}\n'
-        )
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the report to this file (JSON)")
@@ -181,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("no nvdisasm in the CUDA toolkit, on PATH or in Triton")
     report = collect(nvcc, nvdisasm, compiler)
     if args.out is not None:
-        write(report, args.out)
+        resources.write(report, args.out)
     print("Predictions by a static model, for ranking; never results. Cycles of the whole launch in thousands.\n")
     for row in report["kernels"]:
         units = ", ".join(f"{unit} {cycles:g}" for unit, cycles in row["kilocycles"].items() if cycles)
