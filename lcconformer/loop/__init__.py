@@ -1,8 +1,8 @@
 """The engines of the shared loop: all loops of an encoder as one computation instead of module by module.
 
-``modules``: the layer's modules, loop by loop (:mod:`.modules`).  ``loop``: :mod:`.training` where autograd records or a module
-drops or takes statistics, else :mod:`.inference`.  ``cluster``: :mod:`.cluster`, on request only.  ``auto`` takes an engine where it can serve and is known to
-be no slower; a forced engine that cannot serve raises with its reasons.
+``modules``: the layer's modules, loop by loop (:mod:`.modules`).  ``loop``: :mod:`.training` where autograd records, or a
+module drops elements or takes statistics, else :mod:`.inference`.  ``cluster``: :mod:`.cluster`, on request only.  ``auto``
+takes an engine where it can serve and is known to be no slower; a forced engine that cannot serve raises with its reasons.
 """
 
 from __future__ import annotations
