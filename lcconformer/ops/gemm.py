@@ -3,8 +3,8 @@
 For float32, PyTorch sends products to MKL. Its own oneDNN was 1.05 to 1.25 times as fast on one AMD EPYC with AVX-512, and
 1.6 to 2.3 times on another, where MKL reached 205 GFLOP/s on two cores (100 to 3,200 rows, 256 to 1,024 columns; gradients of
 weights, measured there alone: 1.2 to 2.2 times). MKL was as fast or faster on an Intel Xeon with AVX-512 (one thread; times as
-fast: 1.0 to 2.6 at 16 rows, 1.0 to 1.4 at 100, 0.96 to 1.2 at 400 and 1,600), and on an AMD EPYC without it (one thread; 1.1 to
-1.8 at 16 rows, 1.0 to 1.3 from 50 to 3,200, gradients of weights up to 1.5). bfloat16 goes to oneDNN by itself.
+fast: 1.0 to 2.6 at 16 rows, 1.0 to 1.4 at 100, 0.96 to 1.2 at 400 and 1,600), and on an AMD EPYC without it (one thread; 1.2 to
+2.1 at 16 rows, 1.0 to 1.5 at 50 to 3,200). bfloat16 goes to oneDNN by itself.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from torch.nn import functional as F
 
 __all__ = ["matmul_transposed", "weight_gradient"]
 
-
-_FEW_ROWS = 256
+_FEW_ROWS = 256  # of them a gradient in another layout than its weight's costs more than it gains
 
 
 @functools.cache
@@ -67,7 +66,7 @@ def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     if not _served(x, dy):
         return torch.mm(dy.t(), x)
     # the wider one where oneDNN expects a weight: 406 GFLOP/s at M, N, K = 3200, 1024, 256, the other way round 276, MKL 200;
-    # of few rows that is lost again when autograd copies the gradient into the weight's layout
+    # autograd then copies the gradient into the layout of the weight
     if dy.shape[1] >= x.shape[1] and len(x) > _FEW_ROWS:
         return matmul_transposed(x.t(), dy.t()).t()
     return matmul_transposed(dy.t(), x.t())
