@@ -3,8 +3,8 @@
 For float32, PyTorch sends products to MKL. Its own oneDNN was 1.05 to 1.25 times as fast on one AMD EPYC with AVX-512, and
 1.6 to 2.3 times on another, where MKL reached 205 GFLOP/s on two cores (100 to 3,200 rows, 256 to 1,024 columns; gradients of
 weights, measured there alone: 1.2 to 2.2 times). MKL was as fast or faster on an Intel Xeon with AVX-512 (one thread; times as
-fast: 1.0 to 2.6 at 16 rows, 1.0 to 1.4 at 100, 0.96 to 1.2 at 400 and 1,600), and on an AMD EPYC without it (one thread; 1.2 to
-2.1 at 16 rows, 1.0 to 1.5 at 50 to 3,200). bfloat16 goes to oneDNN by itself.
+fast: 1.0 to 2.6 at 16 rows, 1.0 to 1.4 at 100, 0.96 to 1.2 at 400 and 1,600), and on an AMD EPYC without AVX-512 (one thread;
+1.2 to 2.1 at 16 rows, 1.0 to 1.5 at 50 to 3,200). bfloat16 goes to oneDNN by itself.
 """
 
 from __future__ import annotations
