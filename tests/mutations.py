@@ -1728,7 +1728,7 @@ CUDA_OF_CLUSTERS = (
         "padding counted in the change",
         CLUSTER_LOOP,
         "threadIdx.x) / 16 < frames)",
-        "threadIdx.x) / 16 < kLoopFrames)",
+        "threadIdx.x) / 16 < (frames > 0 ? kLoopFrames : 0))",
         f"{ON_CLUSTER_LOOP}::test_each_utterance_stops_at_the_depth_of_adaptive[emulated]",
     ),
     Mutation(
