@@ -129,7 +129,7 @@ def build(config: AotConfig, arch: int) -> Binary:
         cubin = folder / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         usage = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "--dump-resource-usage", str(cubin)))
-        sass = _tool("nvdisasm", "-c", "-hex", str(cubin))
+        sass = _tool("nvdisasm", "-c", "-ndf", "-hex", str(cubin))  # without the analysis of its data flow
         serialized = _serialized(compiled.asm["ptx"], arch, folder)
     if usage is None:
         raise RuntimeError(f"{config.name}: cuobjdump printed no resource usage")

@@ -1174,7 +1174,7 @@ CUDA = (
         "products, LayerNorm: scale and shift of the last channels for all",
         CUDA_PRODUCTS,
         "        taps.store(place_of_constant(lane), constant);\n        __syncwarp();\n    }",
-        "        __syncwarp();\n    }",
+        "        if (c < 0) taps.store(place_of_constant(lane), constant);\n        __syncwarp();\n    }",
         f"{ON_CUDA_CONVOLUTION}::test_layer_norm[emulated-264-bfloat16]",
     ),
 )
@@ -1728,7 +1728,7 @@ CUDA_OF_CLUSTERS = (
         "padding counted in the change",
         CLUSTER_LOOP,
         "threadIdx.x) / 16 < frames)",
-        "threadIdx.x) / 16 < kLoopFrames)",
+        "threadIdx.x) / 16 < (frames > 0 ? kLoopFrames : 0))",
         f"{ON_CLUSTER_LOOP}::test_each_utterance_stops_at_the_depth_of_adaptive[emulated]",
     ),
     Mutation(
@@ -1986,9 +1986,10 @@ class Filed:
         if self.path is None:
             return
         row = {"file": mutation.file, "name": mutation.name, "test": mutation.test, "result": result}
-        row |= {"sources": sources(mutation), "commit": commit()}
+        row |= {"sources": sources(mutation), "commit": commit(self.path)}
         with self._lock:
-            rows = [other for other in self.rows if not self._is_of(other, mutation)]
+            known = {(m.file, m.name) for m in MUTATIONS if m is not mutation}
+            rows = [other for other in self.rows if (other["file"], other["name"]) in known]
             self.rows = sorted([*rows, row], key=lambda row: (row["file"], row["name"]))
             beside = self.path.with_name(f"{self.path.name}.tmp")
             beside.write_text("[\n" + ",\n".join(map(json.dumps, self.rows)) + "\n]\n")
@@ -1999,9 +2000,14 @@ class Filed:
         return (row["file"], row["name"]) == (mutation.file, mutation.name)
 
 
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, cwd=CHECKOUT, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+def commit(out: Path) -> str:
+    """The checkout's commit, with ``-dirty`` where a tracked file but ``out`` was changed."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], cwd=CHECKOUT, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+    changed = [CHECKOUT / line[3:] for line in git("status", "--porcelain", "--untracked-files=no").splitlines()]
+    return git("describe", "--always", "--exclude=*").strip() + "-dirty" * any(path != out.resolve() for path in changed)
 
 
 class Copies:

@@ -75,6 +75,12 @@ def test_the_tables_have_a_row_for_each(chosen: Sequence[Mutation], folder):
     assert table in TABLES, f"the table is to be{table}"
 
 
+def test_each_is_filed_as_caught():
+    """``python tests/mutations.py --out bench/results/mutations.json`` makes those that are not."""
+    rows = json.loads((ROOT / "bench" / "results" / "mutations.json").read_text())
+    assert {(row["file"], row["name"]): row["result"] for row in rows} == {(m.file, m.name): "caught" for m in MUTATIONS}
+
+
 def test_every_test_in_the_tables_exists():
     # the name of a file or of a function, wherever it is; the lists made by hand have no other check
     sources = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
@@ -182,6 +188,8 @@ def test_what_is_filed_as_caught_is_not_made_again(tmp_path, monkeypatch, capsys
     (checkout / "test_toy.py").write_text(TESTS)
     (checkout / "lcconformer").mkdir()
     (checkout / "lcconformer" / "__init__.py").touch()
+    out = checkout / "mutations.json"
+    out.write_text('[{"file": "toy.py", "name": "of old", "test": "", "result": "caught", "sources": "", "commit": ""}]')
     for command in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -q -m toy"):
         subprocess.run(["git", *command.split()], cwd=checkout, check=True)
     monkeypatch.setattr(mutations, "CHECKOUT", checkout)
@@ -192,7 +200,6 @@ def test_what_is_filed_as_caught_is_not_made_again(tmp_path, monkeypatch, capsys
         Mutation("lost", "toy.py", "2 * x", "3 * x", "test_toy.py::test_three"),
     ]
     monkeypatch.setattr(mutations, "MUTATIONS", changes)
-    out = tmp_path / "mutations.json"
 
     def run(*more):
         monkeypatch.setattr(sys, "argv", ["mutations.py", "--jobs", "2", "--out", str(out), *more])
@@ -210,7 +217,9 @@ def test_what_is_filed_as_caught_is_not_made_again(tmp_path, monkeypatch, capsys
     assert "MISSED  unseen" in said
     # another text of the file or of its test: to be seen again
     (checkout / "toy.py").write_text(TOY + "\n")
+    assert [row["name"] for row in json.loads(out.read_text()) if "-dirty" in row["commit"]] == []  # but for the file itself
     status, said, filed = run("--match", "sum")
+    assert [row["name"] for row in json.loads(out.read_text()) if "-dirty" in row["commit"]] == ["sum"]
     assert "0 of 1 changes are filed as caught" in said
     assert "caught  sum" in said
     assert status == 0

@@ -1,8 +1,8 @@
 """The engines of the shared loop: all loops of an encoder as one computation instead of module by module.
 
-``modules``: the layer's modules, loop by loop (:mod:`.modules`).  ``loop``: :mod:`.training` where autograd records, else
-:mod:`.inference`.  ``cluster``: :mod:`.cluster`, on request only.  ``auto`` takes an engine where it can serve and is known to
-be no slower; a forced engine that cannot serve raises with its reasons.
+``modules``: the layer's modules, loop by loop (:mod:`.modules`).  ``loop``: :mod:`.training` where autograd records, or a
+module drops elements or takes statistics, else :mod:`.inference`.  ``cluster``: :mod:`.cluster`, on request only.  ``auto``
+takes an engine where it can serve and is known to be no slower; a forced engine that cannot serve raises with its reasons.
 """
 
 from __future__ import annotations
@@ -167,14 +167,15 @@ def decide(
     if want == "cluster":
         against = _against_cluster(stack, x, packed)
         return Decision(None, None, against) if against else Decision("cluster", cluster.run)
-    chosen, kernels = _chosen(x), None
-    if _records(stack, x):
+    chosen, kernels, records = _chosen(x), None, _records(stack, x)
+    layers = watch.watch(stack)
+    # without gradients too: a pass to be recomputed with them (torch.utils.checkpoint, reentrant) draws the same dropout
+    if records or layers.trains():
         chosen += training.chosen(stack, x)
         kernels, changeable = training.kernels_or_reasons(stack, x, explaining)
         slower = training.slower(x, kernels)
     else:
-        layers = watch.watch(stack)
-        chosen += inference.chosen(stack, layers, x, packed)
+        chosen += inference.chosen(stack, x, packed)
         changeable = inference.reasons(layers, x)
         slower = inference.slower(stack, x)
     against = (*chosen, *changeable, *(slower if want == "auto" else ()))
@@ -185,8 +186,9 @@ def decide(
         return Decision("modules", by_modules, against, lost)
     if kernels is not None:
         # a graph has one shape, a packed batch any number of frames
-        train = captured.run if captured.wanted(x) and not packed else training.run
-        return Decision("training", functools.partial(train, backprop_depth=backprop_depth, kernels=kernels))
+        train = captured.run if records and captured.wanted(x) and not packed else training.run
+        recorded = backprop_depth if records else 0
+        return Decision("training", functools.partial(train, backprop_depth=recorded, kernels=kernels))
     return Decision("inference", inference.run)
 
 

@@ -46,11 +46,9 @@ _KEPT_FRAMES, _KEPT_SHAPES = 128, 4
 _KEPT_BYTES = 1 << 25
 
 
-def chosen(stack: LayerStack, layers: Watch, x: Tensor, packed: bool) -> list[str]:
+def chosen(stack: LayerStack, x: Tensor, packed: bool) -> list[str]:
     """Return what rules this engine out and was chosen for its own sake: modes of the call, and the encoder's config."""
     found = []
-    if layers.trains():
-        found.append("a module is in training mode")
     if torch.is_autocast_enabled(x.device.type):
         found.append("autocast is on")
     if x.device.type == "cuda":

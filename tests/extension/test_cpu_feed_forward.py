@@ -123,31 +123,51 @@ def test_same_bits_for_any_number_of_threads():
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-@pytest.mark.parametrize(("intel", "there"), [(False, True), (False, False), (True, True)])
-def test_products_of_either_library(intel, there, assert_close, monkeypatch):
+@pytest.mark.parametrize(("mkl", "there"), [(False, True), (False, False), (True, True)])
+def test_products_of_either_library(mkl, there, assert_close, monkeypatch):
     if there and not gemm._onednn():
         pytest.skip("this PyTorch has no oneDNN")
     called = []
-    monkeypatch.setattr(gemm, "_intel", lambda: intel)
+    monkeypatch.setattr(gemm, "_mkl_leads", lambda: mkl)
     monkeypatch.setattr(gemm, "_onednn", lambda: there)
     own = gemm.F.linear
     ours = SimpleNamespace(linear=lambda *args: (called.append(args), own(*args))[1])
     monkeypatch.setattr(gemm, "F", ours)
     check(assert_close, make_inputs(2, 9, 8, 24))
-    assert bool(called) == (intel or not there)
+    assert bool(called) == (mkl or not there)
+
+
+@pytest.mark.parametrize("rows", [100, 300])
+@pytest.mark.parametrize(("n", "k"), [(24, 8), (8, 24), (16, 16)])
+def test_gradient_of_a_weight(rows, n, k, monkeypatch):
+    """Of few rows it is laid out as the weight is: autograd would copy it otherwise."""
+    if not gemm._onednn():
+        pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr(gemm, "_mkl_leads", lambda: False)
+    dy, x = torch.randn(rows, n), torch.randn(rows, k)
+    got = gemm.weight_gradient(dy, x)
+    torch.testing.assert_close(got.double(), dy.double().t() @ x.double(), rtol=1e-5, atol=1e-4)
+    assert got.is_contiguous() == (rows == 100 or n < k)
 
 
 @pytest.mark.parametrize(
-    ("read", "expected"), [("vendor_id : GenuineIntel\n", True), ("vendor_id : AuthenticAMD\n", False), (None, False)]
+    ("avx512", "read", "expected"),
+    [
+        (True, "vendor_id : GenuineIntel\n", True),
+        (True, "vendor_id : AuthenticAMD\n", False),
+        (True, None, False),
+        (False, "vendor_id : AuthenticAMD\n", True),
+    ],
 )
-def test_the_processors_maker(read, expected, monkeypatch):
+def test_the_processor(avx512, read, expected, monkeypatch):
     def read_text(path, **_options):
         if read is None:
             raise FileNotFoundError(path)
         return read
 
     monkeypatch.setattr(gemm.Path, "read_text", read_text)
-    assert gemm._intel.__wrapped__() == expected
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
+    assert gemm._mkl_leads.__wrapped__() == expected
 
 
 def test_onednn_is_found_by_trying_it(monkeypatch):

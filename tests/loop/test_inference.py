@@ -362,8 +362,6 @@ def with_parametrization(encoder):
 
 
 REFUSED = {
-    "training": (lambda e: e.train(), "training mode"),
-    "training of a part": (lambda e: e.layers[0].attention.train(), "training mode"),
     "hook": (lambda e: e.layers[0].ffn1.up.register_forward_hook(lambda *_: None), "layers.0.ffn1.up has hooks"),
     "pre-hook": (lambda e: e.layers[0].register_forward_pre_hook(lambda *_: None), "layers.0 has hooks"),
     "subclass": (lambda e: setattr(e.layers[0].attention, "out", Scaled(24, 24)), "layers.0.attention.out is a Scaled"),
@@ -383,6 +381,15 @@ def test_refuses_an_encoder_it_does_not_know(change, reason):
     with engine("loop"), torch.no_grad(), pytest.raises(NotImplementedError, match=reason):
         encoder(x)
     if reason != "a weight is not":  # which the modules refuse too
+        assert not runs_the_engine(encoder, x)
+
+
+@pytest.mark.parametrize("part", ["", "layers.0.attention"])
+def test_what_drops_is_left_to_the_training_engine(part):
+    encoder, x = make_encoder(dropout=0.1), torch.randn(1, 9, 24)
+    encoder.get_submodule(part).train()
+    with torch.no_grad():
+        assert encoder.explain(x).engine == "training"
         assert not runs_the_engine(encoder, x)
 
 

@@ -596,15 +596,41 @@ def test_output_may_be_changed_in_place():
     (out.add_(1).sum() + states[2].sum() + plain.relu_().sum()).backward()
 
 
-def test_activation_checkpointing_around_it():
+@pytest.mark.parametrize("name", ["loop", "modules"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_around_it(name, reentrant):
+    """A reentrant pass runs without gradients first, and must drop what the recomputation drops."""
     encoder, x = make_encoder(dropout=0.3), data(torch.float32).requires_grad_()
-    results = []
-    for recompute in (False, True):
+    leaves, results = [x, *encoder.parameters()], []
+    for options in (None, {"use_reentrant": reentrant}):
         torch.manual_seed(3)
-        with engine("loop"):
-            out = checkpoint(encoder, x, LENGTHS, use_reentrant=False)[0] if recompute else encoder(x, LENGTHS)[0]
-            results.append(torch.autograd.grad(loss_of([out], LENGTHS), [x, *encoder.parameters()]))
+        for leaf in leaves:
+            leaf.grad = None
+        with engine(name):
+            out, *_ = encoder(x, LENGTHS) if options is None else checkpoint(encoder, x, LENGTHS, **options)
+            loss_of([out], LENGTHS).backward()
+        results.append([out, *(leaf.grad for leaf in leaves)])
     assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_nothing_is_kept_without_gradients(monkeypatch, checkpointing):
+    """The output of attention is written where the backward would find it, or nowhere in particular."""
+    encoder, x, kept = make_encoder(dropout=0.3), data(torch.float32), []
+    encoder.gradient_checkpointing = checkpointing
+    forward = shared_layer.SharedLayer.forward
+
+    def watched(self, *args, attended=None, **options):
+        kept.append(attended is not None)
+        return forward(self, *args, attended=attended, **options)
+
+    monkeypatch.setattr(shared_layer.SharedLayer, "forward", watched)
+    with engine("loop"):
+        encoder(x)
+        assert kept == [not checkpointing] * 4
+        with torch.no_grad():
+            encoder(x)
+        assert kept[4:] == [False] * 4
 
 
 def test_gradients_that_are_not_contiguous():
