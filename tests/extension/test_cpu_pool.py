@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -87,15 +88,16 @@ def _ran_for(queue, v, alone) -> None:
         return {t: int(Path(f"/proc/self/task/{t}/schedstat").read_text().split()[0]) for t in threads}
 
     run(v, PARTS, threads=3)
-    longest = dict.fromkeys(nanoseconds(), 0)
+    ran: dict[str, list[int]] = {thread: [] for thread in nanoseconds()}
     for _ in range(20):
         time.sleep(0.02)  # they sleep by now
         before = nanoseconds()
         CPU.wake_helpers()
         time.sleep(0.02)
-        longest = {t: max(longest[t], now - before[t]) for t, now in nanoseconds().items()}
+        for thread, now in nanoseconds().items():
+            ran[thread].append(now - before[thread])
     same = all(all(map(torch.equal, run(v, PARTS, threads=3), alone)) for _ in range(3))
-    queue.put((same, sorted(longest.values())))
+    queue.put((same, list(ran.values())))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason="reads how long threads ran as Linux counts it")
@@ -111,7 +113,9 @@ def test_helpers_are_woken_ahead_of_work():
         child.start()
         child.join(120)
         assert child.exitcode == 0, "the child hangs, or failed"
-        same, longest = queue.get()
+        same, ran = queue.get()
     assert same
-    assert len(longest) == 2
-    assert 60_000 < longest[0] <= longest[1] < 10_000_000
+    assert len(ran) == 2
+    # an interruption counts as running, so that a single time says little
+    assert min(map(statistics.median, ran)) > 60_000
+    assert max(map(max, ran)) < 10_000_000
