@@ -16,7 +16,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,23 @@ class _Exported(nn.Module):
 
 def _onnx(model: nn.Module, x: Tensor) -> bytes:
     """The float32 model at the shape of ``x`` as ONNX: with fixed frames a runtime computes the positions beforehand."""
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with _errors_alone("torch.onnx"), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(model, (x,), dynamo=True)
     assert program is not None
     return program.model_proto.SerializeToString()
+
+
+@contextlib.contextmanager
+def _errors_alone(name: str | None = None) -> Iterator[None]:
+    """Let a logger, or all below the root, say nothing but errors within the block."""
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def onnxruntime(case: Case) -> nn.Module:
@@ -86,8 +97,8 @@ def _quantized(model: bytes) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         given, made = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         given.write_bytes(model)
-        logging.getLogger().setLevel(logging.ERROR)  # its advice to run a shape inference that the exporter has done
-        quantize_dynamic(given, made, weight_type=QuantType.QInt8)
+        with _errors_alone():  # it advises to run a shape inference that the exporter has done
+            quantize_dynamic(given, made, weight_type=QuantType.QInt8)
         return made.read_bytes()
 
 

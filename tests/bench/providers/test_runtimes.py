@@ -1,6 +1,7 @@
 """Other runtimes compute the plain Conformer with the weights and inputs that everything else gets."""
 
 import importlib.util
+import logging
 import subprocess
 import sys
 
@@ -79,6 +80,16 @@ gc.collect()
 signal.signal(signal.SIGUSR1, lambda *_: print("received", flush=True))
 os.kill(os.getpid(), signal.SIGUSR1)
 """
+
+
+def test_logs_are_as_loud_as_before():
+    """Quantizing and exporting are quiet; what others have to say afterwards is heard."""
+    pytest.importorskip("onnxruntime")
+    loggers = [logging.getLogger(name) for name in (None, "torch.onnx", "lcconformer")]
+    before = [log.getEffectiveLevel() for log in loggers]
+    case = SMALL.replace(dtype="int8")
+    runtimes.onnxruntime(case)(torch.randn(case.batch, case.frames, case.d_model))
+    assert [log.getEffectiveLevel() for log in loggers] == before
 
 
 def test_signals_arrive_after_two_models_of_openvino():
