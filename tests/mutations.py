@@ -2007,7 +2007,8 @@ def commit(out: Path) -> str:
         return subprocess.run(["git", *command], cwd=CHECKOUT, check=True, stdout=subprocess.PIPE, text=True).stdout
 
     changed = [CHECKOUT / line[3:] for line in git("status", "--porcelain", "--untracked-files=no").splitlines()]
-    return git("describe", "--always", "--exclude=*").strip() + "-dirty" * any(path != out.resolve() for path in changed)
+    dirty = any(path != out.resolve() for path in changed)
+    return git("describe", "--always", "--exclude=*").strip() + "-dirty" * dirty
 
 
 class Copies:
