@@ -596,7 +596,7 @@ def test_output_may_be_changed_in_place():
     (out.add_(1).sum() + states[2].sum() + plain.relu_().sum()).backward()
 
 
-@pytest.mark.parametrize("name", ["loop", "modules"])
+@pytest.mark.parametrize("name", ["auto", "loop", "modules"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_around_it(name, reentrant):
     """A reentrant pass runs without gradients first, and must drop what the recomputation drops."""
@@ -613,11 +613,9 @@ def test_activation_checkpointing_around_it(name, reentrant):
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_nothing_is_kept_without_gradients(monkeypatch, checkpointing):
+def test_nothing_is_kept_without_gradients(monkeypatch):
     """The output of attention is written where the backward would find it, or nowhere in particular."""
     encoder, x, kept = make_encoder(dropout=0.3), data(torch.float32), []
-    encoder.gradient_checkpointing = checkpointing
     forward = shared_layer.SharedLayer.forward
 
     def watched(self, *args, attended=None, **options):
@@ -627,7 +625,7 @@ def test_nothing_is_kept_without_gradients(monkeypatch, checkpointing):
     monkeypatch.setattr(shared_layer.SharedLayer, "forward", watched)
     with engine("loop"):
         encoder(x)
-        assert kept == [not checkpointing] * 4
+        assert kept == [True] * 4
         with torch.no_grad():
             encoder(x)
         assert kept[4:] == [False] * 4

@@ -84,7 +84,8 @@ os.kill(os.getpid(), signal.SIGUSR1)
 
 def test_logs_are_as_loud_as_before():
     """Quantizing and exporting are quiet; what others have to say afterwards is heard."""
-    pytest.importorskip("onnxruntime")
+    for package in ("onnxruntime", "onnxscript"):
+        pytest.importorskip(package, reason="pip install 'lcconformer[test]'")
     loggers = [logging.getLogger(name) for name in (None, "torch.onnx", "lcconformer")]
     before = [log.getEffectiveLevel() for log in loggers]
     case = SMALL.replace(dtype="int8")
