@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..ssl.pretraining.optim import OPTIMIZERS
+
 __all__ = [
     "EXIT",
     "add_checkpoint_argument",
@@ -125,7 +127,9 @@ def add_feature_options(option: Option, group: argparse._ArgumentGroup) -> None:
 
 
 def add_optimizer_options(option: Option, group: argparse._ArgumentGroup) -> None:
-    """Add the settings of AdamW."""
+    """Add the optimizer and its settings."""
+    text = "adamw; muon: Muon for the matrices of the layers, AdamW for all else"
+    option(group, "--optimizer", text, choices=OPTIMIZERS)
     option(group, "--learning-rate", "peak learning rate")
     option(group, "--warmup", "part of the run in which the learning rate rises")
     option(group, "--weight-decay", "weight decay of matrices")

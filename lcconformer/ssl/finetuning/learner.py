@@ -1,4 +1,4 @@
-"""Model and optimizer: one optimizer step on a batch."""
+"""Model and optimizers: one optimizer step on a batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...data import Batch, Corpus, frame_count
 from ..model import PretrainingModel
 from ..pretraining.draws import torch_seed
-from ..pretraining.optim import load_optimizer_tensors, make_optimizer, optimizer_tensors
+from ..pretraining.optim import load_optimizer_tensors, make_optimizers, optimizer_tensors
 from .augment import draw_hidden
 from .settings import FinetuneSettings
 from .units import alphabet_of, batch_targets
@@ -22,7 +22,7 @@ __all__ = ["Learner"]
 
 
 class Learner:
-    """A new model with its optimizer.
+    """A new model with its optimizers.
 
     Args:
         settings: settings of the run.
@@ -63,13 +63,13 @@ class Learner:
         self.model.to(device)
         if settings.freeze_encoder:
             self.model.encoder.requires_grad_(False)
-        self.optimizer = make_optimizer(self.model, settings.weight_decay)
+        self.optimizers = make_optimizers(self.model, settings.optimizer, settings.weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint: ``model.*`` and ``optimizer.*``."""
         model = {f"model.{name}": x for name, x in self.model.state_dict().items()}
-        return model | {f"optimizer.{name}": x for name, x in optimizer_tensors(self.optimizer, self.model).items()}
+        return model | {f"optimizer.{name}": x for name, x in optimizer_tensors(self.optimizers, self.model).items()}
 
     def load(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], scaler: dict[str, Any]) -> None:
         """Restore the state of an earlier learner, whose model was the same.
@@ -78,7 +78,7 @@ class Learner:
             ValueError: the state of the optimizer does not fit, or there is one of a loss scaling, which fine-tuning lacks.
         """
         self.model.load_state_dict(model)
-        load_optimizer_tensors(self.optimizer, self.model, optimizer)
+        load_optimizer_tensors(self.optimizers, self.model, optimizer)
         if scaler:
             raise ValueError(f"the state of the loss scaling is damaged ({', '.join(sorted(scaler))})")
 
@@ -100,7 +100,7 @@ class Learner:
             encoder.eval()
         elif encoder.front_end is not None:
             encoder.front_end.requires_grad_(step >= settings.freeze_front_end)
-        for group in self.optimizer.param_groups:
+        for group in (g for optimizer in self.optimizers for g in optimizer.param_groups):
             group["lr"] = learning_rate
         frames, bins = frame_count(batch.lengths).tolist(), settings.features.num_bins
         hide = draw_hidden(settings.augment, batch.ids, frames, bins, seed=settings.seed, step=step)
@@ -112,11 +112,12 @@ class Learner:
             loss.backward()
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip))
         if math.isfinite(norm):
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
         else:
             for buffer, before in zip(encoder.buffers(), statistics):
                 buffer.copy_(before)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         return float(loss.detach()), norm
 
     @torch.no_grad()

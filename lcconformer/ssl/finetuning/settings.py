@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from ...config import ConformerConfig
 from ...validation import need_integer
 from ..model import FeatureSettings
 from ..pretraining import StepRecord
-from ..pretraining.settings import FREE_SETTINGS, TrainingSettings
+from ..pretraining.settings import TrainingSettings
 from .augment import AugmentSettings
 from .model import Recogniser, TaskSettings
 
@@ -39,7 +38,8 @@ class FinetuneSettings(TrainingSettings):
         steps: optimizer steps; the learning rate falls to zero at the last one.
         max_minutes: limit of the training time, over all parts of a resumed run.  The learning rate then follows the clock
             wherever the clock is ahead of the steps, so that reruns differ.  None: no limit.
-        learning_rate: peak learning rate of AdamW.
+        optimizer: ``"adamw"``; ``"muon"``: Muon (Jordan et al. 2024) for the matrices of the layers, AdamW for all else.
+        learning_rate: peak learning rate.
         warmup: part of the run in which the learning rate rises.
         weight_decay: weight decay of matrices; biases and norms have none.
         clip: largest norm of the gradient; longer gradients are scaled down to it.
@@ -65,6 +65,7 @@ class FinetuneSettings(TrainingSettings):
     freeze_front_end: int = 0
     steps: int = 2_000
     max_minutes: float | None = None
+    optimizer: str = "adamw"
     learning_rate: float = 2e-3
     warmup: float = 0.1
     weight_decay: float = 0.01
@@ -90,9 +91,7 @@ class FinetuneSettings(TrainingSettings):
 
     def describe(self) -> dict[str, Any]:
         """Everything besides the model that decides what a step computes, ready for JSON; a resumed run must agree in it."""
-        values = dataclasses.asdict(self)
-        model = [name for name in _NESTED if name != "augment"]
-        return {key: values[key] for key in values if key not in (*FREE_SETTINGS, *model)}
+        return self.describe_steps(*(name for name in _NESTED if name != "augment"))
 
     @classmethod
     def from_checkpoint(cls, meta: Mapping[str, Any]) -> FinetuneSettings:

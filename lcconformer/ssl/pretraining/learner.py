@@ -1,4 +1,4 @@
-"""Model, optimizer and loss scaling: one optimizer step over the batches of all ranks."""
+"""Model, optimizers and loss scaling: one optimizer step over the batches of all ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ...validation import is_number
 from ..masking import Masks
 from .distributed import Ranks
 from .draws import torch_seed
-from .optim import load_optimizer_tensors, make_optimizer, optimizer_tensors
+from .optim import load_optimizer_tensors, make_optimizers, optimizer_tensors
 from .settings import PretrainSettings
 
 __all__ = ["Learner", "Update"]
@@ -42,7 +42,7 @@ class Update:
 
 
 class Learner:
-    """A new model with its optimizer, on the device of this rank.
+    """A new model with its optimizers, on the device of this rank.
 
     Args:
         settings: settings of the run.
@@ -58,14 +58,14 @@ class Learner:
         self._settings, self._ranks = settings, ranks
         torch.manual_seed(settings.seed)
         self.model = settings.build_model().to(ranks.device)
-        self.optimizer = make_optimizer(self.model, settings.weight_decay)
+        self.optimizers = make_optimizers(self.model, settings.optimizer, settings.weight_decay)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=settings.precision == "float16")
         self._replica: nn.Module = self.model
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint: ``model.*`` and ``optimizer.*``."""
         model = {f"model.{name}": x for name, x in self.model.state_dict().items()}
-        return model | {f"optimizer.{name}": x for name, x in optimizer_tensors(self.optimizer, self.model).items()}
+        return model | {f"optimizer.{name}": x for name, x in optimizer_tensors(self.optimizers, self.model).items()}
 
     def load(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], scaler: dict[str, Any]) -> None:
         """Restore the state of an earlier learner, whose model was the same.
@@ -74,7 +74,7 @@ class Learner:
             ValueError: the state of the optimizer or of the loss scaling does not fit.
         """
         self.model.load_state_dict(model)
-        load_optimizer_tensors(self.optimizer, self.model, optimizer)
+        load_optimizer_tensors(self.optimizers, self.model, optimizer)
         like = self.scaler.state_dict()
         wrong = [key for key in {*like, *scaler} if not is_number(scaler.get(key)) or key not in like]
         if wrong:
@@ -111,7 +111,7 @@ class Learner:
                 sum(int(b.lengths.sum()) for b in batches),
             ]
         )
-        for group in self.optimizer.param_groups:
+        for group in (g for optimizer in self.optimizers for g in optimizer.param_groups):
             group["lr"] = learning_rate
         statistics = [b.clone() for b in model.encoder.buffers()]
         loss = torch.zeros((), device=ranks.device)
@@ -132,15 +132,17 @@ class Learner:
 
     def _update(self, statistics: Sequence[Tensor]) -> float:
         """Apply the gradient, or put back the encoder's buffers from before the step; returns the norm of the gradient."""
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self._settings.clip))
         if math.isfinite(norm) or self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)  # an enabled scaler leaves the step out by itself
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)  # an enabled scaler leaves the step out by itself
         if not math.isfinite(norm):
             for buffer, before in zip(self.model.encoder.buffers(), statistics):
                 buffer.copy_(before)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         return norm
 
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[Any]:

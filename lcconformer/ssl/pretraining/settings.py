@@ -13,11 +13,14 @@ from ...depth import DepthSampler
 from ...validation import need_integer, need_number
 from ..model import FeatureSettings, PretrainingModel
 from ..objectives import ObjectiveSettings
+from .optim import OPTIMIZERS
 
 __all__ = ["PretrainResult", "PretrainSettings", "StepRecord", "TrainingSettings"]
 
 FREE_SETTINGS = ("device", "workers", "checkpoint_every", "keep", "validate_every")
 """Settings that may differ between the parts of a resumed run: none of them changes what a step computes."""
+YOUNGER_SETTINGS = {"optimizer": "adamw"}
+"""Settings that checkpoints of earlier versions lack: at this value a run is what it was before, and is described so."""
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
@@ -29,6 +32,7 @@ class TrainingSettings:
     min_depth: int
     steps: int
     max_minutes: float | None
+    optimizer: str
     learning_rate: float
     warmup: float
     weight_decay: float
@@ -59,6 +63,8 @@ class TrainingSettings:
         need_number(owner, "warmup", self.warmup, 0, below=1)
         if self.max_minutes is not None:
             need_number(owner, "max_minutes", self.max_minutes, 0, open=True)
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer is {self.optimizer!r}; expected one of {', '.join(OPTIMIZERS)}")
         if self.precision not in precisions:
             raise ValueError(f"precision is {self.precision!r}; expected one of {', '.join(precisions)}")
         if not (self.device is None or isinstance(self.device, str)):
@@ -70,6 +76,12 @@ class TrainingSettings:
         return DepthSampler(
             self.depth, self.config.num_layers, self.min_depth, self.seed, steps=max(1, self.steps // 2)
         )
+
+    def describe_steps(self, *model: str) -> dict[str, Any]:
+        """Everything that decides what a step computes, besides ``model``, what describes the model; ready for JSON."""
+        values = dataclasses.asdict(self)  # type: ignore[call-overload]
+        old = [key for key, value in YOUNGER_SETTINGS.items() if values[key] == value]
+        return {key: values[key] for key in values if key not in (*FREE_SETTINGS, *old, *model)}
 
     def describe_free(self) -> dict[str, Any]:
         """The settings that a resumed run may change, ready for JSON."""
@@ -90,7 +102,8 @@ class PretrainSettings(TrainingSettings):
         steps: optimizer steps; the learning rate falls to zero at the last one.
         max_minutes: limit of the training time, over all parts of a resumed run.  The learning rate then follows the clock
             wherever the clock is ahead of the steps, so that reruns differ.  None: no limit.
-        learning_rate: peak learning rate of AdamW.
+        optimizer: ``"adamw"``; ``"muon"``: Muon (Jordan et al. 2024) for the matrices of the layers, AdamW for all else.
+        learning_rate: peak learning rate.
         warmup: part of the run in which the learning rate rises.
         weight_decay: weight decay of matrices; biases and norms have none.
         clip: largest norm of the gradient; longer gradients are scaled down to it.
@@ -117,6 +130,7 @@ class PretrainSettings(TrainingSettings):
     distill: float = 0.0
     steps: int = 10_000
     max_minutes: float | None = None
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
     warmup: float = 0.07
     weight_decay: float = 0.01
@@ -150,8 +164,7 @@ class PretrainSettings(TrainingSettings):
 
     def describe(self) -> dict[str, Any]:
         """Everything besides the model that decides what a step computes, ready for JSON; a resumed run must agree in it."""
-        values = dataclasses.asdict(self)
-        return {key: values[key] for key in values if key not in (*FREE_SETTINGS, "config", "features", "objective")}
+        return self.describe_steps("config", "features", "objective")
 
     @classmethod
     def from_checkpoint(cls, meta: Mapping[str, Any]) -> PretrainSettings:

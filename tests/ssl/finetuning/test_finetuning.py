@@ -127,7 +127,9 @@ def test_transcribe_spells_what_the_evaluation_scores(trained, corpus) -> None:
         trained.model.transcribe(audio, units="words")
 
 
-@pytest.mark.parametrize("more", [{}, {"depth": "sandwich", "augment": AugmentSettings()}, {"freeze_front_end": 3}])
+@pytest.mark.parametrize(
+    "more", [{}, {"depth": "sandwich", "augment": AugmentSettings()}, {"freeze_front_end": 3}, {"optimizer": "muon"}]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(corpus, tmp_path: Path, more) -> None:
     whole = finetune(settings(**more), corpus, corpus, out=tmp_path / "whole", progress=False)
     wanted = settings(**more, checkpoint_every=5, keep=3)

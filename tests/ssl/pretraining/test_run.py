@@ -81,6 +81,7 @@ VARIANTS = {
         "config": CONFIG.replace(conditioning=("film",), conv_norm="batch"),
     },
     "unshared": {"config": CONFIG.replace(sharing="none")},
+    "muon": {"config": CONFIG.replace(sharing="none"), "optimizer": "muon"},
     "layer_drop": {"config": CONFIG.replace(sharing="none", num_layers=3), "depth": "layer_drop"},
 }
 

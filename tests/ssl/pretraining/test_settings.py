@@ -72,6 +72,7 @@ def settings(**changes: object) -> PretrainSettings:
         ({"seed": -1}, "seed is -1"),
         ({"max_minutes": 0.0}, "max_minutes is 0.0"),
         ({"precision": "half"}, "precision is 'half'; expected one of float32"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'; expected one of adamw, muon"),
         ({"depth": "deep"}, "kind is 'deep'"),
         ({"min_depth": 4}, "low is 4 with num_layers = 3"),
         ({"distill": 1.0}, "distill is 1.0 with depth='uniform': only depth='sandwich'"),
@@ -89,6 +90,11 @@ def test_settings_come_back_from_a_checkpoint() -> None:
     meta = {**told.build_model().describe(), "settings": told.describe(), "free_settings": told.describe_free()}
     meta = json.loads(json.dumps(meta))
     assert PretrainSettings.from_checkpoint(meta) == told
+    assert "optimizer" not in meta["settings"]  # of AdamW nothing is said, as before there was another
+    muon = settings(optimizer="muon")
+    assert muon.describe() == {**settings().describe(), "optimizer": "muon"}
+    described = {**muon.build_model().describe(), "settings": muon.describe(), "free_settings": muon.describe_free()}
+    assert PretrainSettings.from_checkpoint(described) == muon
     del meta["free_settings"]  # as in checkpoints of version 0.1.0
     assert PretrainSettings.from_checkpoint(meta) == dataclasses.replace(told, **free_defaults())
     meta["settings"]["unheard_of"] = 1
