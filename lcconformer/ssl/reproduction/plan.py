@@ -83,14 +83,16 @@ _NARROW = FeatureSettings(80, 20.0, 5600.0)  # MP3 of telephone quality has noth
 PRESETS: dict[str, Preset] = {
     "tiny": _preset(
         "two CPU cores and two hours of aligned speech",
-        _encoder(144, 6, 15, 0.05),
+        _encoder(128, 9, 15, 0.05),
         _NARROW,
         {
             "tasks": _PHONES,
             "augment": AugmentSettings(frequency_width=10),
-            "steps": 2000,
+            "steps": 3000,
             "batch_seconds": 30.0,
             "warmup": 0.08,
+            "optimizer": "muon",
+            "learning_rate": 1.2e-3,
         },
         {"steps": 600, "batch_seconds": 40.0},
         probe=ProbeSettings(max_frames=200_000, epochs=4),
