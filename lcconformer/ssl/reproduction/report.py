@@ -37,6 +37,7 @@ _WORSE_MEAN, _WORSE_SEED = 0.01, 0.02  # what C may lose against A on average, a
 
 # from the abstract of arXiv 2105.00812
 PAPER = {"parameters": "7.8x", "training": "41.9%", "inference": "37.7%"}
+_OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon for the matrices of the layers and AdamW for all else"}
 _TITLES = {"frame_error": "frames wrong", "per": "PER", "cer": "CER", "wer": "WER"}
 
 
@@ -768,9 +769,9 @@ def _provenance(data: _Data, page: Page) -> None:
             f"{name} {weight:g}" for name, weight in training["tasks"].items() if name != "ctc_outputs" and weight
         )
         items.append(
-            f"supervised: {training['steps']} steps of at most {training['batch_seconds']:g} s, AdamW, peak learning "
-            "rate "
-            f"{training['learning_rate']:g}, weights of the losses: {tasks}"
+            f"supervised: {training['steps']} steps of at most {training['batch_seconds']:g} s, "
+            f"{_OPTIMIZERS[training.get('optimizer', 'adamw')]}, peak learning rate {training['learning_rate']:g}, weights of "
+            f"the losses: {tasks}"
         )
     page.items(items)
 

@@ -230,3 +230,14 @@ def test_mixed_commits_and_missing_runs_are_named(tmp_path: Path) -> None:
 def test_nothing_complete_is_a_page_that_says_so(tmp_path: Path) -> None:
     page = write(tmp_path, {}, missing=(("scratch", "A", 0),))
     assert "No run is complete." in page
+
+
+def test_the_optimizer_is_named(tmp_path: Path) -> None:
+    for name, said in ((None, "AdamW"), ("muon", "Muon for the matrices of the layers and AdamW for all else")):
+        runs = supervised()
+        for result, _ in runs.values():
+            if name and "description" in result:
+                result["description"]["settings"]["training"]["optimizer"] = name
+        out = tmp_path / str(name)
+        out.mkdir()
+        assert f"100 steps of at most 30 s, {said}, peak learning rate 0.002" in write(out, runs)
