@@ -9,11 +9,16 @@ and cycles of one trip of the main loop, then the cycles of each unit, the L2 ca
 thousands; what binds, and microseconds. They rank variants and notice regressions; they are never results.
 bench/results/triton_cost.json holds the output of `--cost --match bf16 --out`, on the Triton that it names; with
 `--against` it the exit status is 1 where something got over 3% costlier.
+
+With `--changed FILE`, one of either, only the configurations whose code is not that of FILE are compiled. The code is what
+Triton's frontend makes of a kernel, by its hash; from there on one Triton makes one binary of it. `--out` then has FILE's rows
+for the others.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import json
 import os
@@ -22,7 +27,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,9 +41,11 @@ from . import __path__ as PACKAGE_PATH
 
 try:
     import triton
+    from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
+    from triton.compiler.compiler import make_backend
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -50,11 +57,13 @@ from .cost import MACHINES, Prediction, parse, predict
 from .cost_shapes import SHAPES, shape_of, work
 
 __all__ = [
-    "Binary", "Resources", "build", "compile_config", "configs", "cost", "costlier", "kernel_modules", "main", "predictions",
-    "report", "resources", "violations", "write", "write_costs",
+    "Binary", "Resources", "build", "code_of", "compile_config", "configs", "cost", "costlier", "jobs_of", "kernel_modules",
+    "main", "predictions", "report", "resources", "unchanged", "violations", "write", "write_costs",
 ]  # fmt: skip
 
-Job = TypeVar("Job")
+Job = tuple[str, int, int]
+"""Module, architecture, and number of the configuration in what the module ships for it."""
+Todo = TypeVar("Todo")
 Done = TypeVar("Done")
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -106,12 +115,8 @@ def _serialized(ptx: str, arch: int, folder: Path) -> bool:
     return "C7515" in subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
 
-def build(config: AotConfig, arch: int) -> Binary:
-    """Compile for compute capability `arch` (90 for sm_90).
-
-    Raises:
-        RuntimeError: under TRITON_INTERPRET=1, where kernels cannot be compiled.
-    """
+def _source(config: AotConfig) -> tuple[Any, dict[str, Any]]:
+    """What Triton compiles, and the options of the launch; raises as `build` does."""
     if INTERPRETED:
         raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1; unset it")
     kernel, names = config.kernel, config.kernel.arg_names
@@ -122,7 +127,30 @@ def build(config: AotConfig, arch: int) -> Binary:
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in divisible_by_16(config)},
     )
     blocks = config.launch.blocks
-    options = {k: v for k, v in config.launch.kwargs().items() if k not in blocks}
+    return source, {k: v for k, v in config.launch.kwargs().items() if k not in blocks}
+
+
+def code_of(config: AotConfig, arch: int) -> str:
+    """Hash of Triton's IR of the kernel, before any pass, and of the options of the launch; raises as `build` does."""
+    source, options = _source(config)
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    parsed = backend.parse_options(dict(options))
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    helpers = backend.get_codegen_implementation(parsed), backend.get_module_map()
+    text = source.make_ir(target, parsed, *helpers, context).str_nodebug()
+    return hashlib.sha256(f"{sorted(options.items())}\n{text}".encode()).hexdigest()[:16]
+
+
+def build(config: AotConfig, arch: int) -> Binary:
+    """Compile for compute capability `arch` (90 for sm_90).
+
+    Raises:
+        RuntimeError: under TRITON_INTERPRET=1, where kernels cannot be compiled.
+    """
+    source, options = _source(config)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -187,11 +215,12 @@ class Row:
     arch: int
     num_warps: int
     num_stages: int
+    code: str
     resources: Resources
     violations: tuple[str, ...]
 
 
-def _work(job: tuple[str, int, int]) -> Row:
+def _work(job: Job) -> Row:
     module, arch, index = job
     config = configs(module, arch)[index]
     used = compile_config(config, arch)
@@ -201,6 +230,7 @@ def _work(job: tuple[str, int, int]) -> Row:
         arch,
         config.launch.num_warps,
         config.launch.num_stages,
+        code_of(config, arch),
         used,
         tuple(violations(config, arch, used)),
     )
@@ -213,6 +243,7 @@ class Cost:
     name: str
     dtype: str
     arch: int
+    code: str
     batch: int
     frames: int
     registers: int
@@ -234,7 +265,7 @@ def predictions(
     stated = [(b, t, work(config, shape_of(config, b, t, d_model))) for b, t in shapes]
     if all(own is None for _, _, own in stated):
         return []
-    binary = build(config, arch)
+    binary, code = build(config, arch), code_of(config, arch)
     program = parse(binary.sass)
     found = []
     for batch, frames, own in stated:
@@ -256,6 +287,7 @@ def predictions(
                 config.name,
                 config.dtype,
                 arch,
+                code,
                 batch,
                 frames,
                 binary.registers,
@@ -267,7 +299,8 @@ def predictions(
     return found
 
 
-def _jobs(modules: Iterable[str], archs: Iterable[int], match: str) -> list[tuple[str, int, int]]:
+def jobs_of(modules: Iterable[str], archs: Iterable[int], match: str = "") -> list[Job]:
+    """Every configuration whose name and dtype contain `match`, in a fixed order."""
     return [
         (module, arch, index)
         for module in modules
@@ -277,8 +310,37 @@ def _jobs(modules: Iterable[str], archs: Iterable[int], match: str) -> list[tupl
     ]
 
 
-def _costs_of(job: tuple[str, int, int, tuple[tuple[int, int], ...], int]) -> list[Cost] | ValueError:
-    module, arch, index, shapes, d_model = job
+def unchanged(todo: Collection[Job], path: Path, jobs: int = 1) -> dict[Job, list[dict[str, Any]]]:
+    """The configurations whose code is that of a file of `write` or `write_costs`, with their rows there.
+
+    Raises:
+        ValueError: the file is of another version of Triton, whose code is another.
+    """
+    filed: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in _filed(path):
+        filed.setdefault(tuple(row[k] for k in ("name", "dtype", "arch", "code")), []).append(row)
+    found = zip(todo, _mapped(_key_of, list(todo), jobs))
+    return {job: filed[key] for job, key in found if key in filed}
+
+
+def _key_of(job: Job) -> tuple[str, str, int, str]:
+    module, arch, index = job
+    config = configs(module, arch)[index]
+    return config.name, config.dtype, arch, code_of(config, arch)
+
+
+def _filed(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file; raises as `unchanged` does."""
+    filed = read_json(path)
+    if filed["triton"] != triton.__version__:
+        raise ValueError(
+            f"{path} is of Triton {filed['triton']}, this is {triton.__version__}: they compile differently"
+        )
+    return list(filed["kernels"])
+
+
+def _costs_of(todo: tuple[Job, tuple[tuple[int, int], ...], int]) -> list[Cost] | ValueError:
+    (module, arch, index), shapes, d_model = todo
     try:
         return predictions(configs(module, arch)[index], arch, shapes, d_model)
     except ValueError as error:
@@ -286,20 +348,13 @@ def _costs_of(job: tuple[str, int, int, tuple[tuple[int, int], ...], int]) -> li
 
 
 def cost(
-    modules: Iterable[str],
-    archs: Iterable[int],
-    match: str = "",
-    jobs: int = 1,
-    shapes: tuple[tuple[int, int], ...] = SHAPES,
-    d_model: int = 256,
-) -> Iterator[Cost | ValueError]:
-    """Predict what every configuration whose name contains `match` costs at each shape, in a fixed order, or say why not."""
-    todo = [(*job, shapes, d_model) for job in _jobs(modules, archs, match)]
-    for found in _mapped(_costs_of, todo, jobs):
-        yield from [found] if isinstance(found, ValueError) else found
+    todo: Iterable[Job], jobs: int = 1, shapes: tuple[tuple[int, int], ...] = SHAPES, d_model: int = 256
+) -> Iterator[list[Cost] | ValueError]:
+    """Predict what each configuration costs at each shape, or say why not; in order, as they finish."""
+    yield from _mapped(_costs_of, [(job, shapes, d_model) for job in todo], jobs)
 
 
-def _mapped(function: Callable[[Job], Done], todo: list[Job], jobs: int) -> Iterator[Done]:
+def _mapped(function: Callable[[Todo], Done], todo: list[Todo], jobs: int) -> Iterator[Done]:
     if jobs == 1:
         yield from map(function, todo)
         return
@@ -307,14 +362,18 @@ def _mapped(function: Callable[[Job], Done], todo: list[Job], jobs: int) -> Iter
         yield from pool.map(function, todo)
 
 
-def report(modules: Iterable[str], archs: Iterable[int], match: str = "", jobs: int = 1) -> Iterator[Row]:
-    """Compile every configuration whose name contains `match`; rows come in a fixed order as they finish."""
-    yield from _mapped(_work, _jobs(modules, archs, match), jobs)
+def report(todo: Iterable[Job], jobs: int = 1) -> Iterator[Row]:
+    """Compile each configuration; rows come in order as they finish."""
+    yield from _mapped(_work, list(todo), jobs)
 
 
 def write(rows: Iterable[Row], path: Path) -> None:
     """Write the rows and the version of Triton atomically as JSON, one row per line."""
-    _write([{k: v for k, v in asdict(row).items() if k != "resources"} | asdict(row.resources) for row in rows], path)
+    _write([_flat_row(row) for row in rows], path)
+
+
+def _flat_row(row: Row) -> dict[str, Any]:
+    return {k: v for k, v in asdict(row).items() if k != "resources"} | asdict(row.resources)
 
 
 def _flat(row: Cost) -> dict[str, Any]:
@@ -352,13 +411,8 @@ def costlier(rows: Iterable[Cost], path: Path) -> list[str]:
     Raises:
         ValueError: the file is of another version of Triton, whose code is another.
     """
-    filed = read_json(path)
-    if filed["triton"] != triton.__version__:
-        raise ValueError(
-            f"{path} is of Triton {filed['triton']}, this is {triton.__version__}: they compile differently"
-        )
     keys = ("name", "dtype", "arch", "batch", "frames")
-    before = {tuple(row[k] for k in keys): row for row in filed["kernels"]}
+    before = {tuple(row[k] for k in keys): row for row in _filed(path)}
     found = []
     for row in map(_flat, rows):
         key = tuple(row[k] for k in keys)
@@ -393,34 +447,51 @@ def _print_costs(args: argparse.Namespace) -> int:
         f"| kernel | dtype | sm | B x T | regs | blocks/SM | slots | trip | mma | {' | '.join(_UNITS)} | bound | us | |"
     )
     print("|" + "---|" * (13 + len(_UNITS)))
+    todo, kept = _todo(args, archs)
+    made: dict[Job, list[dict[str, Any]]] = {}
     rows, wrong = [], 0
-    for row in cost(args.op or kernel_modules(), archs, args.match, args.jobs, shapes, args.d_model):
-        if isinstance(row, ValueError):
-            print(row, file=sys.stderr)
+    left = [job for job in todo if job not in kept]
+    for job, found in zip(left, cost(left, args.jobs, shapes, args.d_model)):
+        if isinstance(found, ValueError):
+            print(found, file=sys.stderr)
             wrong += 1
             continue
-        p = row.prediction
-        rows.append(row)
-        units = " | ".join(f"{p.cycles[u] / 1e3:.3g}" for u in _UNITS)
-        notes = [f"stack {row.stack}"] * bool(row.stack) + ["serialised"] * row.serialized
-        print(
-            f"| {row.name} | {row.dtype} | {row.arch} | {row.batch}x{row.frames} | {row.registers} | {p.resident} | {p.slots} "
-            f"| {p.trip:.0f} | {p.mma:.0f} | {units} | {p.bound} | {p.microseconds:.4g} | {', '.join(notes)} |",
-            flush=True,
-        )
-    if args.out:
-        write_costs(rows, args.out)
-    if args.against:
-        found = costlier(rows, args.against)
-        for line in found:
-            print(line, file=sys.stderr)
-        if found:
+        rows += found
+        made[job] = [_flat(row) for row in found]
+        for row in found:
+            p = row.prediction
+            units = " | ".join(f"{p.cycles[u] / 1e3:.3g}" for u in _UNITS)
+            notes = [f"stack {row.stack}"] * bool(row.stack) + ["serialised"] * row.serialized
             print(
-                f"{len(found)} predictions are costlier; if that is meant, write the file again by --out",
-                file=sys.stderr,
+                f"| {row.name} | {row.dtype} | {row.arch} | {row.batch}x{row.frames} | {row.registers} | {p.resident} "
+                f"| {p.slots} | {p.trip:.0f} | {p.mma:.0f} | {units} | {p.bound} | {p.microseconds:.4g} "
+                f"| {', '.join(notes)} |",
+                flush=True,
             )
-        return int(bool(found))
-    return 0
+    if args.out:
+        _write_all(todo, kept | made, args.out)
+    costly = costlier(rows, args.against) if args.against else []
+    for line in costly:
+        print(line, file=sys.stderr)
+    if costly:
+        print(
+            f"{len(costly)} predictions are costlier; if that is meant, write the file again by --out", file=sys.stderr
+        )
+    return int(bool(wrong or costly))
+
+
+def _todo(args: argparse.Namespace, archs: Iterable[int]) -> tuple[list[Job], dict[Job, list[dict[str, Any]]]]:
+    """What is asked for, and the rows of `--changed` for what is in that file already."""
+    todo = jobs_of(args.op or kernel_modules(), archs, args.match)
+    if not args.changed:
+        return todo, {}
+    kept = unchanged(todo, args.changed, args.jobs)
+    print(f"{len(kept)} of {len(todo)} configurations are as in {args.changed}; not compiled", file=sys.stderr)
+    return todo, kept
+
+
+def _write_all(todo: Iterable[Job], rows: Mapping[Job, Iterable[dict[str, Any]]], path: Path) -> None:
+    _write([row for job in todo for row in rows.get(job, ())], path)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -430,6 +501,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--match", default="", help="only configurations whose name and dtype contain this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, help="also write the rows to this file (JSON)")
+    parser.add_argument(
+        "--changed", type=Path, metavar="FILE", help="compile only what is not in FILE, as --out wrote it, already"
+    )
     parser.add_argument(
         "--cost", action="store_true", help="predict what launches cost (sm_80 and sm_90 unless --arch)"
     )
@@ -448,8 +522,10 @@ def main(argv: list[str] | None = None) -> int:
         return _print_costs(args)
     print("| kernel | dtype | sm | warps | stages | registers | stack | shared KiB | instructions | tensor core | |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
+    todo, kept = _todo(args, args.arch or SHARED_MEMORY)
+    left = [job for job in todo if job not in kept]
     rows = []
-    for row in report(args.op or kernel_modules(), args.arch or SHARED_MEMORY, args.match, args.jobs):
+    for row in report(left, args.jobs):
         r = row.resources
         rows.append(row)
         print(
@@ -459,7 +535,7 @@ def main(argv: list[str] | None = None) -> int:
             flush=True,
         )
     if args.out:
-        write(rows, args.out)
+        _write_all(todo, kept | {job: [_flat_row(row)] for job, row in zip(left, rows)}, args.out)
     bad = sum(bool(row.violations) for row in rows)
     if bad:
         print(f"{bad} configurations break their budget", file=sys.stderr)

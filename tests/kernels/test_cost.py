@@ -285,7 +285,7 @@ def test_the_gate_notices_a_slower_kernel(tmp_path):
 def cost(**changes: object) -> report.Cost:
     program = parse(listing("FADD R0, R1, R2", "EXIT"))
     predicted = predict(program, H200, Work(1320, (), 1e9), warps=4, registers=32, shared=0)
-    return dataclasses.replace(report.Cost("op", "bf16", 90, 32, 400, 32, 0, False, predicted), **changes)
+    return dataclasses.replace(report.Cost("op", "bf16", 90, "c0de", 32, 400, 32, 0, False, predicted), **changes)
 
 
 def test_a_kernel_without_a_filed_cost_is_named(tmp_path):
@@ -308,6 +308,6 @@ def test_no_kernel_got_costlier():
     filed = json.loads(FILED.read_text())["triton"]
     if filed != report.triton.__version__:
         pytest.skip(f"{FILED.name} is of Triton {filed}, this is {report.triton.__version__}")
-    run = ("-m", "lcconformer.kernels.report", "--cost", "--match", "bf16", "--jobs", "2", "--against", str(FILED))
-    done = run_python(*run)
+    run = ("-m", "lcconformer.kernels.report", "--cost", "--match", "bf16", "--jobs", "2")
+    done = run_python(*run, "--changed", str(FILED), "--against", str(FILED))
     assert done.returncode == 0, done.stderr

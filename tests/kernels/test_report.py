@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -99,7 +100,7 @@ def test_attention_on_hopper():
 
 def test_rows_are_written(tmp_path):
     out = tmp_path / "rows.json"
-    row = report.Row("op", "bf16", 90, 4, 2, resources(stack=8), ())
+    row = report.Row("op", "bf16", 90, 4, 2, "c0de", resources(stack=8), ())
     report.write([row, row], out)
     written = json.loads(out.read_text())
     assert written["triton"] == report.triton.__version__
@@ -112,13 +113,17 @@ def test_the_filed_table_is_of_what_is_shipped():
     """What users read is what would be compiled today, and breaks no budget."""
     filed = json.loads(TABLE.read_text())["kernels"]
     shipped = [
-        (config.name, config.dtype, arch, config.launch.num_warps, config.launch.num_stages)
+        (config, arch)
         for module in report.kernel_modules()
         for arch in SHARED_MEMORY
         for config in report.configs(module, arch)
     ]
-    assert [(r["name"], r["dtype"], r["arch"], r["num_warps"], r["num_stages"]) for r in filed] == shipped
-    assert [r for r in filed if r["violations"]] == []
+    names = [(r["name"], r["dtype"], r["arch"], r["num_warps"], r["num_stages"]) for r in filed]
+    assert names == [(c.name, c.dtype, arch, c.launch.num_warps, c.launch.num_stages) for c, arch in shipped]
+    fields = [f.name for f in dataclasses.fields(report.Resources)]
+    for row, (config, arch) in zip(filed, shipped):
+        used = report.Resources(**{name: row[name] for name in fields})
+        assert report.violations(config, arch, used) == row["violations"] == [], row
 
 
 def test_no_such_match_is_an_empty_table():
@@ -140,11 +145,63 @@ runpy.run_module("lcconformer.kernels.report", run_name="__main__")
     assert 'pip install "lcconformer[triton]"' in line
 
 
+def test_only_what_changed_is_compiled(tmp_path):
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    some = ("--op", "partials", "--arch", "90", "--jobs", "1")
+    assert len(rows(run_report(*some, "--out", str(first)).stdout)) == 3
+    done = run_report(*some, "--changed", str(first), "--out", str(second))
+    assert rows(done.stdout) == []
+    assert f"3 of 3 configurations are as in {first}" in done.stderr
+    assert second.read_bytes() == first.read_bytes()
+    table = json.loads(first.read_text())
+    table["kernels"][1] |= {"code": "another", "registers": 1}
+    first.write_text(json.dumps(table))
+    assert len(rows(run_report(*some, "--changed", str(first), "--out", str(first)).stdout)) == 1
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_table_of_another_triton_is_refused(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('{"triton": "2.0", "kernels": []}')
+    with pytest.raises(ValueError, match=r"of Triton 2\.0"):
+        report.unchanged([], path)
+
+
+SAMPLE = """
+import sys
+from pathlib import Path
+from lcconformer.architectures import SHARED_MEMORY
+from lcconformer.kernels import report
+jobs = report.jobs_of(report.kernel_modules(), SHARED_MEMORY)
+report.write(report.report(jobs[::12], 2), Path(sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def same_triton():
+    filed = json.loads(TABLE.read_text())["triton"]
+    if filed != report.triton.__version__:
+        pytest.skip(f"{TABLE.name} is of Triton {filed}, this is {report.triton.__version__}")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("arch", sorted(SHARED_MEMORY))
-def test_budgets(arch):
-    """All ops, all shipped configurations."""
-    done = run_report("--arch", str(arch), "--jobs", "2")
+@pytest.mark.usefixtures("same_triton")
+def test_budgets():
+    """The filed rows, which break no budget, are of the very code that ships: all ops, configurations and architectures."""
+    done = run_report("--changed", str(TABLE), "--jobs", "2")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(rows(done.stdout)) > 50
+    command = f"python -m lcconformer.kernels.report --changed {TABLE.name} --out {TABLE.name}, in {TABLE.parent}"
+    assert rows(done.stdout) == [], f"compiled otherwise than what is filed; file it: {command}\n{done.stdout}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("same_triton")
+def test_what_is_filed_is_what_the_compiler_makes(tmp_path):
+    """Every twelfth configuration."""
+    out = tmp_path / "sample.json"
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", SAMPLE, str(out)], env=env, check=True)
+    filed = json.loads(TABLE.read_text())["kernels"]
+    assert json.loads(out.read_text())["kernels"] == filed[::12]
