@@ -59,7 +59,7 @@ def test_every_step_runs_under_a_limit(checkout: dict[str, str]) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     ran = [line.split(" ", 1) for line in Path(checkout["LOG"]).read_text().splitlines()]
-    assert len(ran) == 12
+    assert len(ran) == 13
     assert {what.split(" ")[0] for _, what in ran} == {"pip", "pytest", "python", "ruff", "mypy", "format.sh"}
     for limit, what in ran:
         assert limit.isdecimal(), f"no limit: {what}"
