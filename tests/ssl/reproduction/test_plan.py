@@ -18,7 +18,7 @@ from lcconformer.ssl.reproduction.models import count_parameters
 from lcconformer.ssl.reproduction.speech import NoisyCorpus
 
 BASE = PRESETS["tiny"].finetune.config
-FILED = Path(__file__).parents[3] / "bench" / "results" / "paper-tiny-adamw" / "runs"
+RESULTS = Path(__file__).parents[3] / "bench" / "results"
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +67,22 @@ def test_a_key_is_that_of_what_decides_the_numbers(spoken) -> None:
     )
 
 
-def test_runs_of_older_versions_are_found(spoken) -> None:
-    """A configuration has more fields than when the filed runs were trained; their keys are the same."""
-    filed = [json.loads(path.read_text())["description"] for path in sorted(FILED.glob("scratch-*/result.json"))]
-    assert filed
+def older_preset():
     tiny = PRESETS["tiny"]
     encoder = tiny.finetune.config.replace(d_model=144, ffn_dim=576, num_layers=6)
     settings = dataclasses.replace(tiny.finetune, config=encoder, optimizer="adamw", learning_rate=2e-3, steps=2000)
-    older = dataclasses.replace(tiny, finetune=settings)
-    planned = {run.name: run for run in runs(spoken, older, models=("A", "C", "C-time"))}
+    return dataclasses.replace(tiny, finetune=settings)
+
+
+@pytest.mark.parametrize(
+    ("folder", "preset"), [("paper-tiny", PRESETS["tiny"]), ("paper-tiny-adamw", older_preset())], ids=["now", "older"]
+)
+def test_runs_of_older_versions_are_found(spoken, folder, preset) -> None:
+    """A configuration has more fields than when the filed runs were trained; their keys are the same."""
+    places = sorted((RESULTS / folder / "runs").glob("scratch-*/result.json"))
+    filed = [json.loads(path.read_text())["description"] for path in places]
+    assert filed
+    planned = {run.name: run for run in runs(spoken, preset, models=("A", "C", "C-time", "D-time"))}
     for old in filed:
         new = planned[f"scratch-{old['model']}-seed{old['seed']}"].description
         for one in (old, new):  # what the speech decides, which is not the filed one here
