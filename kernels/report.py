@@ -57,8 +57,8 @@ from .cost import MACHINES, Prediction, parse, predict
 from .cost_shapes import SHAPES, shape_of, work
 
 __all__ = [
-    "Binary", "Resources", "build", "code_of", "compile_config", "configs", "cost", "costlier", "jobs_of", "kernel_modules",
-    "main", "predictions", "report", "resources", "unchanged", "violations", "write", "write_costs",
+    "Binary", "Resources", "build", "code_of", "compile_config", "configs", "cost", "costlier", "first_ir", "jobs_of",
+    "kernel_modules", "main", "predictions", "report", "resources", "unchanged", "violations", "write",
 ]  # fmt: skip
 
 Job = tuple[str, int, int]
@@ -133,6 +133,12 @@ def _source(config: AotConfig) -> tuple[Any, dict[str, Any]]:
 def code_of(config: AotConfig, arch: int) -> str:
     """Hash of Triton's IR of the kernel, before any pass, and of the options of the launch; raises as `build` does."""
     source, options = _source(config)
+    text = first_ir(source, arch, options)[0].str_nodebug()
+    return hashlib.sha256(f"{sorted(options.items())}\n{text}".encode()).hexdigest()[:16]
+
+
+def first_ir(source: Any, arch: int, options: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """(Triton's IR of a kernel before any pass, which owns its context; the backend; the options as it reads them)."""
     target = GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
     parsed = backend.parse_options(dict(options))
@@ -140,8 +146,7 @@ def code_of(config: AotConfig, arch: int) -> str:
     ir.load_dialects(context)
     backend.load_dialects(context)
     helpers = backend.get_codegen_implementation(parsed), backend.get_module_map()
-    text = source.make_ir(target, parsed, *helpers, context).str_nodebug()
-    return hashlib.sha256(f"{sorted(options.items())}\n{text}".encode()).hexdigest()[:16]
+    return source.make_ir(target, parsed, *helpers, context), backend, parsed
 
 
 def build(config: AotConfig, arch: int) -> Binary:
@@ -219,6 +224,10 @@ class Row:
     resources: Resources
     violations: tuple[str, ...]
 
+    def flat(self) -> dict[str, Any]:
+        """As a file has it."""
+        return {k: v for k, v in asdict(self).items() if k != "resources"} | asdict(self.resources)
+
 
 def _work(job: Job) -> Row:
     module, arch, index = job
@@ -250,6 +259,16 @@ class Cost:
     stack: int
     serialized: bool
     prediction: Prediction
+
+    def flat(self) -> dict[str, Any]:
+        """As a file has it: four digits, as more would make rows differ that are the same."""
+        p = self.prediction
+        flat = {k: v for k, v in asdict(self).items() if k != "prediction"}
+        flat |= {"resident": p.resident, "slots": p.slots, "mma": round(p.mma, 1), "trip": p.trip, "bound": p.bound}
+        return flat | {
+            "kilocycles": {u: _short(c / 1e3) for u, c in p.cycles.items()},
+            "microseconds": _short(p.microseconds),
+        }
 
 
 def predictions(
@@ -311,7 +330,7 @@ def jobs_of(modules: Iterable[str], archs: Iterable[int], match: str = "") -> li
 
 
 def unchanged(todo: Collection[Job], path: Path, jobs: int = 1) -> dict[Job, list[dict[str, Any]]]:
-    """The configurations whose code is that of a file of `write` or `write_costs`, with their rows there.
+    """The configurations whose code is that of a file of `write`, with their rows there.
 
     Raises:
         ValueError: the file is of another version of Triton, whose code is another.
@@ -367,37 +386,13 @@ def report(todo: Iterable[Job], jobs: int = 1) -> Iterator[Row]:
     yield from _mapped(_work, list(todo), jobs)
 
 
-def write(rows: Iterable[Row], path: Path) -> None:
-    """Write the rows and the version of Triton atomically as JSON, one row per line."""
-    _write([_flat_row(row) for row in rows], path)
-
-
-def _flat_row(row: Row) -> dict[str, Any]:
-    return {k: v for k, v in asdict(row).items() if k != "resources"} | asdict(row.resources)
-
-
-def _flat(row: Cost) -> dict[str, Any]:
-    p = row.prediction
-    flat = {k: v for k, v in asdict(row).items() if k != "prediction"}
-    flat |= {"resident": p.resident, "slots": p.slots, "mma": round(p.mma, 1), "trip": p.trip, "bound": p.bound}
-    return flat | {
-        "kilocycles": {u: _short(c / 1e3) for u, c in p.cycles.items()},
-        "microseconds": _short(p.microseconds),
-    }
-
-
 def _short(x: float) -> float:
-    """Four digits: more would make rows differ that are the same."""
     return float(f"{x:.4g}")
 
 
-def write_costs(rows: Iterable[Cost], path: Path) -> None:
-    """Write predictions and the version of Triton atomically as JSON, one row per line."""
-    _write([_flat(row) for row in rows], path)
-
-
-def _write(flat: list[dict[str, Any]], path: Path) -> None:
-    lines = ",\n  ".join(json.dumps(row) for row in flat)
+def write(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    """Write flat rows and the version of Triton atomically as JSON, one row per line."""
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
     write_atomically(path, f'{{\n "triton": "{triton.__version__}",\n "kernels": [\n  {lines}\n ]\n}}\n')
 
 
@@ -406,7 +401,7 @@ TOLERANCE = 1.03
 
 
 def costlier(rows: Iterable[Cost], path: Path) -> list[str]:
-    """Say which predictions are over 3% above those in a file of `write_costs`, or have no counterpart there.
+    """Say which predictions are over 3% above those in a file of `write`, or have no counterpart there.
 
     Raises:
         ValueError: the file is of another version of Triton, whose code is another.
@@ -414,7 +409,7 @@ def costlier(rows: Iterable[Cost], path: Path) -> list[str]:
     keys = ("name", "dtype", "arch", "batch", "frames")
     before = {tuple(row[k] for k in keys): row for row in _filed(path)}
     found = []
-    for row in map(_flat, rows):
+    for row in (row.flat() for row in rows):
         key = tuple(row[k] for k in keys)
         title = f"{row['name']} {row['dtype']} sm_{row['arch']} ({row['batch']}, {row['frames']})"
         old = before.get(key)
@@ -457,7 +452,7 @@ def _print_costs(args: argparse.Namespace) -> int:
             wrong += 1
             continue
         rows += found
-        made[job] = [_flat(row) for row in found]
+        made[job] = [row.flat() for row in found]
         for row in found:
             p = row.prediction
             units = " | ".join(f"{p.cycles[u] / 1e3:.3g}" for u in _UNITS)
@@ -469,7 +464,8 @@ def _print_costs(args: argparse.Namespace) -> int:
                 flush=True,
             )
     if args.out:
-        _write_all(todo, kept | made, args.out)
+        made |= kept
+        write((row for job in todo for row in made.get(job, ())), args.out)
     costly = costlier(rows, args.against) if args.against else []
     for line in costly:
         print(line, file=sys.stderr)
@@ -488,10 +484,6 @@ def _todo(args: argparse.Namespace, archs: Iterable[int]) -> tuple[list[Job], di
     kept = unchanged(todo, args.changed, args.jobs)
     print(f"{len(kept)} of {len(todo)} configurations are as in {args.changed}; not compiled", file=sys.stderr)
     return todo, kept
-
-
-def _write_all(todo: Iterable[Job], rows: Mapping[Job, Iterable[dict[str, Any]]], path: Path) -> None:
-    _write([row for job in todo for row in rows.get(job, ())], path)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -535,7 +527,8 @@ def main(argv: list[str] | None = None) -> int:
             flush=True,
         )
     if args.out:
-        _write_all(todo, kept | {job: [_flat_row(row)] for job, row in zip(left, rows)}, args.out)
+        made = kept | {job: [row.flat()] for job, row in zip(left, rows)}
+        write((row for job in todo for row in made[job]), args.out)
     bad = sum(bool(row.violations) for row in rows)
     if bad:
         print(f"{bad} configurations break their budget", file=sys.stderr)

@@ -267,7 +267,7 @@ from lcconformer.kernels.common import LaunchConfig
 
 config = next(iter(partials.aot_configs(90)))
 path = pathlib.Path(sys.argv[1])
-report.write_costs(report.predictions(config, 90), path)
+report.write((row.flat() for row in report.predictions(config, 90)), path)
 assert report.costlier(report.predictions(config, 90), path) == []
 # half the columns a program: twice the programs for the same sums, each with the same overhead
 launch = LaunchConfig(4, 1, {"BLOCK_P": 32, "BLOCK_N": 16})
@@ -289,7 +289,7 @@ def cost(**changes: object) -> report.Cost:
 
 
 def test_a_kernel_without_a_filed_cost_is_named(tmp_path):
-    report.write_costs([cost()], tmp_path / "cost.json")
+    report.write([cost().flat()], tmp_path / "cost.json")
     assert report.costlier([cost()], tmp_path / "cost.json") == []
     assert report.costlier([cost(name="new")], tmp_path / "cost.json") == ["new bf16 sm_90 (32, 400): not in cost.json"]
 

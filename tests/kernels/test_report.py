@@ -101,7 +101,7 @@ def test_attention_on_hopper():
 def test_rows_are_written(tmp_path):
     out = tmp_path / "rows.json"
     row = report.Row("op", "bf16", 90, 4, 2, "c0de", resources(stack=8), ())
-    report.write([row, row], out)
+    report.write([row.flat(), row.flat()], out)
     written = json.loads(out.read_text())
     assert written["triton"] == report.triton.__version__
     assert len(written["kernels"]) == 2
@@ -173,7 +173,7 @@ from pathlib import Path
 from lcconformer.architectures import SHARED_MEMORY
 from lcconformer.kernels import report
 jobs = report.jobs_of(report.kernel_modules(), SHARED_MEMORY)
-report.write(report.report(jobs[::12], 2), Path(sys.argv[1]))
+report.write((row.flat() for row in report.report(jobs[::12], 2)), Path(sys.argv[1]))
 """
 
 

@@ -24,16 +24,13 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor
-from triton._C.libtriton import ir
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.compiler.compiler import make_backend
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lcconformer.kernels import glu_depthwise_conv, glu_depthwise_conv_backward
 from lcconformer.kernels.common import TRITON_DTYPE, AotConfig, dropout_scale, dropout_threshold
-from lcconformer.kernels.report import configs, kernel_modules
+from lcconformer.kernels.report import configs, first_ir, kernel_modules
 
 from lcconformer import extension, ops
 from lcconformer.ops import availability
@@ -54,15 +51,8 @@ TEXTS: dict[Any, tuple[str, int]] = {}  # specialisation -> (PTX, bytes of share
 
 def to_ptx(source: ASTSource, arch: int, options: Mapping[str, Any]) -> tuple[str, int]:
     """(PTX, bytes of shared memory); ptxas is not asked."""
-    target = GPUTarget("cuda", arch, 32)
-    compiler = make_backend(target)
-    parsed = compiler.parse_options(dict(options))
-    context = ir.context()
-    ir.load_dialects(context)
-    compiler.load_dialects(context)
-    metadata = {"target": target, **parsed.__dict__}
-    helpers = compiler.get_codegen_implementation(parsed), compiler.get_module_map()
-    module: Any = source.make_ir(target, parsed, *helpers, context)
+    module, compiler, parsed = first_ir(source, arch, options)
+    metadata = {"target": compiler.target, **parsed.__dict__}
     stages: dict[str, Callable] = {}
     compiler.add_stages(stages, parsed, source.language)
     for name, stage in stages.items():
