@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
 import re
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -93,6 +95,42 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _triton_patched_once_a_launch() -> Iterator[None]:
+    """Triton's interpreter patches ``triton.language`` for a launch, and again for every call of a helper, a quarter of its
+    time that changes nothing: what a launch has patched is left alone until it ends.
+    """
+    # imported with the first kernel, when tests are collected
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is None:
+        yield
+        return
+    patch, tl = interpreter._patch_lang, interpreter.tl
+    patched: set[ModuleType] = set()
+
+    @functools.cache
+    def languages(fn: Callable[..., Any]) -> list[ModuleType]:
+        return [module for module in (tl, tl.core) if any(value is module for value in fn.__globals__.values())]
+
+    def patch_lang(fn: Callable[..., Any]) -> Any:
+        if patched.issuperset(languages(fn)):
+            return None  # within a launch nobody asks for it
+        scope = patch(fn)
+        if not patched:
+            restore = scope.restore
+
+            def restored() -> None:
+                patched.clear()
+                restore()
+
+            scope.restore = restored
+        patched.update(languages(fn))
+        return scope
+
+    with mock.patch.object(interpreter, "_patch_lang", patch_lang):
+        yield
 
 
 @pytest.fixture(autouse=True)
