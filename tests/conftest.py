@@ -27,6 +27,10 @@ from lcconformer.tolerance import allowed_error, largest_error, passes
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# tensors here are too small to share among threads, and on a busy machine threads wait for one another: in child processes
+# by this, in this one below
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # ONNX Runtime reads this when it is imported, here and in child processes: no threads of its own that report to its makers
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
@@ -39,7 +43,6 @@ DEATHS = pytest.StashKey[dict[str, str]]()  # of the process that distributes th
 
 @pytest.hookimpl(trylast=True)  # pytest turns the fault handler on first, into the middle of a long output
 def pytest_configure(config: pytest.Config) -> None:
-    # tensors here are too small to share among threads, and on a busy machine threads wait for one another
     torch.set_num_threads(1)
     if worker := getattr(config, "workerinput", None):
         # what a fatal signal prints, and what a test prints that is about to reach its time limit

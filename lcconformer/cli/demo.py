@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
     if not 0.5 <= args.minutes <= 600:
         raise ValueError(f"--minutes is {args.minutes:g}; expected 0.5 to 600")
     check_output("--out", args.out, folder=True)
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(2, os.cpu_count() or 1))
     try:
         train, test = load_demo_speech(args.data)
         print(f"training speech: {train}\ntest speech:     {test}", file=sys.stderr)
