@@ -223,12 +223,14 @@ def time_figure(milliseconds: Mapping[str, Mapping[int, float]]) -> Figure:
 def depth_figure(
     panels: Mapping[str, Mapping[str, Mapping[int, tuple[float, float | None]]]],
     levels: Mapping[str, Mapping[str, float]] | None = None,
+    tops: Mapping[str, float] | None = None,
 ) -> Figure:
     """Values by depth with error bars, a panel per quantity.
 
     Args:
         panels: by label of the vertical axis, series and depth: value and half the length of its bar (None: no bar).
         levels: horizontal lines, by label of the vertical axis and of the line.
+        tops: where a vertical axis ends, by its label; a line that goes higher leaves the picture.
     """
     figure, axes = _figure(1, len(panels), 6.0 * len(panels) + (0.0 if len(panels) > 1 else 3.0), 4.8)
     for ax, (label, series) in zip(axes[0], panels.items()):
@@ -246,6 +248,7 @@ def depth_figure(
         ax.set_xticks(sorted({depth for by_depth in series.values() for depth in by_depth}))
         ax.set_xlabel("depth (loops run)")
         ax.set_ylabel(label)
+        ax.set_ylim(top=(tops or {}).get(label))
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure

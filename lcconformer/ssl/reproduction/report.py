@@ -444,8 +444,18 @@ def _accuracy(data: _Data, page: Page, kind: str) -> None:
         panels[f"{_TITLES[metric]} (%), test speakers"] = {
             model: _by_depth(data.of(kind, model), metric) for model in models
         }
-    page.image("errors", figures.render(figures.depth_figure(panels)), "error rates by depth, a line per model")
-    page.paragraph(_bars(data, kind))
+    # a model that was never asked for fewer loops is lost at most depths: the axes are for the others
+    tops = {
+        label: 2.0 * max(by_depth[max(by_depth)][0] for by_depth in series.values()) for label, series in panels.items()
+    }
+    page.image(
+        "errors", figures.render(figures.depth_figure(panels, tops=tops)), "error rates by depth, a line per model"
+    )
+    cut = [m for m in models if any(v > tops[label] for label in panels for v, _ in panels[label][m].values())]
+    page.paragraph(
+        _bars(data, kind)
+        + (f" The axes end at twice the largest error at full depth; beyond it: {', '.join(cut)}." if cut else "")
+    )
     for metric, series in zip(data.metrics, panels.values()):
         deepest = max(len(values) for values in series.values())
         rows = [[model, *(_cell(values.get(k)) for k in range(1, deepest + 1))] for model, values in series.items()]

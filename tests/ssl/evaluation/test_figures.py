@@ -87,6 +87,13 @@ def test_the_thick_line_is_the_mean_of_the_last_steps():
     np.testing.assert_allclose(smooth.get_xydata(), [(30, 2), (40, 3), (50, 4), (60, 5)])
 
 
+def test_the_vertical_axis_ends_where_it_is_told_to():
+    panels = {"PER (%)": {"A": {1: (300.0, 9.0), 2: (40.0, 1.0)}}, "WER (%)": {"A": {1: (90.0, None), 2: (80.0, None)}}}
+    cut, whole = figures.depth_figure(panels, tops={"PER (%)": 80.0}).axes
+    assert cut.get_ylim()[1] == 80.0
+    assert whole.get_ylim()[1] > 90.0
+
+
 def test_formats():
     figure = figures.time_figure({"m": {1: 1.0, 2: 2.0}})
     assert figures.render(figure).startswith(b"\x89PNG")

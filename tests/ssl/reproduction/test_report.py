@@ -168,6 +168,15 @@ def test_a_model_that_loses_is_said_to(tmp_path: Path) -> None:
     assert "C makes +2.0 points of errors (PER) against A, so what it saves is not for free" in page
 
 
+def test_what_leaves_the_picture_is_said(tmp_path: Path) -> None:
+    runs = supervised()
+    assert "beyond it" not in write(tmp_path / "all in it", runs)
+    for key, (run, _) in runs.items():
+        if key[1] == "A":
+            run["rows"]["test"][0]["per"] = 2.5
+    assert "twice the largest error at full depth; beyond it: A." in write(tmp_path / "A is not", runs)
+
+
 def test_one_seed_is_no_proof(tmp_path: Path) -> None:
     runs = {key: value for key, value in supervised().items() if key[2] == 0}
     page = write(tmp_path, runs)
