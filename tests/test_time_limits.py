@@ -36,7 +36,7 @@ def checkout(tmp_path: Path) -> dict[str, str]:
     for folder in (tools, tmp_path / ".ci"):
         folder.mkdir()
     (tools / "timeout").write_text(TIMEOUT.format(timeout=timeout))
-    for name in ("pip", "pytest", "python", "ruff", "mypy"):
+    for name in ("pip", "pytest", "python", "python3", "ruff", "mypy"):
         (tools / name).write_text(TOOL)
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc" / "format.sh").write_text(TOOL)
@@ -59,8 +59,16 @@ def test_every_step_runs_under_a_limit(checkout: dict[str, str]) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     ran = [line.split(" ", 1) for line in Path(checkout["LOG"]).read_text().splitlines()]
-    assert len(ran) == 11
-    assert {what.split(" ")[0] for _, what in ran} == {"pip", "pytest", "python", "ruff", "mypy", "format.sh"}
+    assert len(ran) == 12
+    assert {what.split(" ")[0] for _, what in ran} == {
+        "pip",
+        "pytest",
+        "python",
+        "python3",
+        "ruff",
+        "mypy",
+        "format.sh",
+    }
     for limit, what in ran:
         assert limit.isdecimal(), f"no limit: {what}"
         assert 60 <= int(limit) <= 3600, what

@@ -1,28 +1,20 @@
-"""Builds csrc for the CPU: the emulated CUDA kernels under AddressSanitizer and UBSan, and a process that runs them."""
+"""The emulated CUDA kernels as a module, and a process that runs them."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-CSRC = ROOT / "csrc"
-HERE = Path(__file__).parent
-
-LANGUAGE = ("-std=c++17", "-fPIC", "-DLCC_EMULATION", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
-SANITIZE = ("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+from .building import CSRC, build, emulated_kernels
 
 
 @pytest.fixture(scope="session")
@@ -33,59 +25,14 @@ def gxx() -> str:
     return path
 
 
-def build(name: str, units: Sequence[tuple[Path, Sequence[str]]], link: Sequence[str], gxx: str) -> Path:
-    """Compile (source, flags) units and link them; what a file and its headers say decides whether it is compiled again."""
-    folder = ROOT / "build" / "emulation"
-    folder.mkdir(parents=True, exist_ok=True)
-    objects, running = [], []
-    for source, flags in units:
-        key = hashlib.sha256(repr((LANGUAGE, sys.version, source, flags)).encode())
-        for path in sorted(included(source)):
-            key.update(path.read_bytes())
-        out = folder / f"{source.stem}-{key.hexdigest()[:16]}.o"
-        objects.append(str(out))
-        if not out.exists():
-            command = [gxx, *LANGUAGE, *flags, f"-I{CSRC}", "-x", "c++", "-c", source, "-o", _part(out)]
-            running.append((out, subprocess.Popen(command, stderr=subprocess.PIPE, text=True)))
-    errors = "".join(process.communicate()[1] for _, process in running)
-    assert not any(process.returncode for _, process in running), errors
-    for out, _ in running:
-        os.replace(_part(out), out)
-    target = folder / hashlib.sha256(repr((objects, link)).encode()).hexdigest()[:16] / name
-    if not target.exists():
-        target.parent.mkdir(exist_ok=True)
-        subprocess.run([gxx, "-fsanitize=address,undefined", *objects, *link, "-o", _part(target)], check=True)
-        os.replace(_part(target), target)
-    return target
-
-
-def included(source: Path) -> set[Path]:
-    """The source and every header of ours that it includes, directly or not."""
-    found, left = set(), [source]
-    while left:
-        path = left.pop()
-        found.add(path)
-        names = re.findall(r'^ *# *include "(.+)"', path.read_text(), re.MULTILINE)
-        beside = [path.parent / name for name in names]
-        headers = [near if near.exists() else CSRC / name for near, name in zip(beside, names)]
-        left += [header for header in headers if header not in found]
-    return found
-
-
-def _part(out: Path) -> Path:
-    """Where this process writes ``out`` before it is whole: others may build the same."""
-    return out.with_name(f"{out.name}.{os.getpid()}")
-
-
 @pytest.fixture(scope="session")
 def emulated_module(gxx: str) -> Path:
     """The launchers of ``_C.cuda`` as a module that runs them on the CPU."""
     import pybind11
 
     python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", "-fvisibility=hidden"]
-    kernels = [(source, SANITIZE) for source in sorted(CSRC.glob("cuda/*.cu"))]
     bindings = [(source, python) for source in (CSRC / "cuda/bindings.cpp", CSRC / "emulation/module.cpp")]
-    return build("emulated.so", [*kernels, *bindings], ["-shared"], gxx)
+    return build("emulated.so", [*emulated_kernels(), *bindings], ["-shared"], gxx)
 
 
 def sanitizer_environment(gxx: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from .conftest import ROOT, SANITIZE, build
+from .building import ROOT, SANITIZE, build
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -12,7 +12,7 @@ import torch
 from lcconformer.ops.glu_depthwise_conv import OP, Traits, cuda
 from lcconformer.ops.registry import backend
 
-from .conftest import CSRC, ROOT
+from .building import CSRC, ROOT
 
 sys.path.insert(0, str(CSRC))
 import costs

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import CSRC, HERE, ROOT, SANITIZE, build, sanitizer_environment
+from .building import CSRC, HERE, ROOT, SANITIZE, build
+from .conftest import sanitizer_environment
 
 sys.path.insert(0, str(CSRC))
 import toolchain

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import CSRC, HERE, SANITIZE, build, included
+from .building import CSRC, HERE, SANITIZE, build, included
 
 SEEDS = range(5)
 

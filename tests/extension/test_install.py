@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import CSRC, ROOT
+from .building import CSRC, ROOT
 
 sys.path.insert(0, str(CSRC))
 import toolchain

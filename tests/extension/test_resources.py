@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from .conftest import CSRC, ROOT
+from .building import CSRC, ROOT
 
 sys.path.insert(0, str(CSRC))
 import resources

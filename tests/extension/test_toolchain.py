@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import CSRC
+from .building import CSRC
 
 sys.path.insert(0, str(CSRC))
 import toolchain

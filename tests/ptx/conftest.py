@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ..extension.conftest import CSRC, Worker
+from ..extension.building import CSRC
+from ..extension.conftest import Worker
 
 sys.path.insert(0, str(CSRC))
 import toolchain
