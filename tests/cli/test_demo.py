@@ -28,6 +28,18 @@ def test_command_says_what_is_wrong(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_threads_of_the_environment(told, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    if not told:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    asked = []
+    monkeypatch.setattr("torch.set_num_threads", asked.append)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert main(["demo", "--data", "missing"]) == 2
+    assert asked == ([] if told else [2])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_command_from_start_to_end(tmp_path):
