@@ -118,7 +118,8 @@ def _triton_patched_once_a_launch() -> Iterator[None]:
         return [module for module in (tl, tl.core) if any(value is module for value in fn.__globals__.values())]
 
     def patch_lang(fn: Callable[..., Any]) -> Any:
-        if patched.issuperset(languages(fn)):
+        needed = languages(fn)
+        if needed and patched.issuperset(needed):
             return None  # within a launch nobody asks for it
         scope = patch(fn)
         if not patched:
@@ -129,7 +130,7 @@ def _triton_patched_once_a_launch() -> Iterator[None]:
                 restore()
 
             scope.restore = restored
-        patched.update(languages(fn))
+        patched.update(needed)
         return scope
 
     with mock.patch.object(interpreter, "_patch_lang", patch_lang):

@@ -60,15 +60,8 @@ def test_every_step_runs_under_a_limit(checkout: dict[str, str]) -> None:
     assert done.stderr == ""
     ran = [line.split(" ", 1) for line in Path(checkout["LOG"]).read_text().splitlines()]
     assert len(ran) == 12
-    assert {what.split(" ")[0] for _, what in ran} == {
-        "pip",
-        "pytest",
-        "python",
-        "python3",
-        "ruff",
-        "mypy",
-        "format.sh",
-    }
+    tools = {what.split(" ")[0] for _, what in ran}
+    assert tools == {"pip", "pytest", "python", "python3", "ruff", "mypy", "format.sh"}
     for limit, what in ran:
         assert limit.isdecimal(), f"no limit: {what}"
         assert 60 <= int(limit) <= 3600, what
